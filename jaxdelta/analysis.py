@@ -1,0 +1,335 @@
+"""analyze(): the whole way from a checkpoint and a text to the figures; Analysis: the result, its files."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32
+from safetensors.numpy import load_file, save
+
+from jaxdelta import hub
+from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
+from jaxdelta.checkpoint import LOADERS, first_bad_tensor, load_model
+from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.files import write_together
+from jaxdelta.model import Qwen3, next_token_loss, residual_stream
+from jaxdelta.overlap import Overlaps, overlaps
+from jaxdelta.phases import default_phases, parse_phases
+from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
+from jaxdelta.sweep import LayerFigures, closure_error, measure_layers
+
+SCHEMA_VERSION = 1
+LAST_STATES = ("residual", "normed")
+DTYPES = ("float32", "bfloat16")
+
+Listener = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run can be told; each field is the flag of the same name.
+
+    Raises:
+        UsageError: a value that no run could use.
+    """
+
+    top_k: int = 8
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    last_state: str = "residual"
+    svd: str = "gram"
+    compute_dtype: str = "float32"
+    residual_dtype: str = "float32"
+    phases: str | None = None
+    revision: str | None = None
+    loader: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = {
+            "last_state": LAST_STATES,
+            "svd": METHODS,
+            "compute_dtype": DTYPES,
+            "residual_dtype": DTYPES,
+            "loader": LOADERS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.top_k < 1:
+            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
+        if self.max_tokens < 2:
+            raise UsageError(f"max_tokens must be at least 2, not {self.max_tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """The figures of one run: the JSON's entries by their names, then the arrays of the safetensors file.
+
+    `per_layer[L]` holds layer L's figures as the reference names them. `last_layer_normed` and
+    `last_layer_residual` are the last layer's row with the last state after and before the final norm.
+    """
+
+    model: str
+    num_layers: int
+    hidden: int
+    n_calib_tokens: int
+    per_layer: list[dict[str, Any]]
+    top1_cos_adjacent: list[float]
+    phase_overlap: list[dict[str, Any]]
+    block_capture: list[dict[str, Any]]
+    last_layer_normed: dict[str, Any]
+    last_layer_residual: dict[str, Any]
+    run: dict[str, Any]
+    directions: Float32[np.ndarray, "N k d"] = dataclasses.field(repr=False)
+    singular_values: Float32[np.ndarray, "N r"] = dataclasses.field(repr=False)
+    top1_cos: Float32[np.ndarray, "N N"] = dataclasses.field(repr=False)
+    schema_version: int = SCHEMA_VERSION
+
+    ARRAYS = ("directions", "singular_values", "top1_cos")
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither."""
+        path = Path(path)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        arrays = {name: np.ascontiguousarray(fields.pop(name)) for name in self.ARRAYS}
+        # The JSON is renamed last: where it is, the arrays are.
+        files = {
+            path.with_suffix(".safetensors"): save(arrays, {"schema_version": str(self.schema_version)}),
+            path: (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode(),
+        }
+        write_together(files)
+        return [path, path.with_suffix(".safetensors")]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            JaxDeltaError: a file is missing or damaged, or was written by a newer version.
+        """
+        path = Path(path)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields.get("schema_version", 0)
+            if version > SCHEMA_VERSION:
+                raise JaxDeltaError(
+                    f"{path}: has schema_version {version}, this jaxdelta reads up to {SCHEMA_VERSION}"
+                )
+            return cls(**fields, **load_file(path.with_suffix(".safetensors")))
+        except OSError as error:
+            raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
+
+    def to_frame(self) -> Any:
+        """The rows of `per_layer` as a pandas DataFrame indexed by layer; pandas is imported only here."""
+        import pandas
+
+        return pandas.DataFrame(self.per_layer).set_index("L")
+
+
+def analyze(
+    model: str | Qwen3,
+    calibration: str | Path | Sequence[str] | Tokens | None = None,
+    *,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Analysis:
+    """Runs a model over a calibration text and measures what each layer writes into the residual stream.
+
+    Args:
+        model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
+        calibration: a .txt or .json file, documents, or Tokens; by default the prompts of the package.
+        listener: told a line as each stage ends.
+        **options: the fields of Options.
+
+    Raises:
+        UsageError: an impossible option.
+        JaxDeltaError: a model, checkpoint or text that cannot be used.
+    """
+    chosen = Options(**options)
+    stages = Stages(listener)
+    if isinstance(model, Qwen3):
+        if not isinstance(calibration, Tokens):
+            raise UsageError("calibration must be Tokens where the model is given as an object")
+        network, tokens, name = model, calibration, "Qwen3"
+    else:
+        name = model
+        with stages("load") as note:
+            directory = hub.resolve(model, chosen.revision)
+            network = load_model(str(directory), loader=chosen.loader)
+            note(f"{network.config.parameters / 1e6:,.1f} M parameters")
+        with stages("tokenize") as note:
+            tokens = _tokens(calibration, directory, network, chosen)
+            note(f"{tokens.count} tokens")
+    return _measure(name, network, tokens, chosen, stages)
+
+
+class Stages:
+    """Seconds by stage; tells the listener a line as each ends."""
+
+    def __init__(self, listener: Listener | None = None):
+        self.seconds: dict[str, float] = {}
+        self.listener = listener or (lambda line: None)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Callable[[str], None]]:
+        notes: list[str] = []
+        start = time.perf_counter()
+        yield notes.append
+        self.seconds[name] = time.perf_counter() - start
+        self.listener(f" {name:<10}{self.seconds[name]:7.2f} s   {', '.join(notes)}".rstrip())
+
+
+def _tokens(
+    calibration: str | Path | Sequence[str] | Tokens | None, directory: Path, model: Qwen3, options: Options
+) -> Tokens:
+    if isinstance(calibration, Tokens):
+        return calibration
+    if calibration is None or isinstance(calibration, str | Path):
+        calibration = load_documents(calibration)
+    encode = load_encoder(directory)
+    vocab_size = model.config.vocab_size
+    return tokenize(calibration, encode, max_tokens=options.max_tokens, vocab_size=vocab_size)
+
+
+def _measure(name: str, model: Qwen3, tokens: Tokens, options: Options, stages: Stages) -> Analysis:
+    config = model.config
+    rows = tokens.count - 1
+    _check_rank(options.top_k, min(rows, config.hidden_size), f"an update of {rows} × {config.hidden_size}")
+    phases = (
+        parse_phases(options.phases, config.num_layers)
+        if options.phases
+        else default_phases(config.num_layers)
+    )
+    with stages("forward") as note:
+        stream = residual_stream(
+            model,
+            tokens.ids,
+            compute_dtype=options.compute_dtype,
+            residual_dtype=options.residual_dtype,
+            final_norm=True,
+        )
+        assert stream.normed is not None
+        compute = jnp.dtype(options.compute_dtype)
+        loss = float(next_token_loss(model.head, stream.normed, tokens.ids, compute).mean())
+        with jax.enable_x64(True):
+            closure = float(closure_error(stream))
+        note(f"calibration loss {loss:.4f} nats, closure {closure:.1e}")
+    with stages("spectra") as note:
+        figures, on_host = measure_layers(stream, options.top_k, options.svd)
+        _check_finite(model, figures, loss)
+        note(f"certificate {figures.spectrum.defect.max():.1e}" + _fallback_note(on_host))
+    with stages("overlaps"):
+        result = _collect(figures, phases, options)
+    run = {
+        "versions": {p: metadata.version(p) for p in ("jaxdelta", "jax", "jaxlib", "flax", "numpy")},
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "weights_dtype": str(model.layers.mlp.down_proj.weight[...].dtype),
+        "compute_dtype": options.compute_dtype,
+        "residual_dtype": options.residual_dtype,
+        "last_state": options.last_state,
+        "flags": dataclasses.asdict(options),
+        "seconds": stages.seconds,
+        "closure_error": closure,
+        "calibration_loss": loss,
+        "certificate": float(figures.spectrum.defect.max()),
+        "layers_on_host": on_host,
+    }
+    return Analysis(
+        model=name,
+        num_layers=config.num_layers,
+        hidden=config.hidden_size,
+        n_calib_tokens=tokens.count,
+        run=run,
+        **result,
+    )
+
+
+def _check_rank(top_k: int, rank: int, what: str) -> None:
+    if top_k > rank:
+        raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")
+
+
+def _check_finite(model: Qwen3, figures: LayerFigures, loss: float) -> None:
+    if figures.finite.all() and np.isfinite(loss):
+        return
+    if name := first_bad_tensor(model):
+        raise JaxDeltaError(f"the weights hold a NaN or an infinity: {name}")
+    where = f"layer {int(np.argmin(figures.finite))}" if not figures.finite.all() else "the loss"
+    raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
+
+
+def _fallback_note(rows: list[int]) -> str:
+    return f"; computed again on the host for want of accuracy: layers {rows}" if rows else ""
+
+
+def _collect(figures: LayerFigures, phases: tuple[str, ...], options: Options) -> dict[str, Any]:
+    """The Analysis' fields that follow from the layers' figures."""
+    count = len(phases)
+    residual, normed = count - 1, count
+    rows = [_row(figures, row, min(row, count - 1), phases, options.top_k) for row in range(count + 1)]
+    chosen = [*range(count - 1), normed if options.last_state == "normed" else residual]
+    names = list(dict.fromkeys(phases))
+    members = np.array([[phase == name for phase in phases] for name in names])
+    found = overlaps(figures.spectrum.directions[chosen], members)
+    return {
+        "per_layer": [rows[row] for row in chosen],
+        "top1_cos_adjacent": np.diagonal(found.top1_cos, 1).tolist(),
+        "phase_overlap": _phase_table(names, members, found),
+        "block_capture": _capture_table(names, members, found),
+        "last_layer_normed": rows[normed],
+        "last_layer_residual": rows[residual],
+        "directions": figures.spectrum.directions[chosen].astype(np.float32),
+        "singular_values": figures.spectrum.singular_values[chosen].astype(np.float32),
+        "top1_cos": found.top1_cos.astype(np.float32),
+    }
+
+
+def _row(figures: LayerFigures, row: int, layer: int, phases: tuple[str, ...], k: int) -> dict[str, Any]:
+    values: Float[np.ndarray, " r"] = figures.spectrum.singular_values[row]
+    rank = numerical_rank(values)
+    if rank:
+        _check_rank(k, rank, f"layer {layer}'s update")
+    shares = energy_shares(values)
+    tokens = {
+        f.name: float(getattr(figures.tokens, f.name)[row]) for f in dataclasses.fields(TokenStatistics)
+    }
+    return {
+        "L": layer,
+        "phase": phases[layer],
+        **tokens,
+        "top_singvals": values[:k].tolist(),
+        "eff_rank": effective_rank(values),
+        **{f"top{m}_frac": float(shares[:m].sum()) for m in (1, 3, 10)},
+        **({} if rank else {"note": "zero update: it has no directions"}),
+    }
+
+
+def _phase_table(names: list[str], members: np.ndarray, found: Overlaps) -> list[dict[str, Any]]:
+    return [
+        {
+            "phase": name,
+            "layers": int(members[p].sum()),
+            "intra_cos_mean": float(found.intra_cos_mean[p]),
+            "cross_cos_mean": float(found.cross_cos_mean[p]),
+        }
+        for p, name in enumerate(names)
+    ]
+
+
+def _capture_table(names: list[str], members: np.ndarray, found: Overlaps) -> list[dict[str, Any]]:
+    return [
+        {"phase": name, "L": int(layer), "capture": float(found.capture[p, layer])}
+        for p, name in enumerate(names)
+        if members[p].sum() > 1
+        for layer in np.flatnonzero(members[p])
+    ]

@@ -1,0 +1,285 @@
+"""Qwen3's configuration: Hugging Face's config.json -> ModelConfig, checked key by key.
+
+Every key of the file is either read, known to have no bearing on the forward pass, or an error: a key
+that is silently ignored is how a model comes to compute something else than its checkpoint does.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from jaxdelta.errors import JaxDeltaError
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
+
+# Keys that change nothing in a forward pass without cache, dropout or generation.
+INERT_KEYS = frozenset(
+    """_attn_implementation _name_or_path architectures attention_dropout bos_token_id
+    chunk_size_feed_forward eos_token_id id2label initializer_range is_encoder_decoder label2id
+    output_attentions output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
+    transformers_version use_cache""".split()
+)
+MODEL_KEYS = frozenset(
+    """attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types
+    max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
+    num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()
+)
+ROPE_KEYS = frozenset(
+    """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
+    partial_rotary_factor rope_theta rope_type truncate type""".split()
+)
+ROPE_TYPES = ("default", "linear", "yarn")
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: Su et al. 2021; YaRN: Peng et al. 2023 (arXiv 2309.00071)."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the forward pass of a Qwen3 model depends on, and nothing else.
+
+    `windows[i]` is the number of positions layer i attends to (its own included), None for all of them.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    max_positions: int = 32_768
+    dtype: str = "float32"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Reads the contents of a config.json.
+
+        Raises:
+            JaxDeltaError: another architecture, unknown keys (all named), unsupported or impossible values.
+        """
+        _check_architecture(raw)
+        _check_keys("config.json", raw, MODEL_KEYS | INERT_KEYS)
+        config = cls(
+            vocab_size=_positive(raw, "vocab_size"),
+            hidden_size=_positive(raw, "hidden_size"),
+            intermediate_size=_positive(raw, "intermediate_size"),
+            num_layers=_positive(raw, "num_hidden_layers"),
+            num_heads=_positive(raw, "num_attention_heads"),
+            num_kv_heads=_positive(raw, "num_key_value_heads", default=raw.get("num_attention_heads")),
+            head_dim=_positive(raw, "head_dim", default=128),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_rope(raw),
+            windows=_windows(raw),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_positions=_positive(raw, "max_position_embeddings", default=32_768),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        )
+        config._check_values(raw)
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Reads a config.json; a JaxDeltaError names the file and what is wrong with it."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise JaxDeltaError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise JaxDeltaError(f"{path}: is not JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise JaxDeltaError(f"{path}: holds no JSON object")
+        try:
+            return cls.from_dict(raw)
+        except JaxDeltaError as error:
+            raise JaxDeltaError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json as transformers 5 writes it; `from_dict` reads it back."""
+        window = next((w for w in self.windows if w is not None), None)
+        rope = {"rope_theta": self.rope.theta, "rope_type": self.rope.kind}
+        if self.rope.kind != "default":
+            rope["factor"] = self.rope.factor
+        if self.rope.kind == "yarn":
+            rope |= {
+                "original_max_position_embeddings": self.rope.original_max_positions,
+                "beta_fast": self.rope.beta_fast,
+                "beta_slow": self.rope.beta_slow,
+                "attention_factor": self.rope.attention_factor,
+                "truncate": self.rope.truncate,
+            }
+        return {
+            "architectures": [ARCHITECTURES["qwen3"]],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": rope,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in self.windows],
+            "attention_bias": self.attention_bias,
+            "tie_word_embeddings": self.tie_embeddings,
+            "max_position_embeddings": self.max_positions,
+            "dtype": self.dtype,
+        }
+
+    def _check_values(self, raw: Mapping[str, Any]) -> None:
+        problems = []
+        if raw.get("hidden_act", "silu") != "silu":
+            problems.append(f"hidden_act={raw['hidden_act']!r} (only 'silu')")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"{self.num_heads} heads do not divide into {self.num_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim} is odd, which RoPE cannot rotate")
+        if self.dtype not in DTYPE_BYTES:
+            problems.append(f"dtype={self.dtype!r} (only {', '.join(DTYPE_BYTES)})")
+        if problems:
+            raise JaxDeltaError("unsupported configuration: " + "; ".join(problems))
+
+    @property
+    def layer_parameters(self) -> int:
+        """Number of parameters of one layer."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (q_size + kv_size) + 2 * self.head_dim
+        biases = (q_size + 2 * kv_size + self.hidden_size) * self.attention_bias
+        return attention + biases + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        embeddings = (2 - self.tie_embeddings) * self.vocab_size * self.hidden_size
+        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights in the configuration's dtype, in bytes."""
+        return self.parameters * DTYPE_BYTES[self.dtype]
+
+    def layer_flops(self, length: int) -> int:
+        """Floating-point operations of one layer on one stream of `length` tokens (2 per multiply-add).
+
+        Scores and weighted values are counted over the full square, as they are computed.
+        """
+        weights = self.layer_parameters - 2 * (self.hidden_size + self.head_dim)
+        attention = 2 * self.num_heads * self.head_dim * length
+        return 2 * length * (weights + attention)
+
+
+def _check_architecture(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise JaxDeltaError(
+            f"model_type is {model_type!r}; jaxdelta computes {', '.join(sorted(ARCHITECTURES))} only"
+        )
+
+
+def _check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> None:
+    unknown = sorted(set(raw) - known)
+    if "quantization_config" in unknown:
+        raise JaxDeltaError("the checkpoint is quantised (quantization_config); try --loader=torch")
+    if unknown:
+        raise JaxDeltaError(
+            f"unknown key{'s' * (len(unknown) > 1)} in {where}: {', '.join(unknown)} "
+            "(a key that jaxdelta does not know may change what the model computes)"
+        )
+
+
+def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise JaxDeltaError(f"{key} must be a positive integer, not {value!r}")
+    return value
+
+
+def _rope(raw: Mapping[str, Any]) -> Rope:
+    """Accepts `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before)."""
+    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    _check_keys("rope parameters", given, ROPE_KEYS)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise JaxDeltaError(f"rope_type={kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
+    if given.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise JaxDeltaError("partial_rotary_factor other than 1 is not supported")
+    theta = float(given.get("rope_theta") or raw.get("rope_theta") or Rope.theta)
+    if kind == "default":
+        return Rope(theta=theta)
+    if not given.get("factor"):
+        raise JaxDeltaError(f"rope_type={kind!r} needs a factor")
+    factor = float(given["factor"])
+    if kind == "linear":
+        return Rope(theta=theta, kind=kind, factor=factor)
+    return Rope(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        original_max_positions=given.get("original_max_position_embeddings")
+        or _positive(raw, "max_position_embeddings", default=32_768),
+        beta_fast=float(given.get("beta_fast") or Rope.beta_fast),
+        beta_slow=float(given.get("beta_slow") or Rope.beta_slow),
+        attention_factor=_yarn_attention_factor(given, factor),
+        truncate=bool(given.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
+    """The scale of cos and sin: 0.1 m ln(factor) + 1, or a ratio of two such (YaRN, section 3.4)."""
+
+    def mscale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """One attention window a layer; `layer_types` decides, else `max_window_layers`, as in transformers."""
+    num_layers = _positive(raw, "num_hidden_layers")
+    use = bool(raw.get("use_sliding_window", False))
+    window = raw.get("sliding_window", 4096) if use else None
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", 28)
+        return tuple(window if i >= first else None for i in range(num_layers))
+    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise JaxDeltaError(f"layer_types: {', '.join(unknown)} is not supported")
+    if len(types) != num_layers:
+        raise JaxDeltaError(f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}")
+    if window is None and "sliding_attention" in types:
+        raise JaxDeltaError(
+            "layer_types names sliding_attention, but use_sliding_window or the window is off"
+        )
+    return tuple(window if t == "sliding_attention" else None for t in types)

@@ -1,0 +1,111 @@
+"""A model's name -> the directory that holds its files: `demo`, a local directory, or a hub id.
+
+Of a hub repository only what is needed is fetched: the configuration, the tokenizer, and one set of weights.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from jaxdelta.errors import JaxDeltaError
+
+DEMO = "demo"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The local directory of a model's files, fetched first where `model` is a hub id.
+
+    Args:
+        model: `demo`, a directory, or `owner/name` on the Hugging Face hub.
+        revision: branch, tag or commit on the hub; has no meaning elsewhere.
+
+    Raises:
+        JaxDeltaError: no such directory; the hub has no such model, refuses it, or cannot be reached.
+    """
+    if model == DEMO:
+        return Path(str(resources.files("jaxdelta") / "data" / "demo"))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise JaxDeltaError(f"{model}: is a file; give the directory that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise JaxDeltaError(f"{model}: no such directory")
+    return _plain_errors(model, revision, lambda: _fetch(model, revision))
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def get(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+
+    def try_get(name: str) -> Path | None:
+        try:
+            return get(name)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    directory = get(CONFIG).parent
+    tokenizer = [try_get(name) for name in TOKENIZER_FILES]
+    if tokenizer[0] is None:
+        for name in SLOW_TOKENIZER_FILES:
+            try_get(name)
+    if try_get(WEIGHTS):
+        return directory
+    for index_name, single in ((INDEX, None), (TORCH_WEIGHTS[1], TORCH_WEIGHTS[0])):
+        if index := try_get(index_name):
+            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                get(shard)
+            return directory
+        if single and try_get(single):
+            return directory
+    return directory
+
+
+def _plain_errors(repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
+    """Runs `fetch`, with the hub's errors told in one line each."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # It logs every retry; the one line below says it all.
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return fetch()
+    except errors.GatedRepoError as error:
+        raise JaxDeltaError(
+            f"{repo}: is gated; accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise JaxDeltaError(f"{repo}: has no revision {revision!r} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        raise JaxDeltaError(
+            f"{repo}: no such directory here and no such model on the hub (if it is private: `hf auth login`)"
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
+        raise JaxDeltaError(
+            f"{repo}: no such directory here, not in the hub's local cache{at}, and the hub cannot be "
+            "reached; check the network, or give a local directory"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise JaxDeltaError(
+            f"{repo}: the hub's repository{at} has no {CONFIG}, or a shard is missing"
+        ) from error
+    except errors.HFValidationError as error:
+        raise JaxDeltaError(f"{repo}: no such directory, and no valid hub id") from error
+    finally:
+        logging.set_verbosity(verbosity)

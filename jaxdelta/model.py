@@ -1,0 +1,353 @@
+"""Qwen3 in Flax NNX: a block takes the residual stream and returns it with what each sublayer wrote.
+
+    h' = h + attention(norm(h));   h'' = h' + mlp(norm(h'))
+
+Axes: B batch, T position (S where a position is attended to), D hidden size, K key/value heads, G query
+heads per key/value head, H head size, F MLP size, V vocabulary, L layers. Linear weights lie as Hugging
+Face stores them, (out, in), and the module tree carries Hugging Face's names, so loading is a copy.
+
+The residual stream is float32 (or `residual_dtype`); the factors of a product are in `compute_dtype`, its
+sum is float32. Float32 products ask for full precision, since GPUs and TPUs otherwise round the factors.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxdelta.config import ModelConfig, Rope
+
+VOCAB_SLICE = 8192
+
+
+def contract(spec: str, x: Array, y: Array) -> Array:
+    """`einsum` of two factors in x's dtype, summed in float32 at full precision."""
+    return jnp.einsum(
+        spec,
+        x,
+        y.astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """y = W x + b with W (out, in); `stack` puts leading axes (layers) before the weight's own."""
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        bias: bool,
+        stack: tuple[int, ...],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.weight = nnx.Param(_normal(rngs, (*stack, size_out, size_in), dtype))
+        self.bias = nnx.Param(jnp.zeros((*stack, size_out), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float32[Array, "*batch O"]:
+        y = contract("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+class Embedding(nnx.Module):
+    """Token embeddings (V, D)."""
+
+    def __init__(self, vocab_size: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        return jnp.take(self.weight[...], tokens, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean x² + eps) · w over the last axis, in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, *, stack: tuple[int, ...] = (), dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        x = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * scale * self.weight[...].astype(jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RMS-normalised queries and keys, rotated by position."""
+
+    def __init__(self, config: ModelConfig, **options: Any):
+        hidden, head = config.hidden_size, config.head_dim
+        linear = partial(Linear, bias=config.attention_bias, **options)
+        norm = partial(RMSNorm, head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
+        self.q_proj = linear(hidden, config.num_heads * head)
+        self.k_proj = linear(hidden, config.num_kv_heads * head)
+        self.v_proj = linear(hidden, config.num_kv_heads * head)
+        self.o_proj = linear(config.num_heads * head, hidden)
+        self.q_norm, self.k_norm = norm(), norm()
+        self.num_kv_heads, self.head_dim = config.num_kv_heads, head
+
+    def __call__(self, x: Float[Array, "B T D"], context: "Context") -> Float32[Array, "B T D"]:
+        heads = (*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), context.rotary)
+        k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), context.rotary)[:, :, :, 0]
+        v = self.v_proj(x).reshape(heads)[:, :, :, 0]
+        scores = contract("BTKGH,BSKH->BKGTS", q.astype(x.dtype), k) * self.head_dim**-0.5
+        shares = jax.nn.softmax(jnp.where(context.visible, scores, -jnp.inf), axis=-1)
+        mixed = contract("BKGTS,BSKH->BTKGH", shares.astype(x.dtype), v)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, **options: Any):
+        linear = partial(Linear, bias=False, **options)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T D"]:
+        return self.down_proj((jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a block knows of positions: (cos, sin) of the rotation, and which position sees which."""
+
+    rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
+    visible: Array
+    compute_dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+class Block(nnx.Module):
+    """One layer. `stack=(L,)` holds L layers' weights at once; it is called on a single layer's."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...] = (), dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, stack=stack, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, h: Float[Array, "B T D"], context: Context
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Float32[Array, "B T D"]]:
+        """Returns the stream after the layer, what attention wrote into it and what the MLP wrote."""
+        attention = self.self_attn(self.input_layernorm(h).astype(context.compute_dtype), context)
+        h = (h + attention).astype(h.dtype)
+        mlp = self.mlp(self.post_attention_layernorm(h).astype(context.compute_dtype))
+        return (h + mlp).astype(h.dtype), attention, mlp
+
+
+class Qwen3(nnx.Module):
+    """A Qwen3 causal language model, its layers' weights stacked along a leading axis.
+
+    Initial weights are normal with standard deviation 0.02; `lm_head` is None where it is the embedding.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The output embedding."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResidualStream:
+    """The residual stream at every layer, before the final norm, and its parts.
+
+    states[l] enters layer l, states[L] leaves the last; states[l + 1] = states[l] + attention[l] + mlp[l].
+    """
+
+    states: Float[Array, "L+1 B T D"]
+    attention: Float32[Array, "L B T D"]
+    mlp: Float32[Array, "L B T D"]
+    normed: Float32[Array, "B T D"] | None = None
+
+    @property
+    def updates(self) -> Float32[Array, "L B T D"]:
+        """δ_l, what layer l wrote: the sum of its sublayers' writes, not a difference of rounded states."""
+        return self.attention + self.mlp
+
+
+def residual_stream(
+    model: Qwen3,
+    tokens: Int[Array, "B T"],
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    residual_dtype: DTypeLike = jnp.float32,
+    final_norm: bool = False,
+) -> ResidualStream:
+    """Runs the model once, compiled, and keeps the residual stream at every layer.
+
+    Args:
+        model: the model; its weights keep their dtype and are cast layer by layer.
+        tokens: token ids, each row one stream of positions 0..T-1.
+        compute_dtype: dtype of the factors of every product.
+        residual_dtype: dtype of the stream itself.
+        final_norm: also return the final RMSNorm of the last state, as `normed`.
+    """
+    graph, weights = nnx.split(model)
+    dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
+    return _residual_stream(graph, weights, jnp.asarray(tokens), *dtypes, final_norm)
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _residual_stream(
+    graph: Any, weights: Any, tokens: Array, compute_dtype: Any, residual_dtype: Any, final_norm: bool
+) -> ResidualStream:
+    model = nnx.merge(graph, weights)
+    first = model.embed_tokens(tokens).astype(residual_dtype)
+
+    def step(h: Array, attention: Array, mlp: Array) -> tuple[Array, Array, Array]:
+        return h, attention, mlp
+
+    last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step)
+    states = jnp.concatenate([first[None], states])
+    return ResidualStream(states, attention, mlp, model.norm(last) if final_norm else None)
+
+
+def logits(
+    model: Qwen3, tokens: Int[Array, "B T"], *, compute_dtype: DTypeLike = jnp.float32, remat: bool = False
+) -> Float32[Array, "B T V"]:
+    """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
+    first = model.embed_tokens(tokens).astype(jnp.float32)
+    last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None, remat=remat)
+    return contract("BTD,VD->BTV", model.norm(last).astype(compute_dtype), model.head)
+
+
+def _scan_layers(
+    model: Qwen3,
+    h: Float[Array, "B T D"],
+    compute_dtype: DTypeLike,
+    keep: Callable[[Array, Array, Array], Any],
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each."""
+    length = h.shape[1]
+    rotary = rotary_angles(model.config, length)
+    windows = jnp.array([window or length for window in model.config.windows], jnp.int32)
+    graph, weights = nnx.split(model.layers)
+
+    def layer(h: Array, inputs: tuple[Any, Array]) -> tuple[Array, Any]:
+        layer_weights, window = inputs
+        context = Context(rotary, causal_mask(length, window), jnp.dtype(compute_dtype))
+        h, attention, mlp = nnx.merge(graph, layer_weights)(h, context)
+        return h, keep(h, attention, mlp)
+
+    return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (weights, windows))
+
+
+def causal_mask(length: int, window: int | Int[Array, ""]) -> Array:
+    """visible[t, s]: position t sees the `window` positions s = t, t - 1, ..."""
+    position = jnp.arange(length)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
+    """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
+
+    Computed in float32 step by step as transformers does: a frequency one rounding off is an angle
+    1e-4 off at position 2000.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelengths = np.float32(rope.theta) ** exponents
+    frequencies = np.float32(1) / wavelengths
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "yarn":
+        kept = np.float32(1) - _yarn_ramp(rope, head_dim)
+        slowed = np.float32(1) / (np.float32(rope.factor) * wavelengths)
+        return slowed * (np.float32(1) - kept) + frequencies * kept
+    return frequencies
+
+
+def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
+    """0 for frequencies that turn often within the trained context, 1 for those that hardly turn."""
+
+    def index(rotations: float) -> float:
+        turns = rope.original_max_positions / (rotations * 2 * np.pi)
+        return head_dim * np.log(turns) / (2 * np.log(rope.theta))
+
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    high += 0.001 * (low == high)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.clip(ramp, 0, 1).astype(np.float32)
+
+
+def rotary_angles(
+    config: ModelConfig, length: int
+) -> tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]:
+    """cos and sin of position · frequency, in float32, for positions 0..length-1."""
+    frequencies = jnp.asarray(rotary_frequencies(config.rope, config.head_dim))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    scale = config.rope.attention_factor
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(
+    x: Float32[Array, "B T K G H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
+) -> Float32[Array, "B T K G H"]:
+    """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
+    cos, sin = (a[:, None, None, :] for a in rotary)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@partial(jax.jit, static_argnums=3)
+def next_token_loss(
+    head: Float[Array, "V D"],
+    normed: Float32[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    compute_dtype: Any = jnp.float32,
+) -> Float32[Array, "B T-1"]:
+    """-ln p(token t+1 | tokens ..t) in nats, the head taken in slices so that no (T, V) matrix is built.
+
+    Args:
+        head: the output embedding.
+        normed: the last state after the final norm.
+        tokens: the token ids.
+        compute_dtype: dtype of the factors of the product.
+    """
+    x = normed[:, :-1].astype(compute_dtype)
+    vocab = head.shape[0]
+    rows = min(VOCAB_SLICE, vocab)
+
+    def add_slice(i: Array, log_sum: Array) -> Array:
+        # The last slice starts early enough to be whole; the rows it shares with the one before are masked.
+        start = jnp.minimum(i * rows, vocab - rows)
+        scores = contract("BTD,VD->BTV", x, jax.lax.dynamic_slice_in_dim(head, start, rows))
+        new = start + jnp.arange(rows) >= i * rows
+        return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
+
+    log_sum = jax.lax.fori_loop(0, -(-vocab // rows), add_slice, jnp.full(x.shape[:2], -jnp.inf))
+    target = jnp.take(head, tokens[:, 1:], axis=0)
+    return log_sum - contract("BTD,BTD->BT", x, target)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    return nnx.initializers.normal(0.02)(rngs.params(), shape, dtype)

@@ -1,0 +1,77 @@
+"""How the layers' directions relate: pairwise cosines, phases, shared subspaces.
+
+Axes: N layers, k directions a layer, d hidden size, P phases. All from one matrix: the inner products of
+all N·k directions.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float64
+
+SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Overlaps:
+    """Relations between layers; signs of cosines follow the directions' and mean nothing by themselves."""
+
+    top1_cos: Float64[np.ndarray, "N N"]
+    intra_cos_mean: Float64[np.ndarray, " P"]
+    cross_cos_mean: Float64[np.ndarray, " P"]
+    capture: Float64[np.ndarray, "P N"]
+
+
+def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
+    """All overlaps of the layers' directions, in float64 on the device.
+
+    top1_cos = <v_L, v_M>. Per phase: mean |cos| over the pairs within (1 for a single layer) and between
+    its layers and all others (0 where there are none); capture_L = ‖B v_L‖², B the top right singular
+    vectors (at most 8) of the stacked directions of the phase's layers, B included in what it captures.
+
+    Args:
+        directions: orthonormal within each layer.
+        members: which layers belong to which phase.
+    """
+    with jax.enable_x64(True):
+        found = _overlaps(jnp.asarray(directions, jnp.float64), jnp.asarray(members))
+        return jax.tree.map(np.asarray, jax.block_until_ready(found))
+
+
+@jax.jit
+def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> Overlaps:
+    layers, k, d = directions.shape
+    stack = directions.reshape(layers * k, d)
+    gram = jnp.matmul(stack, stack.T, precision=jax.lax.Precision.HIGHEST)
+    cosines = jnp.clip(gram[::k, ::k], -1.0, 1.0)
+    # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
+    capture = jax.lax.map(lambda inside: _capture(gram, jnp.repeat(inside, k))[::k], members)
+    intra, cross = jax.vmap(partial(_phase_means, jnp.abs(cosines)))(members)
+    return Overlaps(cosines, intra, cross, capture)
+
+
+def _phase_means(
+    cosines: Float64[Array, "N N"], inside: Bool[Array, " N"]
+) -> tuple[Float64[Array, ""], Float64[Array, ""]]:
+    size, others = inside.sum(), (~inside).sum()
+    pairs = inside[:, None] & inside[None, :] & ~jnp.eye(inside.size, dtype=bool)
+    intra = jnp.where(pairs, cosines, 0).sum() / jnp.maximum(pairs.sum(), 1)
+    cross = jnp.where(inside[:, None] & ~inside[None, :], cosines, 0).sum() / jnp.maximum(size * others, 1)
+    return jnp.where(size == 1, 1.0, intra), cross
+
+
+def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[Array, " M"]:
+    """‖B v‖² of every stacked direction, where S = U diag(√λ) Bᵀ is the stack with only `inside` rows kept.
+
+    B v = diag(λ)^-1/2 Uᵀ S v, and S v is a column of the Gram matrix: nothing of size d is needed.
+    """
+    energies, vectors = jnp.linalg.eigh(jnp.where(inside[:, None] & inside[None, :], gram, 0))
+    energies, vectors = energies[-SHARED_RANK:], vectors[:, -SHARED_RANK:]
+    along = jnp.matmul(vectors.T, jnp.where(inside[:, None], gram, 0), precision=jax.lax.Precision.HIGHEST)
+    present = energies > 1e-12 * energies[-1]
+    weights = jnp.where(present, 1 / jnp.where(present, energies, 1), 0)
+    return jnp.sum(weights[:, None] * jnp.square(along), axis=0)
