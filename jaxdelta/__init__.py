@@ -1,1 +1,27 @@
 """jaxdelta: what each layer of a Qwen3 model writes into its residual stream."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxdelta.analysis import Analysis, analyze
+    from jaxdelta.checkpoint import load_model
+    from jaxdelta.model import residual_stream
+
+_HOMES = {
+    "Analysis": "jaxdelta.analysis",
+    "analyze": "jaxdelta.analysis",
+    "load_model": "jaxdelta.checkpoint",
+    "residual_stream": "jaxdelta.model",
+}
+
+__all__ = ["Analysis", "__version__", "analyze", "load_model", "residual_stream"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names when they are first used: JAX takes a second that a wrong flag need not."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'jaxdelta' has no attribute {name!r}")

@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32
 from safetensors.numpy import load_file, save
 
-from jaxdelta import hub
+from jaxdelta import __version__
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
-from jaxdelta.checkpoint import LOADERS, first_bad_tensor, load_model
+from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.files import write_together
-from jaxdelta.model import Qwen3, next_token_loss, residual_stream
+from jaxdelta.measure import LayerFigures, measure
+from jaxdelta.model import Qwen3
 from jaxdelta.overlap import Overlaps, overlaps
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
-from jaxdelta.sweep import LayerFigures, closure_error, measure_layers
+from jaxdelta.sweep import Resident, Sweep, Update, Weights
 
 SCHEMA_VERSION = 1
 LAST_STATES = ("residual", "normed")
 DTYPES = ("float32", "bfloat16")
+VERSIONED = ("jax", "jaxlib", "flax", "numpy")
 
 Listener = Callable[[str], None]
 
@@ -157,20 +158,18 @@ def analyze(
     """
     chosen = Options(**options)
     stages = Stages(listener)
-    if isinstance(model, Qwen3):
-        if not isinstance(calibration, Tokens):
-            raise UsageError("calibration must be Tokens where the model is given as an object")
-        network, tokens, name = model, calibration, "Qwen3"
-    else:
-        name = model
-        with stages("load") as note:
-            directory = hub.resolve(model, chosen.revision)
-            network = load_model(str(directory), loader=chosen.loader)
-            note(f"{network.config.parameters / 1e6:,.1f} M parameters")
-        with stages("tokenize") as note:
-            tokens = _tokens(calibration, directory, network, chosen)
-            note(f"{tokens.count} tokens")
-    return _measure(name, network, tokens, chosen, stages)
+    with stages("open") as note:
+        if isinstance(model, Qwen3):
+            name, weights = "Qwen3", Resident(model)
+        else:
+            name, weights = model, open_checkpoint(model, revision=chosen.revision, loader=chosen.loader)
+        note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
+    phases = _phases(chosen.phases, weights.config.num_layers)
+    with stages("tokenize") as note:
+        tokens = _tokens(calibration, weights, chosen)
+        note(f"{tokens.count} tokens")
+    _check_rank(chosen.top_k, min(tokens.count - 1, weights.config.hidden_size), "a layer's update")
+    return _measure(name, weights, tokens, phases, chosen, stages)
 
 
 class Stages:
@@ -189,61 +188,53 @@ class Stages:
         self.listener(f" {name:<10}{self.seconds[name]:7.2f} s   {', '.join(notes)}".rstrip())
 
 
+def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
+    return parse_phases(given, num_layers) if given else default_phases(num_layers)
+
+
 def _tokens(
-    calibration: str | Path | Sequence[str] | Tokens | None, directory: Path, model: Qwen3, options: Options
+    calibration: str | Path | Sequence[str] | Tokens | None, weights: Weights, options: Options
 ) -> Tokens:
     if isinstance(calibration, Tokens):
         return calibration
+    if not isinstance(weights, Checkpoint):
+        raise UsageError("calibration must be Tokens where the model is given as an object")
     if calibration is None or isinstance(calibration, str | Path):
         calibration = load_documents(calibration)
-    encode = load_encoder(directory)
-    vocab_size = model.config.vocab_size
-    return tokenize(calibration, encode, max_tokens=options.max_tokens, vocab_size=vocab_size)
+    encode = load_encoder(weights.directory)
+    return tokenize(calibration, encode, max_tokens=options.max_tokens, vocab_size=weights.config.vocab_size)
 
 
-def _measure(name: str, model: Qwen3, tokens: Tokens, options: Options, stages: Stages) -> Analysis:
-    config = model.config
-    rows = tokens.count - 1
-    _check_rank(options.top_k, min(rows, config.hidden_size), f"an update of {rows} × {config.hidden_size}")
-    phases = (
-        parse_phases(options.phases, config.num_layers)
-        if options.phases
-        else default_phases(config.num_layers)
-    )
-    with stages("forward") as note:
-        stream = residual_stream(
-            model,
-            tokens.ids,
-            compute_dtype=options.compute_dtype,
-            residual_dtype=options.residual_dtype,
-            final_norm=True,
-        )
-        assert stream.normed is not None
-        compute = jnp.dtype(options.compute_dtype)
-        loss = float(next_token_loss(model.head, stream.normed, tokens.ids, compute).mean())
-        with jax.enable_x64(True):
-            closure = float(closure_error(stream))
-        note(f"calibration loss {loss:.4f} nats, closure {closure:.1e}")
-    with stages("spectra") as note:
-        figures, on_host = measure_layers(stream, options.top_k, options.svd)
-        _check_finite(model, figures, loss)
-        note(f"certificate {figures.spectrum.defect.max():.1e}" + _fallback_note(on_host))
+def _measure(
+    name: str, weights: Weights, tokens: Tokens, phases: tuple[str, ...], options: Options, stages: Stages
+) -> Analysis:
+    with stages("layers") as note:
+        sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype)
+        figures = measure(_all_updates(sweep), options.top_k, options.svd)
+        note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
+        if figures.on_host.any():
+            note(f"spectra done again on the host: rows {np.flatnonzero(figures.on_host).tolist()}")
+    with stages("loss") as note:
+        loss = sweep.loss()
+        note(f"{loss:.4f} nats per token")
+    _check_finite(weights, figures, loss)
     with stages("overlaps"):
         result = _collect(figures, phases, options)
     run = {
-        "versions": {p: metadata.version(p) for p in ("jaxdelta", "jax", "jaxlib", "flax", "numpy")},
+        "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
-        "weights_dtype": str(model.layers.mlp.down_proj.weight[...].dtype),
+        "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
         "residual_dtype": options.residual_dtype,
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
         "seconds": stages.seconds,
-        "closure_error": closure,
+        "closure_error": sweep.closure_error,
         "calibration_loss": loss,
         "certificate": float(figures.spectrum.defect.max()),
-        "layers_on_host": on_host,
+        "rows_on_host": np.flatnonzero(figures.on_host).tolist(),
     }
+    config = weights.config
     return Analysis(
         model=name,
         num_layers=config.num_layers,
@@ -254,22 +245,24 @@ def _measure(name: str, model: Qwen3, tokens: Tokens, options: Options, stages: 
     )
 
 
+def _all_updates(sweep: Sweep) -> Iterator[Update]:
+    """Every layer's update, then the last layer's in the reference's convention."""
+    yield from sweep
+    yield sweep.normed
+
+
 def _check_rank(top_k: int, rank: int, what: str) -> None:
     if top_k > rank:
         raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")
 
 
-def _check_finite(model: Qwen3, figures: LayerFigures, loss: float) -> None:
+def _check_finite(weights: Weights, figures: LayerFigures, loss: float) -> None:
     if figures.finite.all() and np.isfinite(loss):
         return
-    if name := first_bad_tensor(model):
+    if name := weights.first_bad_tensor():
         raise JaxDeltaError(f"the weights hold a NaN or an infinity: {name}")
     where = f"layer {int(np.argmin(figures.finite))}" if not figures.finite.all() else "the loss"
     raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
-
-
-def _fallback_note(rows: list[int]) -> str:
-    return f"; computed again on the host for want of accuracy: layers {rows}" if rows else ""
 
 
 def _collect(figures: LayerFigures, phases: tuple[str, ...], options: Options) -> dict[str, Any]:

@@ -15,23 +15,95 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 from safetensors.numpy import save_file
 
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.model import Qwen3
-from jaxdelta.tensors import Source, Spec, open_safetensors, safetensors_files
+from jaxdelta.model import Qwen3, abstract_block, abstract_model, rms_norm
+from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensors_files
 
+EMBEDDING = "model.embed_tokens.weight"
 LOADERS = ("auto", "safetensors", "torch")
-ALIGNMENT = 64  # What XLA's CPU client needs to use a host buffer as it lies instead of copying it.
 
 # Buffers that old checkpoints carry beside their weights.
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.masked_bias)")
 
 
-def load_model(model: str, *, revision: str | None = None, loader: str = "auto") -> Qwen3:
-    """Loads a Qwen3 checkpoint; the weights keep the dtype they have on disk.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: names and shapes are checked, and weights are read when asked for.
+
+    It serves the layer-major pass as `Weights`, and loads whole as a `Qwen3`.
+    """
+
+    directory: Path
+    config: ModelConfig
+    source: Source
+
+    def layer(self, index: int) -> nnx.State:
+        """One layer's parameters, on the device."""
+        _, block = nnx.split(abstract_block(self.config))
+        filled = [
+            (
+                path,
+                variable.replace(jax.device_put(self.source.read(_layer_name(index, path)), may_alias=True)),
+            )
+            for path, variable in nnx.to_flat_state(block)
+        ]
+        return nnx.from_flat_state(filled)
+
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """The input embeddings of the given tokens; only their rows are read."""
+        return self._rows(EMBEDDING, ids)
+
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """The output embeddings of the given tokens."""
+        return self._rows(self._head, ids)
+
+    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]:
+        """The output embedding, `rows` rows at a time."""
+        for start in range(0, self.config.vocab_size, rows):
+            stop = min(start + rows, self.config.vocab_size)
+            yield jax.device_put(self.source.read(self._head, start, stop), may_alias=True)
+
+    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """The final RMSNorm of a state."""
+        return rms_norm(h, jax.device_put(self.source.read("model.norm.weight")), self.config.rms_norm_eps)
+
+    def first_bad_tensor(self) -> str | None:
+        """The name of the first tensor that holds a NaN or an infinity, if any."""
+        for name in sorted(self.source.specs, key=_natural):
+            if not np.isfinite(self.source.read(name).astype(np.float32)).all():
+                return name
+        return None
+
+    def load(self) -> Qwen3:
+        """The whole model, each stacked parameter filled in one host buffer."""
+        graph, state = nnx.split(abstract_model(self.config))
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            parts = list(_names(path, self.config))
+            dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
+            buffer = aligned(variable.shape, dtype)
+            for name, index in parts:
+                buffer[index] = self.source.read(name)
+            filled.append((path, variable.replace(jax.device_put(buffer, may_alias=True))))
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    @property
+    def _head(self) -> str:
+        return EMBEDDING if self.config.tie_embeddings else "lm_head.weight"
+
+    def _rows(self, name: str, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        unique, place = np.unique(ids, return_inverse=True)
+        rows = np.concatenate([self.source.read(name, i, i + 1) for i in unique.tolist()])
+        return jax.device_put(rows[place.reshape(ids.shape)])
+
+
+def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
+    """Opens a Qwen3 checkpoint and checks that its tensors are those its configuration needs.
 
     Args:
         model: `demo`, a local directory, or a hub id.
@@ -56,7 +128,16 @@ def load_model(model: str, *, revision: str | None = None, loader: str = "auto")
     else:
         config = ModelConfig.from_file(directory / hub.CONFIG)
         source = open_safetensors(files)
-    return _build(config, source, directory)
+    _check_names(config, source.specs, directory)
+    return Checkpoint(directory, config, source)
+
+
+def load_model(model: str, *, revision: str | None = None, loader: str = "auto") -> Qwen3:
+    """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
+
+    Arguments and errors are those of `open_checkpoint`.
+    """
+    return open_checkpoint(model, revision=revision, loader=loader).load()
 
 
 def save_model(model: Qwen3, directory: Path) -> None:
@@ -73,54 +154,26 @@ def save_model(model: Qwen3, directory: Path) -> None:
     (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def first_bad_tensor(model: Qwen3) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, if any."""
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        for name, index in _names(path, model.config):
-            if not np.isfinite(np.asarray(variable[...][index], np.float32)).all():
-                return name
-    return None
-
-
-def _build(config: ModelConfig, source: Source, directory: Path) -> Qwen3:
-    """Checks every name and shape both ways, then fills the model parameter by parameter."""
-    abstract = nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
-    wanted = {
-        name: variable.shape[1:] if _is_stacked(path) else variable.shape
-        for path, variable in flat
-        for name, _ in _names(path, config)
-    }
-    _check_names(wanted, source.specs, config, directory)
-    filled = []
-    for path, variable in flat:
-        parts = list(_names(path, config))
-        dtype = np.result_type(*{source.specs[name].dtype for name, _ in parts})
-        buffer = _aligned(variable.shape, dtype)
-        for name, index in parts:
-            buffer[index] = source.read(name)
-        filled.append((path, variable.replace(jax.device_put(buffer, may_alias=True))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def _is_stacked(path: tuple[Any, ...]) -> bool:
-    return path[0] == "layers"
-
-
 def _names(path: tuple[Any, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
     """Hugging Face's name of each tensor within a parameter, and where in the parameter it lies."""
-    if _is_stacked(path):
-        rest = ".".join(path[1:])
+    if path[0] == "layers":
         for i in range(config.num_layers):
-            yield f"model.layers.{i}.{rest}", i
+            yield _layer_name(i, path[1:]), i
     else:
         yield ("" if path[0] == "lm_head" else "model.") + ".".join(path), ...
 
 
-def _check_names(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Spec], config: ModelConfig, directory: Path
-) -> None:
+def _layer_name(index: int, path: tuple[Any, ...]) -> str:
+    return f"model.layers.{index}." + ".".join(path)
+
+
+def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
+    """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
+    wanted = {
+        name: variable.shape if index is ... else variable.shape[1:]
+        for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
+        for name, index in _names(path, config)
+    }
     extra = {name for name in set(found) - set(wanted) if not _DERIVED.fullmatch(name)}
     if config.tie_embeddings:
         extra.discard("lm_head.weight")
@@ -145,10 +198,3 @@ def _check_names(
 def _natural(name: str) -> list[Any]:
     """Sorts layer 10 after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)

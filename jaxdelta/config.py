@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 
@@ -73,7 +73,7 @@ class ModelConfig:
     dtype: str = "float32"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Reads the contents of a config.json.
 
         Raises:
@@ -101,7 +101,7 @@ class ModelConfig:
         return config
 
     @classmethod
-    def from_file(cls, path: Path) -> Self:
+    def from_file(cls, path: Path) -> "ModelConfig":
         """Reads a config.json; a JaxDeltaError names the file and what is wrong with it."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))

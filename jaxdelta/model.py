@@ -11,8 +11,8 @@ sum is float32. Float32 products ask for full precision, since GPUs and TPUs oth
 """
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jaxdelta.config import ModelConfig, Rope
 
@@ -70,16 +70,23 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean x² + eps) · w over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    """`rms_norm` with a weight."""
 
     def __init__(self, size: int, eps: float, *, stack: tuple[int, ...] = (), dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        x = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * scale * self.weight[...].astype(jnp.float32)
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+def rms_norm(
+    x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
+) -> Float32[Array, "*batch D"]:
+    """x / sqrt(mean x² + eps) · w over the last axis, in float32 (Zhang & Sennrich 2019)."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * scale * weight.astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -157,17 +164,27 @@ class Qwen3(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        embedding = partial(Embedding, config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embed_tokens = embedding()
         self.layers = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.lm_head = None if config.tie_embeddings else embedding()
 
     @property
     def head(self) -> Float[Array, "V D"]:
         """The output embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+
+def abstract_model(config: ModelConfig) -> Qwen3:
+    """The model with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0)))
+
+
+@cache
+def abstract_block(config: ModelConfig) -> Block:
+    """One layer with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
 
 
 @jax.tree_util.register_dataclass
@@ -191,7 +208,7 @@ class ResidualStream:
 
 def residual_stream(
     model: Qwen3,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     compute_dtype: DTypeLike = jnp.float32,
     residual_dtype: DTypeLike = jnp.float32,
@@ -227,7 +244,7 @@ def _residual_stream(
 
 
 def logits(
-    model: Qwen3, tokens: Int[Array, "B T"], *, compute_dtype: DTypeLike = jnp.float32, remat: bool = False
+    model: Qwen3, tokens: Int[Array | np.ndarray, "B T"], *, compute_dtype: DTypeLike = jnp.float32, remat: bool = False
 ) -> Float32[Array, "B T V"]:
     """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
     first = model.embed_tokens(tokens).astype(jnp.float32)
@@ -245,17 +262,28 @@ def _scan_layers(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each."""
     length = h.shape[1]
-    rotary = rotary_angles(model.config, length)
-    windows = jnp.array([window or length for window in model.config.windows], jnp.int32)
     graph, weights = nnx.split(model.layers)
 
     def layer(h: Array, inputs: tuple[Any, Array]) -> tuple[Array, Any]:
         layer_weights, window = inputs
-        context = Context(rotary, causal_mask(length, window), jnp.dtype(compute_dtype))
+        context = block_context(model.config, length, window, compute_dtype)
         h, attention, mlp = nnx.merge(graph, layer_weights)(h, context)
         return h, keep(h, attention, mlp)
 
+    windows = jnp.asarray(attention_windows(model.config, length))
     return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (weights, windows))
+
+
+def attention_windows(config: ModelConfig, length: int) -> Int32[np.ndarray, " L"]:
+    """How many positions each layer attends to, `length` where it attends to all."""
+    return np.array([window or length for window in config.windows], np.int32)
+
+
+def block_context(
+    config: ModelConfig, length: int, window: Int[Array, ""] | int, compute_dtype: DTypeLike
+) -> Context:
+    """What a block needs to know about `length` positions of which each sees `window`."""
+    return Context(rotary_angles(config, length), causal_mask(length, window), jnp.dtype(compute_dtype))
 
 
 def causal_mask(length: int, window: int | Int[Array, ""]) -> Array:
@@ -318,14 +346,13 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-@partial(jax.jit, static_argnums=3)
 def next_token_loss(
     head: Float[Array, "V D"],
     normed: Float32[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-    compute_dtype: Any = jnp.float32,
+    tokens: Int[Array | np.ndarray, "B T"],
+    compute_dtype: DTypeLike = jnp.float32,
 ) -> Float32[Array, "B T-1"]:
-    """-ln p(token t+1 | tokens ..t) in nats, the head taken in slices so that no (T, V) matrix is built.
+    """-ln p(token t+1 | tokens ..t) in nats.
 
     Args:
         head: the output embedding.
@@ -333,20 +360,39 @@ def next_token_loss(
         tokens: the token ids.
         compute_dtype: dtype of the factors of the product.
     """
-    x = normed[:, :-1].astype(compute_dtype)
-    vocab = head.shape[0]
-    rows = min(VOCAB_SLICE, vocab)
+    slices = (head[start : start + VOCAB_SLICE] for start in range(0, head.shape[0], VOCAB_SLICE))
+    targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
+    return sliced_loss(slices, targets, normed[:, :-1], compute_dtype)
 
-    def add_slice(i: Array, log_sum: Array) -> Array:
-        # The last slice starts early enough to be whole; the rows it shares with the one before are masked.
-        start = jnp.minimum(i * rows, vocab - rows)
-        scores = contract("BTD,VD->BTV", x, jax.lax.dynamic_slice_in_dim(head, start, rows))
-        new = start + jnp.arange(rows) >= i * rows
-        return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
 
-    log_sum = jax.lax.fori_loop(0, -(-vocab // rows), add_slice, jnp.full(x.shape[:2], -jnp.inf))
-    target = jnp.take(head, tokens[:, 1:], axis=0)
-    return log_sum - contract("BTD,BTD->BT", x, target)
+def sliced_loss(
+    slices: Iterable[Float[Array, "_ D"]],
+    targets: Float[Array, "B T D"],
+    normed: Float32[Array, "B T D"],
+    compute_dtype: DTypeLike,
+) -> Float32[Array, "B T"]:
+    """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
+
+    Args:
+        slices: the output embedding's rows, at most VOCAB_SLICE at a time.
+        targets: the row of each position's next token.
+        normed: x, the last state after the final norm.
+        compute_dtype: dtype of the factors of the products.
+    """
+    x = normed.astype(compute_dtype)
+    log_sum = jnp.full(x.shape[:2], -jnp.inf)
+    for rows in slices:
+        # Filled up to one size, so that one compiled function serves the last slice too.
+        filled = jnp.pad(rows, ((0, VOCAB_SLICE - rows.shape[0]), (0, 0)))
+        log_sum = _add_slice(log_sum, x, filled, rows.shape[0])
+    return log_sum - contract("BTD,BTD->BT", x, targets)
+
+
+@jax.jit
+def _add_slice(log_sum: Array, x: Array, rows: Array, count: int | Array) -> Array:
+    present = jnp.arange(rows.shape[0]) < count
+    scores = contract("BTD,VD->BTV", x, rows)
+    return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=present))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

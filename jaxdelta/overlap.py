@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Float64
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Overlaps:
     """Relations between layers; signs of cosines follow the directions' and mean nothing by themselves."""
@@ -39,11 +38,11 @@ def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "
     """
     with jax.enable_x64(True):
         found = _overlaps(jnp.asarray(directions, jnp.float64), jnp.asarray(members))
-        return jax.tree.map(np.asarray, jax.block_until_ready(found))
+        return Overlaps(*map(np.asarray, jax.block_until_ready(found)))
 
 
 @jax.jit
-def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> Overlaps:
+def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> tuple[Array, ...]:
     layers, k, d = directions.shape
     stack = directions.reshape(layers * k, d)
     gram = jnp.matmul(stack, stack.T, precision=jax.lax.Precision.HIGHEST)
@@ -51,17 +50,18 @@ def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) 
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
     capture = jax.lax.map(lambda inside: _capture(gram, jnp.repeat(inside, k))[::k], members)
     intra, cross = jax.vmap(partial(_phase_means, jnp.abs(cosines)))(members)
-    return Overlaps(cosines, intra, cross, capture)
+    return cosines, intra, cross, capture
 
 
 def _phase_means(
     cosines: Float64[Array, "N N"], inside: Bool[Array, " N"]
 ) -> tuple[Float64[Array, ""], Float64[Array, ""]]:
-    size, others = inside.sum(), (~inside).sum()
-    pairs = inside[:, None] & inside[None, :] & ~jnp.eye(inside.size, dtype=bool)
-    intra = jnp.where(pairs, cosines, 0).sum() / jnp.maximum(pairs.sum(), 1)
-    cross = jnp.where(inside[:, None] & ~inside[None, :], cosines, 0).sum() / jnp.maximum(size * others, 1)
-    return jnp.where(size == 1, 1.0, intra), cross
+    def mean(pairs: Bool[Array, "N N"]) -> Float64[Array, ""]:
+        return jnp.where(pairs, cosines, 0).sum() / jnp.maximum(pairs.sum(dtype=cosines.dtype), 1)
+
+    within = inside[:, None] & inside[None, :] & ~jnp.eye(inside.size, dtype=bool)
+    across = inside[:, None] & ~inside[None, :]
+    return jnp.where(inside.sum() == 1, 1.0, mean(within)), mean(across)
 
 
 def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[Array, " M"]:

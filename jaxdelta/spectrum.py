@@ -5,29 +5,20 @@ Axes: n tokens, d hidden size, r = min(n, d) singular values, k kept directions.
 The spectrum comes from the Gram matrix of δ's short side. A product of two float32 numbers is exact in
 float64, so squaring costs nothing that float32 input had: σ is within 1e-12 of a float64 SVD's at a fraction
 of its time (float32 arithmetic would lose half the digits of the small ones). Every spectrum carries a
-certificate. All functions here must be traced with 64-bit types on: see `over_layers`.
+certificate. All functions here must be traced with 64-bit types on.
 """
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import threadpoolctl
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float64
 
 METHODS = ("gram", "full")
 CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
 
 _SIGN_FLOOR = 1e-3
-_WORKSPACE_BYTES = 4 << 30
-
-T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +62,8 @@ def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") ->
     """
     x = delta.astype(jnp.float64)
     values, vectors = (_by_gram if method == "gram" else _by_svd)(x, k)
-    vectors = _orient(vectors, values[:k], x) * (values[0] > 0)
-    return Spectrum(values, vectors, _defect(x, values, vectors))
+    directions = _orient(vectors, values[:k], x)
+    return Spectrum(values, directions, _defect(x, values, directions))
 
 
 def token_statistics(delta: Float[Array, "n d"], h: Float[Array, "n d"]) -> TokenStatistics:
@@ -118,46 +109,9 @@ def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
 def host_spectrum(delta: Float[np.ndarray, "n d"], k: int) -> Spectrum:
     """`update_spectrum` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
     x = np.asarray(delta, np.float64)
-    _, values, vectors = np.linalg.svd(x, full_matrices=False)
-    vectors = np.asarray(_orient(vectors[:k], values[:k], x)) * (values[0] > 0)
-    return Spectrum(values, vectors, np.asarray(_defect(x, values, vectors)))
-
-
-def over_layers(figures: Callable[[Int[np.ndarray, " m"]], T], count: int) -> T:
-    """figures([0, ..., count - 1]), with 64-bit types on.
-
-    On a CPU, a thread for each core takes layers one by one and its linear algebra runs on that core alone:
-    one layer's matrices are too small to share out well. An accelerator gets all layers in one call.
-
-    Args:
-        figures: a compiled function of layers' indices; its results are stacked along their first axis.
-        count: the number of layers.
-    """
-
-    def run(layers: np.ndarray) -> T:
-        with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, jax.block_until_ready(figures(layers)))
-
-    layers = np.arange(count, dtype=np.int32)
-    if jax.default_backend() != "cpu":
-        return run(layers)
-    with _single_threaded_blas(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(run, np.split(layers, count)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def layers_at_once(n: int, d: int) -> int:
-    """How many layers' float64 workspace fits: δ twice, the Gram matrix, three of its size in the solver."""
-    return max(1, _WORKSPACE_BYTES // (8 * (2 * n * d + 4 * min(n, d) ** 2)))
-
-
-@contextlib.contextmanager
-def _single_threaded_blas() -> Iterator[None]:
-    """Several threads calling a threaded OpenBLAS is slow and, on many cores, unsafe (jax issue 39292)."""
-    import scipy.linalg.cython_lapack  # noqa: F401 - XLA's LAPACK; loaded now so that it is limited too
-
-    with threadpoolctl.threadpool_limits(1, "blas"):
-        yield
+    _, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
+    directions = _orient(vectors[:k], values[:k], jnp.asarray(x))
+    return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions))
 
 
 def _by_gram(x: Float64[Array, "n d"], k: int) -> tuple[Float64[Array, " r"], Float64[Array, "k d"]]:
@@ -181,7 +135,8 @@ def _orient(
     along = directions @ x.sum(axis=0)
     largest = jnp.take_along_axis(directions, jnp.abs(directions).argmax(axis=1)[:, None], axis=1)[:, 0]
     stable = jnp.abs(along) > _SIGN_FLOOR * values * np.sqrt(x.shape[0])
-    return directions * jnp.where(jnp.where(stable, along, largest) < 0, -1.0, 1.0)[:, None]
+    signs = jnp.where(jnp.where(stable, along, largest) < 0, -1.0, 1.0)
+    return jnp.where(values[0] > 0, signs[:, None] * directions, 0)
 
 
 def _defect(
@@ -192,7 +147,7 @@ def _defect(
     image = _product(_product(directions, x.T), x) - jnp.square(values[:k])[:, None] * directions
     residual = jnp.linalg.norm(image, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)
     gram = _product(directions, directions.T)
-    orthonormal = jnp.abs(gram - jnp.eye(k, dtype=gram.dtype)).max() * (values[0] > 0)
+    orthonormal = jnp.where(values[0] > 0, jnp.abs(gram - jnp.eye(k, dtype=gram.dtype)).max(), 0)
     energy = jnp.sum(jnp.square(x))
     trace = jnp.abs(jnp.sum(jnp.square(values)) - energy) / jnp.maximum(energy, tiny)
     return jnp.maximum(jnp.maximum(residual, orthonormal), trace)

@@ -1,90 +1,179 @@
-"""Every layer's figures from the residual stream: updates, spectra, token statistics, closure."""
+"""The layer-major pass: all tokens go through one layer, which is measured and forgotten, then the next.
+
+Layer L + 1 is read while layer L computes, so a run needs the memory of two layers, and each weight is
+read once. One compiled function serves all layers.
+"""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Float64, Int
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
 
-from jaxdelta.model import ResidualStream
-from jaxdelta.spectrum import (
-    CERTIFIED,
-    Spectrum,
-    TokenStatistics,
-    host_spectrum,
-    layers_at_once,
-    over_layers,
-    token_statistics,
-    update_spectrum,
+from jaxdelta.config import ModelConfig
+from jaxdelta.model import (
+    VOCAB_SLICE,
+    Qwen3,
+    abstract_block,
+    attention_windows,
+    block_context,
+    sliced_loss,
 )
+
+T = TypeVar("T")
+
+
+class Weights(Protocol):
+    """Where the pass gets a model's weights: a Checkpoint reads them, a Resident model has them."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    def layer(self, index: int) -> nnx.State: ...
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
+    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]: ...
+    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]: ...
+    def first_bad_tensor(self) -> str | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """A loaded model as `Weights`."""
+
+    model: Qwen3
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def layer(self, index: int) -> nnx.State:
+        return _take(nnx.state(self.model.layers), index)
+
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.model.embed_tokens(jnp.asarray(ids))
+
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        return jnp.take(self.model.head, jnp.asarray(ids), axis=0)
+
+    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]:
+        for start in range(0, self.config.vocab_size, rows):
+            yield self.model.head[start : start + rows]
+
+    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        return self.model.norm(h)
+
+    def first_bad_tensor(self) -> str | None:
+        for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param)):
+            if not jnp.isfinite(variable[...]).all():
+                return ".".join(path)
+        return None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerFigures:
-    """What is computed on the device for one layer (or, stacked, for several)."""
+class Update:
+    """What a layer wrote (`delta`) into the state that entered it (`h`), for all tokens but the first."""
 
-    spectrum: Spectrum
-    tokens: TokenStatistics
-    finite: Array
+    delta: Float32[Array, "n d"]
+    h: Float32[Array, "n d"]
 
 
-def measure_layers(stream: ResidualStream, k: int, method: str) -> tuple[LayerFigures, list[int]]:
-    """Every layer's figures over all tokens but the first, and one row more: the last layer's when its
-    state is taken after the final norm, as the reference takes it.
+class Sweep:
+    """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
 
-    A spectrum whose certificate fails is computed again by NumPy on the host.
-
-    Returns:
-        The stacked figures (N + 1 rows) and the rows that were computed on the host.
+    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
+    when the last state is taken after the final norm, as the reference takes it; `loss()`.
     """
-    count = stream.attention.shape[0] + 1
-    n, d = stream.states.shape[-2] - 1, stream.states.shape[-1]
-    figures = partial(layer_figures, stream, k=k, method=method, batch=min(count, layers_at_once(n, d)))
-    found = over_layers(figures, count)
-    bad = [row for row in range(count) if found.finite[row] and not found.spectrum.defect[row] <= CERTIFIED]
-    for row in bad:
-        with jax.enable_x64(True):
-            spectrum = host_spectrum(np.asarray(row_inputs(stream, row)[0]), k)
-        for mended, value in zip(jax.tree.leaves(found.spectrum), jax.tree.leaves(spectrum), strict=True):
-            mended[row] = value
-    return found, bad
+
+    normed: Update
+    closure_error: float
+
+    def __init__(
+        self,
+        weights: Weights,
+        tokens: Int[np.ndarray, "B T"],
+        compute_dtype: DTypeLike = jnp.float32,
+        residual_dtype: DTypeLike = jnp.float32,
+    ):
+        self.weights = weights
+        self.tokens = tokens
+        self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
+
+    def __iter__(self) -> Iterator[Update]:
+        config = self.weights.config
+        compute_dtype, residual_dtype = self.dtypes
+        graph = nnx.graphdef(abstract_block(config))
+        windows = attention_windows(config, self.tokens.shape[1])
+        first = h = self.weights.embeddings(self.tokens).astype(residual_dtype)
+        written = jnp.zeros(h.shape, jnp.float32)
+        for layer, window in zip(read_ahead(self.weights.layer, config.num_layers), windows, strict=True):
+            entered, before = h, written
+            h, written, update = _step(graph, config, compute_dtype, layer, h, before, window)
+            del layer
+            # One layer's work in the queue at most: more would hold more layers' weights.
+            jax.block_until_ready(entered)
+            yield update
+        self._finish(first, entered, h, written)
+
+    def _finish(self, first: Array, entered: Array, last: Array, written: Array) -> None:
+        self.last_normed = self.weights.final_norm(last)
+        self.normed = _without_first_token(self.last_normed - entered.astype(jnp.float32), entered)
+        self.closure_error = float(_closure_error(first, written, last))
+
+    def loss(self) -> float:
+        """Mean -ln p(next token) over the text, in nats per token."""
+        targets = self.weights.head_rows(self.tokens[:, 1:])
+        slices = self.weights.head_slices(min(VOCAB_SLICE, self.weights.config.vocab_size))
+        return float(sliced_loss(slices, targets, self.last_normed[:, :-1], self.dtypes[0]).mean())
 
 
-@partial(jax.jit, static_argnames=("k", "method", "batch"))
-def layer_figures(
-    stream: ResidualStream, rows: Int[Array, " m"], *, k: int, method: str, batch: int
-) -> LayerFigures:
-    """The figures of the given rows of `row_inputs`, `batch` of them at a time."""
-
-    def one(row: Int[Array, ""]) -> LayerFigures:
-        delta, h = row_inputs(stream, row)
-        finite = jnp.isfinite(delta).all() & jnp.isfinite(h).all()
-        delta = jnp.where(finite, delta, 0)  # Some solvers never return from a NaN.
-        return LayerFigures(update_spectrum(delta, k, method), token_statistics(delta, h), finite)
-
-    return jax.lax.map(one, rows, batch_size=batch)
+def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
+    """read(0), ..., read(count - 1), each read on another thread while the one before is in use."""
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        upcoming = pool.submit(read, 0)
+        for index in range(count):
+            item = upcoming.result()
+            if index + 1 < count:
+                upcoming = pool.submit(read, index + 1)
+            yield item
+            del item
 
 
-def row_inputs(
-    stream: ResidualStream, row: int | Int[Array, ""]
-) -> tuple[Float32[Array, "n d"], Float32[Array, "n d"]]:
-    """δ and h of a row without the first token: layer `row`, or, past the last, the last layer's normed."""
-    assert stream.normed is not None
-    last = stream.attention.shape[0] - 1
-    layer = jnp.minimum(row, last)
-    h = stream.states[layer, 0, 1:].astype(jnp.float32)
-    written = (stream.attention[layer] + stream.mlp[layer])[0, 1:]
-    return jnp.where(row > last, stream.normed[0, 1:] - h, written), h
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _step(
+    graph: Any,
+    config: ModelConfig,
+    compute_dtype: Any,
+    layer: nnx.State,
+    h: Float[Array, "B T D"],
+    written: Float32[Array, "B T D"],
+    window: Int[Array, ""],
+) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
+    """One layer on all tokens: the new state, the sum of all updates so far, and the layer's own."""
+    context = block_context(config, h.shape[1], window, compute_dtype)
+    new, attention, mlp = nnx.merge(graph, layer)(h, context)
+    delta = attention + mlp
+    return new, written + delta, _without_first_token(delta, h)
+
+
+def _without_first_token(delta: Float32[Array, "B T D"], h: Float[Array, "B T D"]) -> Update:
+    rows = (-1, delta.shape[-1])
+    return Update(delta[:, 1:].reshape(rows), h[:, 1:].astype(jnp.float32).reshape(rows))
 
 
 @jax.jit
-def closure_error(stream: ResidualStream) -> Float64[Array, ""]:
-    """‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F: how well the updates account for the last state (trace with x64 on)."""
-    first, last = (stream.states[i].astype(jnp.float64) for i in (0, -1))
-    written = jnp.sum(stream.attention, axis=0, dtype=jnp.float64) + jnp.sum(
-        stream.mlp, axis=0, dtype=jnp.float64
-    )
+def _closure_error(first: Array, written: Array, last: Array) -> Array:
+    first, last = first.astype(jnp.float32), last.astype(jnp.float32)
     return jnp.linalg.norm((first + written - last).ravel()) / jnp.linalg.norm(last.ravel())
+
+
+@jax.jit
+def _take(stacked: nnx.State, index: int | Array) -> nnx.State:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)

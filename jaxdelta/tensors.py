@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ from jaxdelta import hub
 from jaxdelta.errors import JaxDeltaError
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,13 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Tensors that can be listed at once and read one by one; names as in a causal language model."""
+    """Tensors that can be listed at once and read one by one; names as in a causal language model.
+
+    `read(name)` reads a tensor, `read(name, start, stop)` those rows of it.
+    """
 
     specs: Mapping[str, Spec]
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -51,33 +55,72 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(files: list[Path]) -> Source:
-    """Opens the files' headers. Read by pread, not mmap: mapped pages would count twice in memory."""
-    specs: dict[str, Spec] = {}
-    where: dict[str, tuple[Any, str, Path]] = {}
+    """Opens the files' headers, which safetensors checks; tensors are then read straight from their places.
+
+    By pread into buffers of our own: mapped pages would count twice in memory, and the library has no way
+    to read into a buffer that XLA can use as it lies.
+    """
+    places: dict[str, _Place] = {}
     for file in files:
-        try:
-            handle = safe_open(file, framework="np", backend="pread")
-        except (SafetensorError, OSError) as error:
-            raise JaxDeltaError(f"{file}: is not a whole safetensors file ({_first_line(error)})") from error
-        for stored in handle.keys():  # noqa: SIM118 - not a dict
-            name = _causal_name(stored)
-            view = handle.get_slice(stored)
-            if view.get_dtype() not in DTYPES:
-                raise JaxDeltaError(
-                    f"{file}: {stored} has dtype {view.get_dtype()}; jaxdelta reads {', '.join(DTYPES)} "
-                    "(for a quantised checkpoint try --loader=torch)"
-                )
-            specs[name] = Spec(tuple(view.get_shape()), np.dtype(DTYPES[view.get_dtype()]))
-            where[name] = handle, stored, file
+        for name, place in _places(file):
+            places[_causal_name(name)] = place
+    specs = {name: Spec(place.shape, place.dtype) for name, place in places.items()}
+    return Source(specs, lambda name, start=0, stop=None: places[name].read(start, stop))
 
-    def read(name: str) -> np.ndarray:
-        handle, stored, file = where[name]
-        try:
-            return handle.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise JaxDeltaError(f"{file}: {stored} cannot be read ({_first_line(error)})") from error
 
-    return Source(specs, read)
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its file, its name there, and the offset of its first byte."""
+
+    file: Path
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        rows = range(*slice(start, stop).indices(self.shape[0]))
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        buffer = aligned((len(rows), *self.shape[1:]), self.dtype)
+        view = memoryview(buffer.reshape(-1).view(np.uint8))
+        done, first = 0, self.offset + rows.start * row_bytes
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                while done < len(view):
+                    count = os.preadv(file.fileno(), [view[done:]], first + done)
+                    if count == 0:
+                        raise OSError(0, "the file has become shorter")
+                    done += count
+        except OSError as error:
+            raise JaxDeltaError(f"{self.file}: {self.name} cannot be read ({error.strerror})") from error
+        return buffer
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA's CPU client uses as it lies, where others are copied."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _places(file: Path) -> Iterator[tuple[str, _Place]]:
+    try:
+        with safe_open(file, framework="np"), open(file, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except (SafetensorError, OSError) as error:
+        raise JaxDeltaError(f"{file}: is not a whole safetensors file ({_first_line(error)})") from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise JaxDeltaError(
+                f"{file}: {name} has dtype {entry['dtype']}; jaxdelta reads {', '.join(DTYPES)} "
+                "(for a quantised checkpoint try --loader=torch)"
+            )
+        offset = 8 + length + entry["data_offsets"][0]
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        yield name, _Place(file, name, offset, tuple(entry["shape"]), dtype)
 
 
 def _causal_name(stored: str) -> str:

@@ -26,7 +26,9 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
             f"{directory}: transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})"
         )
     specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}
-    return ModelConfig.from_dict(raw), Source(specs, lambda name: _to_numpy(tensors[name]))
+    return ModelConfig.from_dict(raw), Source(
+        specs, lambda name, start=None, stop=None: _to_numpy(tensors[name][start:stop])
+    )
 
 
 def _load(directory: Path) -> Any:

@@ -1,0 +1,127 @@
+"""Runs the figures of many layers: on a CPU side by side on its cores, on an accelerator in batches."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+from jaxtyping import Array, Bool
+
+from jaxdelta.spectrum import (
+    CERTIFIED,
+    Spectrum,
+    TokenStatistics,
+    host_spectrum,
+    token_statistics,
+    update_spectrum,
+)
+from jaxdelta.sweep import Update
+
+_WORKSPACE_BYTES = 4 << 30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerFigures:
+    """What is measured of a layer; its arrays have a leading axis of layers.
+
+    `on_host` marks the spectra that failed their certificate and were computed again by NumPy.
+    """
+
+    spectrum: Spectrum
+    tokens: TokenStatistics
+    finite: Bool[Array, " N"]
+    on_host: Bool[Array, " N"]
+
+
+def measure(updates: Iterable[Update], k: int, method: str) -> LayerFigures:
+    """Spectrum and token statistics of every update, in their order, as they come.
+
+    Args:
+        updates: δ and h of each layer, all of one shape.
+        k: directions kept.
+        method: `gram` or `full`, see `update_spectrum`.
+    """
+    run = _on_threads if jax.default_backend() == "cpu" else _in_batches
+    parts = list(run(updates, partial(_figures, k=k, method=method)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+@partial(jax.jit, static_argnames=("k", "method"))
+def _figures(updates: Update, *, k: int, method: str) -> LayerFigures:
+    """The figures of a stack of updates, one after the other in one call."""
+
+    def one(update: Update) -> LayerFigures:
+        delta, h = update.delta, update.h
+        finite = jnp.isfinite(delta).all() & jnp.isfinite(h).all()
+        delta = jnp.where(finite, delta, 0)  # Some solvers never return from a NaN.
+        spectrum = update_spectrum(delta, k, method)
+        on_host = ~(spectrum.defect <= CERTIFIED)  # also where it is NaN
+        return LayerFigures(spectrum, token_statistics(delta, h), finite, on_host)
+
+    return jax.vmap(one)(updates)
+
+
+def _on_threads(updates: Iterable[Update], figures: Any) -> Iterator[LayerFigures]:
+    """A thread for each core, whose linear algebra runs on that core alone.
+
+    One layer's matrices are too small to share out well. As many updates wait as there are threads.
+    """
+    count = os.cpu_count() or 1
+    pending: list[Future[LayerFigures]] = []
+    first: Future[LayerFigures] | None = None
+    with _single_threaded_blas(), ThreadPoolExecutor(count, "spectra") as pool:
+        for update in updates:
+            pending.append(pool.submit(_run_after, first, figures, update))
+            first = first or pending[0]
+            if len(pending) > 2 * count:
+                yield pending.pop(0).result()
+        yield from (future.result() for future in pending)
+
+
+def _run_after(first: Future[LayerFigures] | None, figures: Any, update: Update) -> LayerFigures:
+    """Waits for the first update, whose run compiles: two threads at once would both compile."""
+    if first is not None:
+        first.exception()
+    return _run(figures, [update])
+
+
+def _in_batches(updates: Iterable[Update], figures: Any) -> Iterator[LayerFigures]:
+    """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
+    iterator = iter(updates)
+    for update in iterator:
+        rest = itertools.islice(iterator, layers_at_once(*update.delta.shape) - 1)
+        yield _run(figures, [update, *rest])
+
+
+def layers_at_once(n: int, d: int) -> int:
+    """How many layers' float64 workspace fits: δ twice, the Gram matrix, three of its size in the solver."""
+    return max(1, _WORKSPACE_BYTES // (8 * (2 * n * d + 4 * min(n, d) ** 2)))
+
+
+def _run(figures: Any, updates: list[Update]) -> LayerFigures:
+    with jax.enable_x64(True):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
+        found = jax.tree.map(np.array, jax.block_until_ready(figures(stacked)))
+        for row in np.flatnonzero(found.on_host):
+            spectrum = host_spectrum(np.asarray(updates[row].delta), found.spectrum.directions.shape[1])
+            for mended, value in zip(jax.tree.leaves(found.spectrum), jax.tree.leaves(spectrum), strict=True):
+                mended[row] = value
+        return found
+
+
+@contextlib.contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """Several threads calling a threaded OpenBLAS is slow and, on many cores, unsafe (jax issue 39292)."""
+    import scipy.linalg.cython_lapack  # noqa: F401 - XLA's LAPACK; loaded now so that it is limited too
+
+    with threadpoolctl.threadpool_limits(1, "blas"):
+        yield
