@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from safetensors.numpy import load_file, save
 
 from jaxdelta import __version__
@@ -124,7 +124,8 @@ class Analysis:
                 raise JaxDeltaError(
                     f"{path}: has schema_version {version}, this jaxdelta reads up to {SCHEMA_VERSION}"
                 )
-            return cls(**fields, **load_file(path.with_suffix(".safetensors")))
+            arrays: dict[str, Any] = load_file(path.with_suffix(".safetensors"))
+            return cls(**fields, **arrays)
         except OSError as error:
             raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
         except (ValueError, TypeError, AttributeError) as error:
@@ -159,6 +160,7 @@ def analyze(
     chosen = Options(**options)
     stages = Stages(listener)
     with stages("open") as note:
+        weights: Weights
         if isinstance(model, Qwen3):
             name, weights = "Qwen3", Resident(model)
         else:
@@ -288,7 +290,7 @@ def _collect(figures: LayerFigures, phases: tuple[str, ...], options: Options) -
 
 
 def _row(figures: LayerFigures, row: int, layer: int, phases: tuple[str, ...], k: int) -> dict[str, Any]:
-    values: Float[np.ndarray, " r"] = figures.spectrum.singular_values[row]
+    values = np.asarray(figures.spectrum.singular_values[row])
     rank = numerical_rank(values)
     if rank:
         _check_rank(k, rank, f"layer {layer}'s update")

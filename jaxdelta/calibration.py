@@ -71,11 +71,18 @@ def tokenize(
 
     Raises:
         UsageError: max_tokens below 2.
-        JaxDeltaError: fewer than two tokens, or a token the model has no embedding for.
+        JaxDeltaError: fewer than two tokens, one the model has no embedding for, or no Unicode text.
     """
     if max_tokens < 2:
         raise UsageError(f"max_tokens must be at least 2 (the first token is left out), not {max_tokens}")
-    ids, offsets = encode(SEPARATOR.join(documents))
+    text = SEPARATOR.join(documents)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise JaxDeltaError(
+            f"the calibration text is not Unicode (half a character at {error.start})"
+        ) from error
+    ids, offsets = encode(text)
     ids, offsets = ids[:max_tokens], offsets[:max_tokens]
     if len(ids) < 2:
         raise JaxDeltaError(
@@ -106,6 +113,9 @@ def load_encoder(directory: Path) -> Encoder:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception.
         raise JaxDeltaError(f"{file}: is not a tokenizer ({error})") from error
+    # The file may carry the settings of its last use; transformers, and so the reference, drops them too.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
 
     def encode(text: str) -> tuple[list[int], list[int]]:
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -136,7 +146,7 @@ def _transformers_encoder(directory: Path) -> Encoder:
 def _json_list(path: Path, text: str) -> list[str]:
     try:
         documents = json.loads(text) if text.strip() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JaxDeltaError(f"{path}: is not JSON ({error})") from error
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
         raise JaxDeltaError(f"{path}: must hold a JSON list of strings, one a document")

@@ -15,16 +15,17 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.model import Qwen3, abstract_block, abstract_model, rms_norm
+from jaxdelta.model import VOCAB_SLICE, Qwen3, abstract_block, abstract_model
 from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensors_files
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 LOADERS = ("auto", "safetensors", "torch")
 
 # Buffers that old checkpoints carry beside their weights.
@@ -62,15 +63,13 @@ class Checkpoint:
         """The output embeddings of the given tokens."""
         return self._rows(self._head, ids)
 
-    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]:
-        """The output embedding, `rows` rows at a time."""
-        for start in range(0, self.config.vocab_size, rows):
-            stop = min(start + rows, self.config.vocab_size)
-            yield jax.device_put(self.source.read(self._head, start, stop), may_alias=True)
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows start..stop-1 of the output embedding."""
+        return jax.device_put(self.source.read(self._head, start, stop), may_alias=True)
 
-    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        """The final RMSNorm of a state."""
-        return rms_norm(h, jax.device_put(self.source.read("model.norm.weight")), self.config.rms_norm_eps)
+    def final_norm(self) -> Float[Array, " D"]:
+        """The final RMSNorm's weight."""
+        return jax.device_put(self.source.read("model.norm.weight"))
 
     def first_bad_tensor(self) -> str | None:
         """The name of the first tensor that holds a NaN or an infinity, if any."""
@@ -94,7 +93,7 @@ class Checkpoint:
 
     @property
     def _head(self) -> str:
-        return EMBEDDING if self.config.tie_embeddings else "lm_head.weight"
+        return EMBEDDING if self.config.tie_embeddings else HEAD
 
     def _rows(self, name: str, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         unique, place = np.unique(ids, return_inverse=True)
@@ -128,6 +127,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     else:
         config = ModelConfig.from_file(directory / hub.CONFIG)
         source = open_safetensors(files)
+    if config.tie_embeddings and _has_own_head(source):
+        config = dataclasses.replace(config, tie_embeddings=False)
     _check_names(config, source.specs, directory)
     return Checkpoint(directory, config, source)
 
@@ -167,6 +168,19 @@ def _layer_name(index: int, path: tuple[Any, ...]) -> str:
     return f"model.layers.{index}." + ".".join(path)
 
 
+def _has_own_head(source: Source) -> bool:
+    """transformers 5 ties a head that is on disk only to an equal embedding, whatever config.json says."""
+    if HEAD not in source.specs or EMBEDDING not in source.specs:
+        return False
+    if source.specs[HEAD] != source.specs[EMBEDDING]:
+        return True
+    for start in range(0, source.specs[HEAD].shape[0], VOCAB_SLICE):
+        head, embedding = (source.read(name, start, start + VOCAB_SLICE) for name in (HEAD, EMBEDDING))
+        if not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
+            return True
+    return False
+
+
 def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
     """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
     wanted = {
@@ -176,7 +190,7 @@ def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path
     }
     extra = {name for name in set(found) - set(wanted) if not _DERIVED.fullmatch(name)}
     if config.tie_embeddings:
-        extra.discard("lm_head.weight")
+        extra.discard(HEAD)
     wrong = [
         f"{name} is {found[name].shape}, not {shape}"
         for name, shape in wanted.items()

@@ -89,11 +89,11 @@ class ModelConfig:
             num_heads=_positive(raw, "num_attention_heads"),
             num_kv_heads=_positive(raw, "num_key_value_heads", default=raw.get("num_attention_heads")),
             head_dim=_positive(raw, "head_dim", default=128),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),
             windows=_windows(raw),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=_flag(raw, "attention_bias"),
+            tie_embeddings=_flag(raw, "tie_word_embeddings"),
             max_positions=_positive(raw, "max_position_embeddings", default=32_768),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         )
@@ -214,40 +214,63 @@ def _check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> No
 
 
 def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
+    value = _value(raw, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise JaxDeltaError(f"{key} must be a positive integer, not {value!r}")
     return value
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = _value(raw, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise JaxDeltaError(f"{key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    value = _value(raw, key, default)
+    if not isinstance(value, bool):
+        raise JaxDeltaError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
+def _value(raw: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A key that is null counts as absent."""
+    return default if raw.get(key) is None else raw[key]
+
+
 def _rope(raw: Mapping[str, Any]) -> Rope:
     """Accepts `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before)."""
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise JaxDeltaError(f"rope_parameters must be an object, not {given!r}")
     _check_keys("rope parameters", given, ROPE_KEYS)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise JaxDeltaError(f"rope_type={kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
     if given.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise JaxDeltaError("partial_rotary_factor other than 1 is not supported")
-    theta = float(given.get("rope_theta") or raw.get("rope_theta") or Rope.theta)
+    theta = _number(given, "rope_theta", _number(raw, "rope_theta", Rope.theta))
     if kind == "default":
         return Rope(theta=theta)
-    if not given.get("factor"):
+    if given.get("factor") is None:
         raise JaxDeltaError(f"rope_type={kind!r} needs a factor")
-    factor = float(given["factor"])
+    factor = _number(given, "factor")
     if kind == "linear":
         return Rope(theta=theta, kind=kind, factor=factor)
     return Rope(
         theta=theta,
         kind=kind,
         factor=factor,
-        original_max_positions=given.get("original_max_position_embeddings")
-        or _positive(raw, "max_position_embeddings", default=32_768),
-        beta_fast=float(given.get("beta_fast") or Rope.beta_fast),
-        beta_slow=float(given.get("beta_slow") or Rope.beta_slow),
+        original_max_positions=_positive(
+            given,
+            "original_max_position_embeddings",
+            default=_positive(raw, "max_position_embeddings", default=32_768),
+        ),
+        beta_fast=_number(given, "beta_fast", Rope.beta_fast),
+        beta_slow=_number(given, "beta_slow", Rope.beta_slow),
         attention_factor=_yarn_attention_factor(given, factor),
-        truncate=bool(given.get("truncate", True)),
+        truncate=_flag(given, "truncate", True),
     )
 
 
@@ -258,21 +281,23 @@ def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
+        return _number(given, "attention_factor")
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+        return mscale(_number(given, "mscale")) / mscale(_number(given, "mscale_all_dim"))
     return mscale(1.0)
 
 
 def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """One attention window a layer; `layer_types` decides, else `max_window_layers`, as in transformers."""
     num_layers = _positive(raw, "num_hidden_layers")
-    use = bool(raw.get("use_sliding_window", False))
-    window = raw.get("sliding_window", 4096) if use else None
+    on = _flag(raw, "use_sliding_window") and raw.get("sliding_window", 4096) is not None
+    window = _positive(raw, "sliding_window", default=4096) if on else None
     types = raw.get("layer_types")
     if types is None:
-        first = raw.get("max_window_layers", 28)
+        first = _positive(raw, "max_window_layers", default=28) if raw.get("max_window_layers") != 0 else 0
         return tuple(window if i >= first else None for i in range(num_layers))
+    if not isinstance(types, list | tuple):
+        raise JaxDeltaError(f"layer_types must be a list, not {types!r}")
     unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
     if unknown:
         raise JaxDeltaError(f"layer_types: {', '.join(unknown)} is not supported")

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 
 from absl import app, flags
@@ -26,9 +26,18 @@ def install() -> None:
     signal.signal(signal.SIGTERM, _terminate)
 
 
-def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
-    """Parses the flags, JAX's own among them, calls main and exits with the status its end deserves."""
-    app.run(lambda argv: _guarded(main), flags_parser=lambda argv: _parse_flags(argv, required))
+def run(main: Callable[..., None], *, required: Sequence[str] = (), commands: Collection[str] = ()) -> None:
+    """Parses the flags, JAX's own among them, calls main and exits with the status its end deserves.
+
+    Args:
+        main: the script; where there are commands it is called with the one given.
+        required: flags that must be set.
+        commands: what the one argument that is no flag may be; without them there is no such argument.
+    """
+    app.run(
+        lambda argv: _guarded(lambda: main(*argv[1:])),
+        flags_parser=lambda argv: _parse_flags(argv, required, commands),
+    )
 
 
 def _guarded(main: Callable[[], None]) -> None:
@@ -56,16 +65,19 @@ def script_name() -> str:
     return os.path.basename(sys.argv[0])
 
 
-def _parse_flags(argv: list[str], required: Sequence[str]) -> list[str]:
+def _parse_flags(argv: list[str], required: Sequence[str], commands: Collection[str]) -> list[str]:
     import jax
 
     try:
         jax.config.parse_flags_with_absl()
         # Only now: JAX parses its own flags alone first, and would miss the required ones.
         flags.mark_flags_as_required(required)
+        flags.FLAGS.set_gnu_getopt(True)  # Flags may come after the command.
         rest = app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UsageError(f"unexpected argument {rest[1]!r}; every option is --name=value")
+        if commands and (len(rest) < 2 or rest[1] not in commands):
+            raise UsageError(f"say what to do: {', '.join(commands)}")
+        if extra := rest[1 + bool(commands) :]:
+            raise UsageError(f"unexpected argument {extra[0]!r}; every option is --name=value")
     except (flags.Error, UsageError) as error:
         fail(f"{error} (--help lists the options)", UsageError.status)
     return list(rest)

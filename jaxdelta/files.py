@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from jaxdelta.errors import JaxDeltaError, UsageError
@@ -17,14 +17,16 @@ def check_output(path: Path) -> None:
     """
     if path.suffix != ".json":
         raise UsageError(f"out: {path} must end in .json")
-    if not path.parent.is_dir():
-        raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
-    if path.is_dir():
-        raise JaxDeltaError(f"{path}: is a directory")
-    probe = _temporary(path)
-    with _plain_errors(path.parent):
-        probe.touch()
-        probe.unlink()
+    # The longest of the names that will be written.
+    probe = _temporary(path.with_suffix(".safetensors"))
+    with _plain_errors(path):
+        if not path.parent.is_dir():
+            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+        _refuse_directories([path, path.with_suffix(".safetensors")])
+        try:
+            probe.touch()
+        finally:
+            _remove([probe])
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
@@ -34,6 +36,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         JaxDeltaError: a file cannot be written; none has been changed then.
     """
     temporary = {path: _temporary(path) for path in contents}
+    _refuse_directories(contents)
     try:
         for path, data in contents.items():
             with _plain_errors(path), open(temporary[path], "wb") as file:
@@ -44,8 +47,20 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
             with _plain_errors(path):
                 os.replace(temporary[path], path)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        _remove(temporary.values())
+
+
+def _refuse_directories(paths: Iterable[Path]) -> None:
+    """A rename onto a directory fails, and then the files renamed before it would be there without it."""
+    for path in paths:
+        if path.is_dir():
+            raise JaxDeltaError(f"{path}: is a directory")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _temporary(path: Path) -> Path:

@@ -51,29 +51,48 @@ def _fetch(repo: str, revision: str | None) -> Path:
     def get(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
 
+    # Without a network, a file that is not in the cache cannot be told from one that the repository lacks.
+    unreachable: list[LocalEntryNotFoundError] = []
+
     def try_get(name: str) -> Path | None:
         try:
             return get(name)
-        except LocalEntryNotFoundError:
-            raise
+        except LocalEntryNotFoundError as error:
+            unreachable.append(error)
         except EntryNotFoundError:
-            return None
+            pass
+        return None
 
     directory = get(CONFIG).parent
     tokenizer = [try_get(name) for name in TOKENIZER_FILES]
     if tokenizer[0] is None:
         for name in SLOW_TOKENIZER_FILES:
             try_get(name)
-    if try_get(WEIGHTS):
-        return directory
-    for index_name, single in ((INDEX, None), (TORCH_WEIGHTS[1], TORCH_WEIGHTS[0])):
-        if index := try_get(index_name):
-            for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    for name in (WEIGHTS, INDEX, *TORCH_WEIGHTS):
+        if file := try_get(name):
+            for shard in shards(file) if file.suffix == ".json" else ():
                 get(shard)
             return directory
-        if single and try_get(single):
-            return directory
-    return directory
+    if unreachable:
+        raise unreachable[-1]
+    raise JaxDeltaError(
+        f"{repo}: the hub's repository has no {WEIGHTS}, no {TORCH_WEIGHTS[0]}, no index of either"
+    )
+
+
+def shards(index: Path) -> list[str]:
+    """The names of the files that an index of weights names.
+
+    Raises:
+        JaxDeltaError: it is no such index.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map names no files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise JaxDeltaError(f"{index}: cannot be read as an index of shards ({error!r})") from error
+    return sorted(names)
 
 
 def _plain_errors(repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
@@ -96,16 +115,18 @@ def _plain_errors(repo: str, revision: str | None, fetch: Callable[[], Path]) ->
         raise JaxDeltaError(
             f"{repo}: no such directory here and no such model on the hub (if it is private: `hf auth login`)"
         ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise JaxDeltaError(
+            f"{repo}: the hub's repository{at} has no {CONFIG}, or a shard is missing"
+        ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
         raise JaxDeltaError(
             f"{repo}: no such directory here, not in the hub's local cache{at}, and the hub cannot be "
             "reached; check the network, or give a local directory"
         ) from error
-    except errors.EntryNotFoundError as error:
-        raise JaxDeltaError(
-            f"{repo}: the hub's repository{at} has no {CONFIG}, or a shard is missing"
-        ) from error
     except errors.HFValidationError as error:
         raise JaxDeltaError(f"{repo}: no such directory, and no valid hub id") from error
+    except OSError as error:
+        raise JaxDeltaError(f"{repo}: cannot be fetched from the hub ({error})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -38,8 +38,8 @@ class LayerFigures:
 
     spectrum: Spectrum
     tokens: TokenStatistics
-    finite: Bool[Array, " N"]
-    on_host: Bool[Array, " N"]
+    finite: Bool[Array | np.ndarray, " N"]
+    on_host: Bool[Array | np.ndarray, " N"]
 
 
 def measure(updates: Iterable[Update], k: int, method: str) -> LayerFigures:

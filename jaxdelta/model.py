@@ -94,8 +94,13 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, **options: Any):
         hidden, head = config.hidden_size, config.head_dim
-        linear = partial(Linear, bias=config.attention_bias, **options)
-        norm = partial(RMSNorm, head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
+
+        def linear(size_in: int, size_out: int) -> Linear:
+            return Linear(size_in, size_out, bias=config.attention_bias, **options)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
+
         self.q_proj = linear(hidden, config.num_heads * head)
         self.k_proj = linear(hidden, config.num_kv_heads * head)
         self.v_proj = linear(hidden, config.num_kv_heads * head)
@@ -104,24 +109,28 @@ class Attention(nnx.Module):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
     def __call__(self, x: Float[Array, "B T D"], context: "Context") -> Float32[Array, "B T D"]:
+        # Heads before positions, so that both products contract and run over adjacent axes as they lie.
         heads = (*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), context.rotary)
-        k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), context.rotary)[:, :, :, 0]
-        v = self.v_proj(x).reshape(heads)[:, :, :, 0]
-        scores = contract("BTKGH,BSKH->BKGTS", q.astype(x.dtype), k) * self.head_dim**-0.5
+        q, k, v = (
+            project(x).reshape(heads).transpose(0, 2, 3, 1, 4)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(self.q_norm(q), context.rotary).astype(x.dtype)
+        k = rotate(self.k_norm(k[:, :, 0]), context.rotary)
+        scores = contract("BKGTH,BKSH->BKGTS", q, k) * self.head_dim**-0.5
         shares = jax.nn.softmax(jnp.where(context.visible, scores, -jnp.inf), axis=-1)
-        mixed = contract("BKGTS,BSKH->BTKGH", shares.astype(x.dtype), v)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1).astype(x.dtype))
+        mixed = contract("BKGTS,BKSH->BKGTH", shares.astype(x.dtype), v[:, :, 0])
+        return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
 
 
 class MLP(nnx.Module):
     """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, **options: Any):
-        linear = partial(Linear, bias=False, **options)
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(hidden, inner, bias=False, **options)
+        self.up_proj = Linear(hidden, inner, bias=False, **options)
+        self.down_proj = Linear(inner, hidden, bias=False, **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T D"]:
         return self.down_proj((jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
@@ -151,9 +160,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Float32[Array, "B T D"]]:
         """Returns the stream after the layer, what attention wrote into it and what the MLP wrote."""
         attention = self.self_attn(self.input_layernorm(h).astype(context.compute_dtype), context)
-        h = (h + attention).astype(h.dtype)
+        h = _add(h, attention)
         mlp = self.mlp(self.post_attention_layernorm(h).astype(context.compute_dtype))
-        return (h + mlp).astype(h.dtype), attention, mlp
+        return _add(h, mlp), attention, mlp
+
+
+def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return (h.astype(jnp.float32) + written).astype(h.dtype)
 
 
 class Qwen3(nnx.Module):
@@ -195,7 +208,7 @@ class ResidualStream:
     states[l] enters layer l, states[L] leaves the last; states[l + 1] = states[l] + attention[l] + mlp[l].
     """
 
-    states: Float[Array, "L+1 B T D"]
+    states: Float[Array, "L1 B T D"]  # L1 = L + 1
     attention: Float32[Array, "L B T D"]
     mlp: Float32[Array, "L B T D"]
     normed: Float32[Array, "B T D"] | None = None
@@ -244,10 +257,14 @@ def _residual_stream(
 
 
 def logits(
-    model: Qwen3, tokens: Int[Array | np.ndarray, "B T"], *, compute_dtype: DTypeLike = jnp.float32, remat: bool = False
+    model: Qwen3,
+    tokens: Int[Array | np.ndarray, "B T"],
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
 ) -> Float32[Array, "B T V"]:
     """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
-    first = model.embed_tokens(tokens).astype(jnp.float32)
+    first = model.embed_tokens(jnp.asarray(tokens)).astype(jnp.float32)
     last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None, remat=remat)
     return contract("BTD,VD->BTV", model.norm(last).astype(compute_dtype), model.head)
 
@@ -338,12 +355,13 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float32[Array, "B T K G H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
-) -> Float32[Array, "B T K G H"]:
+    x: Float32[Array, "*heads T H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
+) -> Float32[Array, "*heads T H"]:
     """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
-    cos, sin = (a[:, None, None, :] for a in rotary)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = rotary
+    pairs = x.reshape(*x.shape[:-1], 2, -1)
+    swapped = pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return (pairs * cos[:, None] + swapped).reshape(x.shape)
 
 
 def next_token_loss(
@@ -360,12 +378,20 @@ def next_token_loss(
         tokens: the token ids.
         compute_dtype: dtype of the factors of the product.
     """
-    slices = (head[start : start + VOCAB_SLICE] for start in range(0, head.shape[0], VOCAB_SLICE))
     targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
-    return sliced_loss(slices, targets, normed[:, :-1], compute_dtype)
+    slices = (head[start:stop] for start, stop in vocabulary_slices(head.shape[0]))
+    return sliced_loss(head.shape[0], slices, targets, normed[:, :-1], compute_dtype)
+
+
+def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of the slices of the vocabulary: of one size, so the last overlaps the one before."""
+    size = min(VOCAB_SLICE, vocab_size)
+    stops = [*range(size, vocab_size, size), vocab_size]
+    return [(stop - size, stop) for stop in stops]
 
 
 def sliced_loss(
+    vocab_size: int,
     slices: Iterable[Float[Array, "_ D"]],
     targets: Float[Array, "B T D"],
     normed: Float32[Array, "B T D"],
@@ -374,25 +400,27 @@ def sliced_loss(
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
     Args:
-        slices: the output embedding's rows, at most VOCAB_SLICE at a time.
+        vocab_size: the number of W's rows.
+        slices: the output embedding's rows, as `vocabulary_slices` cuts them.
         targets: the row of each position's next token.
         normed: x, the last state after the final norm.
         compute_dtype: dtype of the factors of the products.
     """
     x = normed.astype(compute_dtype)
-    log_sum = jnp.full(x.shape[:2], -jnp.inf)
-    for rows in slices:
-        # Filled up to one size, so that one compiled function serves the last slice too.
-        filled = jnp.pad(rows, ((0, VOCAB_SLICE - rows.shape[0]), (0, 0)))
-        log_sum = _add_slice(log_sum, x, filled, rows.shape[0])
+    log_sum = jnp.full(x.shape[:2], -jnp.inf, jnp.float32)
+    counted = 0
+    for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
+        log_sum = _add_slice(log_sum.block_until_ready(), x, rows, counted - start)
+        counted = stop
     return log_sum - contract("BTD,BTD->BT", x, targets)
 
 
 @jax.jit
-def _add_slice(log_sum: Array, x: Array, rows: Array, count: int | Array) -> Array:
-    present = jnp.arange(rows.shape[0]) < count
+def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
+    """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
+    new = jnp.arange(rows.shape[0]) >= counted
     scores = contract("BTD,VD->BTV", x, rows)
-    return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=present))
+    return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -5,7 +5,6 @@ all N·k directions.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,13 @@ SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 class Overlaps:
     """Relations between layers; signs of cosines follow the directions' and mean nothing by themselves."""
 
-    top1_cos: Float64[np.ndarray, "N N"]
-    intra_cos_mean: Float64[np.ndarray, " P"]
-    cross_cos_mean: Float64[np.ndarray, " P"]
-    capture: Float64[np.ndarray, "P N"]
+    top1_cos: Float64[Array | np.ndarray, "N N"]
+    intra_cos_mean: Float64[Array | np.ndarray, " P"]
+    cross_cos_mean: Float64[Array | np.ndarray, " P"]
+    capture: Float64[Array | np.ndarray, "P N"]
 
 
-def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
+def overlaps(directions: Float[Array | np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
     """All overlaps of the layers' directions, in float64 on the device.
 
     top1_cos = <v_L, v_M>. Per phase: mean |cos| over the pairs within (1 for a single layer) and between
@@ -45,23 +44,26 @@ def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "
 def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> tuple[Array, ...]:
     layers, k, d = directions.shape
     stack = directions.reshape(layers * k, d)
-    gram = jnp.matmul(stack, stack.T, precision=jax.lax.Precision.HIGHEST)
+    gram = _product(stack, stack.T)
     cosines = jnp.clip(gram[::k, ::k], -1.0, 1.0)
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
     capture = jax.lax.map(lambda inside: _capture(gram, jnp.repeat(inside, k))[::k], members)
-    intra, cross = jax.vmap(partial(_phase_means, jnp.abs(cosines)))(members)
+    intra, cross = _phase_means(cosines, members)
     return cosines, intra, cross, capture
 
 
 def _phase_means(
-    cosines: Float64[Array, "N N"], inside: Bool[Array, " N"]
-) -> tuple[Float64[Array, ""], Float64[Array, ""]]:
-    def mean(pairs: Bool[Array, "N N"]) -> Float64[Array, ""]:
-        return jnp.where(pairs, cosines, 0).sum() / jnp.maximum(pairs.sum(dtype=cosines.dtype), 1)
-
-    within = inside[:, None] & inside[None, :] & ~jnp.eye(inside.size, dtype=bool)
-    across = inside[:, None] & ~inside[None, :]
-    return jnp.where(inside.sum() == 1, 1.0, mean(within)), mean(across)
+    cosines: Float64[Array, "N N"], members: Bool[Array, "P N"]
+) -> tuple[Float64[Array, " P"], Float64[Array, " P"]]:
+    """Mean |cos| over the pairs inside each phase, and between it and the rest."""
+    inside = members.astype(cosines.dtype)
+    size = inside.sum(axis=1)
+    # From each phase to every layer, the layer itself left out.
+    sums = _product(inside, jnp.abs(cosines) * (1 - jnp.eye(len(cosines), dtype=cosines.dtype)))
+    within, all_pairs = (sums * inside).sum(axis=1), sums.sum(axis=1)
+    pairs, others = size * (size - 1), size * (len(cosines) - size)
+    intra = jnp.where(size == 1, 1.0, within / jnp.maximum(pairs, 1))
+    return intra, (all_pairs - within) / jnp.maximum(others, 1)
 
 
 def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[Array, " M"]:
@@ -71,7 +73,11 @@ def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[
     """
     energies, vectors = jnp.linalg.eigh(jnp.where(inside[:, None] & inside[None, :], gram, 0))
     energies, vectors = energies[-SHARED_RANK:], vectors[:, -SHARED_RANK:]
-    along = jnp.matmul(vectors.T, jnp.where(inside[:, None], gram, 0), precision=jax.lax.Precision.HIGHEST)
+    along = _product(vectors.T, jnp.where(inside[:, None], gram, 0))
     present = energies > 1e-12 * energies[-1]
     weights = jnp.where(present, 1 / jnp.where(present, energies, 1), 0)
     return jnp.sum(weights[:, None] * jnp.square(along), axis=0)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

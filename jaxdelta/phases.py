@@ -9,7 +9,7 @@ _ENDS_64 = (("A", 6), ("B", 9), ("C", 31), ("D", 46), ("E", 58))
 _ENDS = (("A", 0.11), ("B", 0.15), ("C", 0.5), ("D", 0.75), ("E", 0.92))
 _LAST = "tail"
 
-_ITEM = re.compile(r"([^\s:,]+):(\d+)(?:-(\d+))?")
+_ITEM = re.compile(r"([^\s:,]+):(\d{1,18})(?:-(\d{1,18}))?")
 
 
 def default_phases(num_layers: int) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves
 
 _SIGN_FLOOR = 1e-3
 
+AnyArray = Array | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Spectrum:
     `defect` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over the kept v; ‖VVᵀ - I‖; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
     """
 
-    singular_values: Float64[Array, " r"]
-    directions: Float64[Array, "k d"]
-    defect: Float64[Array, ""]
+    singular_values: Float64[AnyArray, "*layers r"]
+    directions: Float64[AnyArray, "*layers k d"]
+    defect: Float64[AnyArray, "*layers"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,14 +45,14 @@ class TokenStatistics:
     rel_step ‖δ_i‖/max(‖h_i‖, 1e-8); cos_delta_h c_i = <δ_i, h_i>/max(‖δ_i‖‖h_i‖, 1e-8); parallel_frac |c_i|.
     """
 
-    frob: Float64[Array, ""]
-    token_norm_mean: Float64[Array, ""]
-    token_norm_std: Float64[Array, ""]
-    h_norm_mean: Float64[Array, ""]
-    rel_step_mean: Float64[Array, ""]
-    rel_step_std: Float64[Array, ""]
-    parallel_frac: Float64[Array, ""]
-    cos_delta_h_mean: Float64[Array, ""]
+    frob: Float64[AnyArray, "*layers"]
+    token_norm_mean: Float64[AnyArray, "*layers"]
+    token_norm_std: Float64[AnyArray, "*layers"]
+    h_norm_mean: Float64[AnyArray, "*layers"]
+    rel_step_mean: Float64[AnyArray, "*layers"]
+    rel_step_std: Float64[AnyArray, "*layers"]
+    parallel_frac: Float64[AnyArray, "*layers"]
+    cos_delta_h_mean: Float64[AnyArray, "*layers"]
 
 
 def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") -> Spectrum:
@@ -72,15 +74,17 @@ def token_statistics(delta: Float[Array, "n d"], h: Float[Array, "n d"]) -> Toke
     delta_norm, h_norm = jnp.linalg.norm(delta, axis=-1), jnp.linalg.norm(h, axis=-1)
     step = delta_norm / jnp.maximum(h_norm, 1e-8)
     cosine = jnp.sum(delta * h, axis=-1) / jnp.maximum(delta_norm * h_norm, 1e-8)
+    per_token = jnp.stack([delta_norm, h_norm, step, jnp.abs(cosine), cosine])
+    mean, std = per_token.mean(axis=-1), per_token.std(axis=-1)
     return TokenStatistics(
         frob=jnp.linalg.norm(delta_norm),
-        token_norm_mean=delta_norm.mean(),
-        token_norm_std=delta_norm.std(),
-        h_norm_mean=h_norm.mean(),
-        rel_step_mean=step.mean(),
-        rel_step_std=step.std(),
-        parallel_frac=jnp.abs(cosine).mean(),
-        cos_delta_h_mean=cosine.mean(),
+        token_norm_mean=mean[0],
+        token_norm_std=std[0],
+        h_norm_mean=mean[1],
+        rel_step_mean=mean[2],
+        rel_step_std=std[2],
+        parallel_frac=mean[3],
+        cos_delta_h_mean=mean[4],
     )
 
 

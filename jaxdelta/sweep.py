@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.model import (
-    VOCAB_SLICE,
     Qwen3,
     abstract_block,
     attention_windows,
     block_context,
+    rms_norm,
     sliced_loss,
+    vocabulary_slices,
 )
 
 T = TypeVar("T")
@@ -38,8 +39,8 @@ class Weights(Protocol):
     def layer(self, index: int) -> nnx.State: ...
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
-    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]: ...
-    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]: ...
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]: ...
+    def final_norm(self) -> Float[Array, " D"]: ...
     def first_bad_tensor(self) -> str | None: ...
 
 
@@ -62,17 +63,16 @@ class Resident:
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         return jnp.take(self.model.head, jnp.asarray(ids), axis=0)
 
-    def head_slices(self, rows: int) -> Iterator[Float[Array, "_ D"]]:
-        for start in range(0, self.config.vocab_size, rows):
-            yield self.model.head[start : start + rows]
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        return self.model.head[start:stop]
 
-    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        return self.model.norm(h)
+    def final_norm(self) -> Float[Array, " D"]:
+        return self.model.norm.weight[...]
 
     def first_bad_tensor(self) -> str | None:
         for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param)):
             if not jnp.isfinite(variable[...]).all():
-                return ".".join(path)
+                return ".".join(map(str, path))
         return None
 
 
@@ -123,15 +123,18 @@ class Sweep:
         self._finish(first, entered, h, written)
 
     def _finish(self, first: Array, entered: Array, last: Array, written: Array) -> None:
-        self.last_normed = self.weights.final_norm(last)
-        self.normed = _without_first_token(self.last_normed - entered.astype(jnp.float32), entered)
-        self.closure_error = float(_closure_error(first, written, last))
+        weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
+        self._last_normed, self.normed, closure = _final_norm(first, entered, last, written, weight, eps)
+        self.closure_error = float(closure)
 
     def loss(self) -> float:
         """Mean -ln p(next token) over the text, in nats per token."""
+        vocab_size = self.weights.config.vocab_size
+        bounds = vocabulary_slices(vocab_size)
+        slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
         targets = self.weights.head_rows(self.tokens[:, 1:])
-        slices = self.weights.head_slices(min(VOCAB_SLICE, self.weights.config.vocab_size))
-        return float(sliced_loss(slices, targets, self.last_normed[:, :-1], self.dtypes[0]).mean())
+        losses = sliced_loss(vocab_size, slices, targets, self._last_normed[:, :-1], self.dtypes[0])
+        return float(np.mean(losses))
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
@@ -169,9 +172,15 @@ def _without_first_token(delta: Float32[Array, "B T D"], h: Float[Array, "B T D"
 
 
 @jax.jit
-def _closure_error(first: Array, written: Array, last: Array) -> Array:
+def _final_norm(
+    first: Array, entered: Array, last: Array, written: Array, weight: Array, eps: float
+) -> tuple[Array, Update, Array]:
+    """The last state after the final norm; the last layer's Update with it; the closure error."""
+    normed = rms_norm(last, weight, eps)
+    update = _without_first_token(normed - entered.astype(jnp.float32), entered)
     first, last = first.astype(jnp.float32), last.astype(jnp.float32)
-    return jnp.linalg.norm((first + written - last).ravel()) / jnp.linalg.norm(last.ravel())
+    closure = jnp.linalg.norm((first + written - last).ravel()) / jnp.linalg.norm(last.ravel())
+    return normed, update, closure
 
 
 @jax.jit

@@ -43,10 +43,7 @@ def safetensors_files(directory: Path) -> list[Path]:
     index = directory / hub.INDEX
     if not index.exists():
         return []
-    try:
-        files = sorted({directory / str(f) for f in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise JaxDeltaError(f"{index}: cannot be read as an index of shards ({error!r})") from error
+    files = [directory / name for name in hub.shards(index)]
     if missing := [f.name for f in files if not f.exists()]:
         raise JaxDeltaError(
             f"{index}: names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} missing"
@@ -82,7 +79,7 @@ class _Place:
         rows = range(*slice(start, stop).indices(self.shape[0]))
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         buffer = aligned((len(rows), *self.shape[1:]), self.dtype)
-        view = memoryview(buffer.reshape(-1).view(np.uint8))
+        view = buffer.reshape(-1).view(np.uint8).data
         done, first = 0, self.offset + rows.start * row_bytes
         try:
             with open(self.file, "rb", buffering=0) as file:
@@ -110,7 +107,7 @@ def _places(file: Path) -> Iterator[tuple[str, _Place]]:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
     except (SafetensorError, OSError) as error:
-        raise JaxDeltaError(f"{file}: is not a whole safetensors file ({_first_line(error)})") from error
+        raise JaxDeltaError(f"{file}: is not a whole safetensors file ({first_line(error)})") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -128,5 +125,6 @@ def _causal_name(stored: str) -> str:
     return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, cut to one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

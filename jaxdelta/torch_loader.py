@@ -9,52 +9,79 @@ import numpy as np
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.tensors import Source, Spec
+from jaxdelta.tensors import Source, Spec, first_line, safetensors_files
 
 
 def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
     """Opens a directory with transformers' PyTorch model; its state dict serves as the tensors.
 
     Raises:
-        JaxDeltaError: PyTorch is not installed, or transformers cannot open the directory.
+        JaxDeltaError: there are no weights, PyTorch is not installed, or transformers cannot open them.
     """
-    model = _load(directory)
-    raw = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    tensors = model.state_dict()
-    if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
-        raise JaxDeltaError(
-            f"{directory}: transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})"
-        )
-    specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}
-    return ModelConfig.from_dict(raw), Source(
-        specs, lambda name, start=None, stop=None: _to_numpy(tensors[name][start:stop])
-    )
+    options = _options(directory)
+    _require_torch(directory)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        raw = transformers.AutoConfig.from_pretrained(directory, **options).to_dict()
+        raw.pop("quantization_config", None)
+        config = ModelConfig.from_dict(raw)  # Before the weights: it may be another architecture.
+        tensors, specs = _load(directory, options)
+    except JaxDeltaError as error:
+        raise JaxDeltaError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers and the formats behind it raise whatever comes to hand.
+        raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return _to_numpy(tensors[name][start:stop])
+
+    return config, Source(specs, read)
 
 
-def _load(directory: Path) -> Any:
-    if not (directory / hub.CONFIG).exists() and not list(directory.glob("*.gguf")):
+def _options(directory: Path) -> dict[str, Any]:
+    """Which of the files transformers is to open; a GGUF file only where there is nothing else."""
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
+    others = safetensors_files(directory) or any((directory / name).exists() for name in hub.TORCH_WEIGHTS)
+    if (others or not gguf) and not (directory / hub.CONFIG).exists():
         raise JaxDeltaError(f"{directory}: has no {hub.CONFIG}; is it a model's directory?")
+    if others:
+        return {"trust_remote_code": False}
+    if not gguf:
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS}, nor any other weights")
+    if len(gguf) > 1:
+        raise JaxDeltaError(f"{directory}: has several GGUF files ({', '.join(gguf)}); leave one of them")
+    return {"trust_remote_code": False, "gguf_file": gguf[0]}
+
+
+def _require_torch(directory: Path) -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise JaxDeltaError(
             f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
         ) from error
+
+
+def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """The model's tensors, and what of them the files hold: transformers makes up the rest at random."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    gguf = sorted(path.name for path in directory.glob("*.gguf"))
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", gguf_file=gguf[0] if gguf else None
-        )
-        if getattr(model, "hf_quantizer", None) is not None:
-            model = model.dequantize()
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, NotImplementedError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise JaxDeltaError(f"{directory}: transformers cannot open it ({line})") from error
-    return model
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize()
+    tensors = model.state_dict()
+    if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
+        raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
+    specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}
+    for name, shape, _ in report["mismatched_keys"]:
+        specs[name] = Spec(tuple(shape), specs[name].dtype)
+    for name in report["unexpected_keys"]:
+        specs[name] = Spec((), np.dtype(np.float32))
+    return tensors, {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
 
 
 def _dtypes() -> dict[Any, np.dtype]:

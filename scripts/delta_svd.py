@@ -56,10 +56,10 @@ def main() -> None:
     result = analysis.analyze(
         _MODEL.value, _CALIBRATION.value, listener=lambda line: print(line, flush=True), **options
     )
+    written = result.save(out)  # before the tables: whoever reads them may stop reading
     print(f" L={result.num_layers}, hidden={result.hidden}")
     print(f" calibration tokens: {result.n_calib_tokens}")
     print(tables(result))
-    written = result.save(out)
     print("\nSaved: " + ", ".join(map(str, written)))
 
 

@@ -1,0 +1,104 @@
+"""What all tests share: typed, strict JAX, two simulated devices, tiny checkpoints made on the spot."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("jaxdelta", "beartype.beartype")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+# Rank promotion stays: weights of the last axis are meant to meet any number of axes before it.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Small, and unlike a default in everything that could be mistaken: heads are grouped, and the head size is
+# not hidden_size / heads.
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "layer_types": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def torch_model(seed: int = 0, **overrides: Any) -> Any:
+    """transformers' own Qwen3 with random weights, the norms' and the biases' among them."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    options = TINY | overrides
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**options, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """A byte-level tokenizer.json of 256 tokens, one a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    """make_checkpoint(directory, **config_overrides): a random Qwen3 saved by transformers, a tokenizer.
+
+    `dtype` among the overrides is the weights' dtype, `seed` another draw of them; `max_shard_size` splits
+    the file.
+    """
+
+    def make(
+        directory: Path,
+        *,
+        dtype: str = "float32",
+        seed: int = 0,
+        max_shard_size: str = "1GB",
+        **overrides: Any,
+    ) -> Path:
+        import torch
+
+        model = torch_model(seed, **overrides).to(getattr(torch, dtype))
+        model.config.dtype = dtype
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        return write_tokenizer(directory)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint of 4 layers with its tokenizer; not to be written to."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
