@@ -17,10 +17,10 @@ ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
 
 # Keys that change nothing in a forward pass without cache, dropout or generation.
 INERT_KEYS = frozenset(
-    """_attn_implementation _name_or_path architectures attention_dropout bos_token_id
-    chunk_size_feed_forward eos_token_id id2label initializer_range is_encoder_decoder label2id
+    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
+    bos_token_id chunk_size_feed_forward eos_token_id id2label initializer_range is_encoder_decoder label2id
     output_attentions output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
-    transformers_version use_cache""".split()
+    transformers_version unsloth_fixed unsloth_version use_cache""".split()
 )
 MODEL_KEYS = frozenset(
     """attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
 from jaxdelta.spectrum import (
     CERTIFIED,
+    AnyArray,
     Spectrum,
     TokenStatistics,
     host_spectrum,
@@ -38,8 +39,8 @@ class LayerFigures:
 
     spectrum: Spectrum
     tokens: TokenStatistics
-    finite: Bool[Array | np.ndarray, " N"]
-    on_host: Bool[Array | np.ndarray, " N"]
+    finite: Bool[AnyArray, "*layers"]
+    on_host: Bool[AnyArray, "*layers"]
 
 
 def measure(updates: Iterable[Update], k: int, method: str) -> LayerFigures:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jaxdelta.model import (
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Where the pass gets a model's weights: a Checkpoint reads them, a Resident model has them."""
 
@@ -81,8 +82,8 @@ class Resident:
 class Update:
     """What a layer wrote (`delta`) into the state that entered it (`h`), for all tokens but the first."""
 
-    delta: Float32[Array, "n d"]
-    h: Float32[Array, "n d"]
+    delta: Float32[Array, "*layers n d"]
+    h: Float32[Array, "*layers n d"]
 
 
 class Sweep:
@@ -124,7 +125,7 @@ class Sweep:
 
     def _finish(self, first: Array, entered: Array, last: Array, written: Array) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
-        self._last_normed, self.normed, closure = _final_norm(first, entered, last, written, weight, eps)
+        self._last_normed, self.normed, closure = _final_norm(first, entered, last, written, weight, eps=eps)
         self.closure_error = float(closure)
 
     def loss(self) -> float:
@@ -171,9 +172,9 @@ def _without_first_token(delta: Float32[Array, "B T D"], h: Float[Array, "B T D"
     return Update(delta[:, 1:].reshape(rows), h[:, 1:].astype(jnp.float32).reshape(rows))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="eps")
 def _final_norm(
-    first: Array, entered: Array, last: Array, written: Array, weight: Array, eps: float
+    first: Array, entered: Array, last: Array, written: Array, weight: Array, *, eps: float
 ) -> tuple[Array, Update, Array]:
     """The last state after the final norm; the last layer's Update with it; the closure error."""
     normed = rms_norm(last, weight, eps)

@@ -12,7 +12,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 python=$venv/bin/python
 log=$venv/setup.log
-stamp=$venv/.stamp # a checksum of what .venv was made from, then its extras
+stamp=$venv/.stamp                # a checksum of what .venv was made from, then its extras
 unfinished=$root/.venv.unfinished # is there while pip writes: a .venv found with it is half of one
 
 say() { printf 'setup.sh: %s\n' "$*" >&2; }
@@ -103,7 +103,7 @@ lock() {
 
 # Why pip failed, in a line.
 reason() {
-  if grep -qE 'connection broken|Could not (connect|fetch URL)|Connection(Error|Refused| refused| reset)|Max retries|timed out|name resolution' "$log"; then
+  if grep -qE 'connection broken|Could not fetch URL|Connection(Error| refused| reset)|timed out' "$log"; then
     echo "no network, or the package index does not answer"
   else
     grep -oE 'ERROR: .*' "$log" | tail -n 1 | grep . || tail -n 1 "$log"

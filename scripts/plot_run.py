@@ -1,0 +1,41 @@
+"""Draws a run: norms, ranks and energy by layer, and |cos| between all layers.
+
+    python scripts/plot_run.py --run=out/demo.json --out=out/demo.png
+
+Takes two seconds. The name's ending chooses the format: png, pdf, svg.
+"""
+
+from jaxdelta import console
+
+console.install()
+
+from pathlib import Path  # noqa: E402
+
+from absl import flags  # noqa: E402
+
+from jaxdelta.analysis import Analysis  # noqa: E402
+from jaxdelta.errors import JaxDeltaError, UsageError  # noqa: E402
+
+_RUN = flags.DEFINE_string("run", None, "the JSON that delta_svd.py wrote")
+_OUT = flags.DEFINE_string("out", None, "the picture: .png, .pdf or .svg")
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def main() -> None:
+    out = Path(_OUT.value).expanduser()
+    if out.suffix not in FORMATS:
+        raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")
+    try:
+        from jaxdelta.report.figures import overview
+    except ModuleNotFoundError as error:
+        raise JaxDeltaError(f"pictures need {error.name}: pip install matplotlib") from error
+    figure = overview(Analysis.load(_RUN.value))
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise JaxDeltaError(f"{out}: cannot be written ({error.strerror})") from error
+    print(f"Saved: {out}")
+
+
+if __name__ == "__main__":
+    console.run(main, required=["run", "out"])

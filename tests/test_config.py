@@ -1,0 +1,235 @@
+"""config.json: published models, both spellings, and an error for everything else."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxdelta.config import ModelConfig, Rope
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model import abstract_model
+
+# What the published files have in common, and then each by its own.
+PUBLISHED = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+SIZE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "max_window_layers",
+    "num_attention_heads",
+    "tie_word_embeddings",
+)
+SIZES = {
+    "0.6B": ((1024, 3072, 28, 28, 16, True), 596_049_920),
+    "1.7B": ((2048, 6144, 28, 28, 16, True), 1_720_574_976),
+    "4B": ((2560, 9728, 36, 36, 32, True), 4_022_468_096),
+    "8B": ((4096, 12288, 36, 36, 32, False), 8_190_735_360),
+    "14B": ((5120, 17408, 40, 40, 40, False), 14_768_307_200),
+    "32B": ((5120, 25600, 64, 64, 64, False), 32_762_123_264),
+}
+
+SMALL: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 256,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def published(size: str) -> dict[str, Any]:
+    return PUBLISHED | dict(zip(SIZE_KEYS, SIZES[size][0], strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(size: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = ModelConfig.from_dict(published(size))
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(Qwen3Config(**published(size)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)))
+    assert count == config.parameters == SIZES[size][1]
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    assert config.weight_bytes == 2 * count
+    assert config.rope == Rope(theta=1e6)
+    assert config.windows == (None,) * config.num_layers
+
+
+def test_biases_are_counted() -> None:
+    config = ModelConfig.from_dict(SMALL | {"attention_bias": True, "tie_word_embeddings": True})
+    assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+
+
+def test_layer_flops_are_those_of_the_products() -> None:
+    config = ModelConfig.from_dict(SMALL)
+    weights = 48 * 16 * (4 + 2 + 2 + 4) + 3 * 48 * 80
+    assert config.layer_flops(10) == 2 * 10 * weights + 2 * 2 * 4 * 16 * 10 * 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True, "dtype": "bfloat16", "rms_norm_eps": 1e-5},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0}},
+        {"rope_parameters": YARN | {"truncate": False, "beta_fast": 16, "mscale": 2, "mscale_all_dim": 1}},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+        {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ],
+)
+def test_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import Qwen3Config
+
+    config = ModelConfig.from_dict(SMALL | changes)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    theirs = Qwen3Config(**config.to_dict())
+    assert config.to_dict().items() <= theirs.to_dict().items()
+    assert ModelConfig.from_dict(theirs.to_dict()) == config
+    theirs.save_pretrained(tmp_path)
+    assert ModelConfig.from_file(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 4}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e6}},
+        {"rope_theta": 2e6, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": True, "sliding_window": None},
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+        {"num_key_value_heads": None},
+        {"torch_dtype": "float16"},
+    ],
+)
+def test_reads_as_transformers_does(changes: dict[str, Any]) -> None:
+    from transformers import Qwen3Config
+
+    ours = ModelConfig.from_dict(SMALL | changes)
+    theirs = Qwen3Config(**json.loads(json.dumps(SMALL | changes)))
+    assert ModelConfig.from_dict(theirs.to_dict()) == ours
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.kind == theirs.rope_parameters["rope_type"]
+    windowed = [kind == "sliding_attention" for kind in theirs.layer_types]
+    assert [window is not None for window in ours.windows] == windowed
+    assert {window for window in ours.windows if window} <= {theirs.sliding_window}
+
+
+def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    config = ModelConfig.from_file(make_checkpoint(tmp_path, dtype="bfloat16") / "config.json")
+    wanted = ModelConfig.from_dict(SMALL | {"max_position_embeddings": 512, "dtype": "bfloat16"})
+    assert config == dataclasses.replace(wanted, rope=Rope())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, "'llama'"),
+        ({"model_type": None}, "None"),
+        ({"is_causal": False}, "is_causal"),
+        ({"num_experts": 8, "mlp_bias": True}, "keys in config.json: mlp_bias, num_experts"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*--loader=torch"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+        ({"num_attention_heads": 4.0}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
+        ({"head_dim": 15}, "head_dim=15"),
+        ({"head_dim": True}, "head_dim"),
+        ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
+        ({"torch_dtype": "torch.float64"}, "dtype='float64'"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"attention_bias": "false"}, "attention_bias"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"use_sliding_window": "no"}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+        ({"use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
+        ({"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"layer_types": 4}, "layer_types"),
+        ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_scaling": "yarn"}, "rope_parameters.*'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_parameters": YARN | {"factor": "4"}}, "factor"),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": 64.5}}, "original_max_position"),
+        ({"rope_parameters": YARN | {"attention_factor": [1]}}, "attention_factor"),
+        ({"rope_parameters": YARN | {"mscale": "x", "mscale_all_dim": 1}}, "mscale"),
+        ({"rope_parameters": YARN | {"truncate": "no"}}, "truncate"),
+        ({"rope_parameters": YARN | {"high_freq_factor": 1}}, "high_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ],
+)
+def test_anything_else_is_an_error_that_names_it(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(JaxDeltaError, match=named) as caught:
+        ModelConfig.from_dict(SMALL | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_unsupported_values_are_told_at_once() -> None:
+    changes = {"hidden_act": "relu", "num_key_value_heads": 3, "head_dim": 7, "dtype": "int8"}
+    with pytest.raises(JaxDeltaError, match=r"hidden_act='relu'.*3 key/value.*head_dim=7.*dtype='int8'"):
+        ModelConfig.from_dict(SMALL | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot be read"),
+        (b"", "is not JSON"),
+        (b'{"model_type": "qwen3"', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "holds no JSON object"),
+        (b'{"model_type": "gpt2"}', "'gpt2'"),
+    ],
+)
+def test_a_bad_file_is_named(text: bytes | None, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    if text is not None:
+        file.write_bytes(text)
+    with pytest.raises(JaxDeltaError, match=problem) as caught:
+        ModelConfig.from_file(file)
+    assert str(caught.value).startswith(f"{file}: ")
