@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float32
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from tqdm import tqdm
 
 from jaxdelta import __version__
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.files import write_together
+from jaxdelta.files import json_path, write_together
 from jaxdelta.measure import LayerFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import Overlaps, overlaps
@@ -97,8 +99,13 @@ class Analysis:
     ARRAYS = ("directions", "singular_values", "top1_cos")
 
     def save(self, path: str | Path) -> list[Path]:
-        """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither."""
-        path = Path(path)
+        """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither.
+
+        Raises:
+            UsageError: the name does not end in .json.
+            JaxDeltaError: a file cannot be written.
+        """
+        path = json_path(path)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         arrays = {name: np.ascontiguousarray(fields.pop(name)) for name in self.ARRAYS}
         # The JSON is renamed last: where it is, the arrays are.
@@ -128,7 +135,7 @@ class Analysis:
             return cls(**fields, **arrays)
         except OSError as error:
             raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
             raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
 
     def to_frame(self) -> Any:
@@ -143,6 +150,7 @@ def analyze(
     calibration: str | Path | Sequence[str] | Tokens | None = None,
     *,
     listener: Listener | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Analysis:
     """Runs a model over a calibration text and measures what each layer writes into the residual stream.
@@ -151,6 +159,7 @@ def analyze(
         model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
         calibration: a .txt or .json file, documents, or Tokens; by default the prompts of the package.
         listener: told a line as each stage ends.
+        progress: show a bar over the layers where standard error is a terminal.
         **options: the fields of Options.
 
     Raises:
@@ -158,7 +167,7 @@ def analyze(
         JaxDeltaError: a model, checkpoint or text that cannot be used.
     """
     chosen = Options(**options)
-    stages = Stages(listener)
+    stages = Stages(listener, progress)
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Qwen3):
@@ -177,7 +186,8 @@ def analyze(
 class Stages:
     """Seconds by stage; tells the listener a line as each ends."""
 
-    def __init__(self, listener: Listener | None = None):
+    def __init__(self, listener: Listener | None = None, progress: bool = False):
+        self.progress = progress
         self.seconds: dict[str, float] = {}
         self.listener = listener or (lambda line: None)
 
@@ -212,8 +222,13 @@ def _measure(
 ) -> Analysis:
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype)
-        figures = measure(_all_updates(sweep), options.top_k, options.svd)
+        figures = measure(_all_updates(sweep, stages.progress), options.top_k, options.svd)
         note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
+        note(
+            "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s".format(
+                **sweep.seconds
+            )
+        )
         if figures.on_host.any():
             note(f"spectra done again on the host: rows {np.flatnonzero(figures.on_host).tolist()}")
     with stages("loss") as note:
@@ -231,6 +246,7 @@ def _measure(
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
         "seconds": stages.seconds,
+        "layers_seconds": sweep.seconds,
         "closure_error": sweep.closure_error,
         "calibration_loss": loss,
         "certificate": float(figures.spectrum.defect.max()),
@@ -247,9 +263,11 @@ def _measure(
     )
 
 
-def _all_updates(sweep: Sweep) -> Iterator[Update]:
+def _all_updates(sweep: Sweep, progress: bool) -> Iterator[Update]:
     """Every layer's update, then the last layer's in the reference's convention."""
-    yield from sweep
+    count = sweep.weights.config.num_layers
+    # None: only where standard error is a terminal.
+    yield from tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
     yield sweep.normed
 
 

@@ -20,17 +20,17 @@ INERT_KEYS = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
     bos_token_id chunk_size_feed_forward eos_token_id id2label initializer_range is_encoder_decoder label2id
     output_attentions output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
-    transformers_version unsloth_fixed unsloth_version use_cache""".split()
+    transformers_version unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905
 )
 MODEL_KEYS = frozenset(
     """attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types
     max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
     num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
-    tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()
+    tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()  # noqa: SIM905
 )
 ROPE_KEYS = frozenset(
     """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
-    partial_rotary_factor rope_theta rope_type truncate type""".split()
+    partial_rotary_factor rope_theta rope_type truncate type""".split()  # noqa: SIM905
 )
 ROPE_TYPES = ("default", "linear", "yarn")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

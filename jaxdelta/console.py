@@ -1,17 +1,19 @@
 """The frame around every script: flags, one-line errors, exit statuses, interruption.
 
-Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted. Nothing heavy is imported
-here, so that a script can install the frame before it imports JAX.
+Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted. Nothing but the standard
+library is imported before the frame is installed, so that Ctrl-C finds it there.
 """
 
+import contextlib
+import io
 import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
-from types import TracebackType
-
-from absl import app, flags
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 
@@ -20,10 +22,12 @@ TERMINATED = 143
 
 
 def install() -> None:
-    """Makes Ctrl-C during the imports end in a line too, and SIGTERM clean up like any other end."""
-    sys.excepthook = _excepthook
+    """Makes Ctrl-C during the imports end in a line, and lets no signal be lost after them."""
+    _on_interrupt(lambda signum, frame: _end_interrupted())
+    sys.unraisablehook = _unraisablehook
     logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every accelerator it did not find.
-    signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A δ the terminal lacks is no reason to fail.
 
 
 def run(main: Callable[..., None], *, required: Sequence[str] = (), commands: Collection[str] = ()) -> None:
@@ -34,24 +38,56 @@ def run(main: Callable[..., None], *, required: Sequence[str] = (), commands: Co
         required: flags that must be set.
         commands: what the one argument that is no flag may be; without them there is no such argument.
     """
+    from absl import app
+
     app.run(
         lambda argv: _guarded(lambda: main(*argv[1:])),
         flags_parser=lambda argv: _parse_flags(argv, required, commands),
     )
 
 
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache directory, unless JAX was told where, or not to.
+
+    Half of a short run is compiling, and the next run needs the same programs.
+    """
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        # No home, or one that cannot be written to, is no reason to fail.
+        with contextlib.suppress(OSError, RuntimeError):
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            directory = home / "jaxdelta" / "xla"
+            directory.mkdir(parents=True, exist_ok=True)
+            if os.access(directory, os.W_OK):
+                jax.config.update("jax_compilation_cache_dir", str(directory))
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+                # Nor is a full disk, or a damaged entry.
+                warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
+
+
 def _guarded(main: Callable[[], None]) -> None:
     try:
+        # From here on there may be something to tidy up.
+        _on_interrupt(signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
+        keep_compiled()
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
+        # And from here on there is not: everything is written.
+        _on_interrupt(signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except JaxDeltaError as error:
         fail(str(error), error.status)
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output went away: nothing more can be said to it, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _end_interrupted()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename is None:
+            # Our output went away or is full: nothing more can be said to it, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        fail(str(error), 1)
 
 
 def fail(message: str, status: int) -> None:
@@ -67,6 +103,7 @@ def script_name() -> str:
 
 def _parse_flags(argv: list[str], required: Sequence[str], commands: Collection[str]) -> list[str]:
     import jax
+    from absl import app, flags
 
     try:
         jax.config.parse_flags_with_absl()
@@ -84,17 +121,33 @@ def _parse_flags(argv: list[str], required: Sequence[str], commands: Collection[
 
 
 def _wants_help(argv: list[str]) -> bool:
-    return any(
-        arg.lstrip("-").split("=")[0] in ("help", "helpfull", "helpshort", "helpxml") for arg in argv[1:]
-    )
+    names = ("help", "helpfull", "helpshort", "helpxml")
+    return any(arg.startswith("-") and arg.lstrip("-").split("=")[0] in names for arg in argv[1:])
 
 
 def _terminate(signum: int, frame: object) -> None:
     sys.exit(TERMINATED)
 
 
-def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{script_name()}: interrupted; nothing was written", file=sys.stderr)
-        os._exit(INTERRUPTED)
-    sys.__excepthook__(kind, error, traceback)
+def _on_interrupt(action: Any) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
+        signal.signal(signal.SIGINT, action)
+
+
+def _unraisablehook(unraisable: Any) -> None:
+    """Ctrl-C and SIGTERM that struck where nothing can be raised, as in JAX's callback of the garbage
+    collector, would be lost: they are raised again when the callback is over."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
+        return sys.__unraisablehook__(unraisable)
+
+    def again(signum: int, frame: object, kind: type[BaseException] = unraisable.exc_type) -> None:
+        raise kind(TERMINATED)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _end_interrupted() -> NoReturn:
+    """Ends now: an ordinary exit would wait for all threads."""
+    print(f"{script_name()}: interrupted; nothing was written", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)

@@ -11,3 +11,8 @@ class UsageError(JaxDeltaError, ValueError):
     """An option with an impossible value; the message names the option."""
 
     status = 2
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says, cut to one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

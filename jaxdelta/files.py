@@ -8,6 +8,18 @@ from pathlib import Path
 from jaxdelta.errors import JaxDeltaError, UsageError
 
 
+def json_path(path: str | Path) -> Path:
+    """A path that ends in .json.
+
+    Raises:
+        UsageError: it does not.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise UsageError(f"out: {path} must end in .json")
+    return path
+
+
 def check_output(path: Path) -> None:
     """Fails now, before any work, if `path` cannot be written later.
 
@@ -15,8 +27,7 @@ def check_output(path: Path) -> None:
         UsageError: the name does not end in .json.
         JaxDeltaError: the directory is missing or not writable.
     """
-    if path.suffix != ".json":
-        raise UsageError(f"out: {path} must end in .json")
+    path = json_path(path)
     # The longest of the names that will be written.
     probe = _temporary(path.with_suffix(".safetensors"))
     with _plain_errors(path):

@@ -4,12 +4,13 @@ Of a hub repository only what is needed is fetched: the configuration, the token
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 
 DEMO = "demo"
 CONFIG = "config.json"
@@ -19,7 +20,7 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -31,13 +32,16 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
     Raises:
         JaxDeltaError: no such directory; the hub has no such model, refuses it, or cannot be reached.
+        UsageError: the name is empty.
     """
     if model == DEMO:
         return Path(str(resources.files("jaxdelta") / "data" / "demo"))
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if not model:
+        raise UsageError("model is empty; give `demo`, a directory, or a hub id")
+    path = Path(os.path.expanduser(model))  # Unlike pathlib's, os.path's functions never raise.
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise JaxDeltaError(f"{model}: is a file; give the directory that holds config.json and the weights")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise JaxDeltaError(f"{model}: no such directory")
@@ -126,7 +130,7 @@ def _plain_errors(repo: str, revision: str | None, fetch: Callable[[], Path]) ->
         ) from error
     except errors.HFValidationError as error:
         raise JaxDeltaError(f"{repo}: no such directory, and no valid hub id") from error
-    except OSError as error:
-        raise JaxDeltaError(f"{repo}: cannot be fetched from the hub ({error})") from error
+    except (OSError, errors.HTTPError) as error:
+        raise JaxDeltaError(f"{repo}: cannot be fetched from the hub ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -22,7 +22,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from jaxdelta.config import ModelConfig, Rope
+from jaxdelta.config import ModelConfig
+from jaxdelta.rotary import rotary_angles, rotate
 
 VOCAB_SLICE = 8192
 
@@ -300,7 +301,11 @@ def block_context(
     config: ModelConfig, length: int, window: Int[Array, ""] | int, compute_dtype: DTypeLike
 ) -> Context:
     """What a block needs to know about `length` positions of which each sees `window`."""
-    return Context(rotary_angles(config, length), causal_mask(length, window), jnp.dtype(compute_dtype))
+    return Context(
+        rotary_angles(config.rope, config.head_dim, length),
+        causal_mask(length, window),
+        jnp.dtype(compute_dtype),
+    )
 
 
 def causal_mask(length: int, window: int | Int[Array, ""]) -> Array:
@@ -308,60 +313,6 @@ def causal_mask(length: int, window: int | Int[Array, ""]) -> Array:
     position = jnp.arange(length)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < window)
-
-
-def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
-    """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
-
-    Computed in float32 step by step as transformers does: a frequency one rounding off is an angle
-    1e-4 off at position 2000.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelengths = np.float32(rope.theta) ** exponents
-    frequencies = np.float32(1) / wavelengths
-    if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind == "yarn":
-        kept = np.float32(1) - _yarn_ramp(rope, head_dim)
-        slowed = np.float32(1) / (np.float32(rope.factor) * wavelengths)
-        return slowed * (np.float32(1) - kept) + frequencies * kept
-    return frequencies
-
-
-def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
-    """0 for frequencies that turn often within the trained context, 1 for those that hardly turn."""
-
-    def index(rotations: float) -> float:
-        turns = rope.original_max_positions / (rotations * 2 * np.pi)
-        return head_dim * np.log(turns) / (2 * np.log(rope.theta))
-
-    low, high = index(rope.beta_fast), index(rope.beta_slow)
-    if rope.truncate:
-        low, high = np.floor(low), np.ceil(high)
-    low, high = max(low, 0.0), min(high, head_dim - 1.0)
-    high += 0.001 * (low == high)
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    return np.clip(ramp, 0, 1).astype(np.float32)
-
-
-def rotary_angles(
-    config: ModelConfig, length: int
-) -> tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]:
-    """cos and sin of position · frequency, in float32, for positions 0..length-1."""
-    frequencies = jnp.asarray(rotary_frequencies(config.rope, config.head_dim))
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
-    scale = config.rope.attention_factor
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(
-    x: Float32[Array, "*heads T H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
-) -> Float32[Array, "*heads T H"]:
-    """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
-    cos, sin = rotary
-    pairs = x.reshape(*x.shape[:-1], 2, -1)
-    swapped = pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
-    return (pairs * cos[:, None] + swapped).reshape(x.shape)
 
 
 def next_token_loss(

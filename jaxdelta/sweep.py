@@ -4,8 +4,10 @@ Layer L + 1 is read while layer L computes, so a run needs the memory of two lay
 read once. One compiled function serves all layers.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -90,7 +92,8 @@ class Sweep:
     """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
-    when the last state is taken after the final norm, as the reference takes it; `loss()`.
+    when the last state is taken after the final norm, as the reference takes it; `loss()`; `seconds` spent
+    reading (beside the computing), waiting for what was read, and computing.
     """
 
     normed: Update
@@ -106,6 +109,7 @@ class Sweep:
         self.weights = weights
         self.tokens = tokens
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
+        self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0}
 
     def __iter__(self) -> Iterator[Update]:
         config = self.weights.config
@@ -114,14 +118,28 @@ class Sweep:
         windows = attention_windows(config, self.tokens.shape[1])
         first = h = self.weights.embeddings(self.tokens).astype(residual_dtype)
         written = jnp.zeros(h.shape, jnp.float32)
-        for layer, window in zip(read_ahead(self.weights.layer, config.num_layers), windows, strict=True):
-            entered, before = h, written
-            h, written, update = _step(graph, config, compute_dtype, layer, h, before, window)
-            del layer
-            # One layer's work in the queue at most: more would hold more layers' weights.
-            jax.block_until_ready(entered)
-            yield update
+        with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
+            for window in windows:
+                with self._timed("wait"):
+                    layer = next(layers)
+                entered, before = h, written
+                h, written, update = _step(graph, config, compute_dtype, layer, h, before, window)
+                del layer
+                # Before the next layer is taken, so that no more than two are in memory.
+                with self._timed("compute"):
+                    jax.block_until_ready(h)
+                yield update
         self._finish(first, entered, h, written)
+
+    def _read(self, index: int) -> nnx.State:
+        with self._timed("read"):
+            return jax.block_until_ready(self.weights.layer(index))
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
 
     def _finish(self, first: Array, entered: Array, last: Array, written: Array) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
@@ -138,16 +156,16 @@ class Sweep:
         return float(np.mean(losses))
 
 
-def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
+def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
     """read(0), ..., read(count - 1), each read on another thread while the one before is in use."""
     with ThreadPoolExecutor(1, "read-ahead") as pool:
-        upcoming = pool.submit(read, 0)
-        for index in range(count):
-            item = upcoming.result()
-            if index + 1 < count:
-                upcoming = pool.submit(read, index + 1)
-            yield item
-            del item
+        upcoming = [pool.submit(read, 0)]
+        for index in range(1, count + 1):
+            # Handed over without a reference left here, which would keep it in memory.
+            item = [upcoming.pop().result()]
+            if index < count:
+                upcoming.append(pool.submit(read, index))
+            yield item.pop()
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)

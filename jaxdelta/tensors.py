@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdelta import hub
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import JaxDeltaError, first_line
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
@@ -123,8 +123,3 @@ def _places(file: Path) -> Iterator[tuple[str, _Place]]:
 def _causal_name(stored: str) -> str:
     """Checkpoints of the bare model (embedding models) lack the prefix `model.`."""
     return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of another library says, cut to one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

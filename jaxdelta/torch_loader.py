@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
-from jaxdelta.errors import JaxDeltaError
-from jaxdelta.tensors import Source, Spec, first_line, safetensors_files
+from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.tensors import Source, Spec, safetensors_files
 
 
 def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
@@ -25,10 +25,13 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        raw = transformers.AutoConfig.from_pretrained(directory, **options).to_dict()
-        raw.pop("quantization_config", None)
+        theirs = transformers.AutoConfig.from_pretrained(directory, **options)
+        raw = theirs.to_dict()
+        quantization = raw.pop("quantization_config", None) or {}
         config = ModelConfig.from_dict(raw)  # Before the weights: it may be another architecture.
-        tensors, specs = _load(directory, options)
+        if quantization.get("quant_method") == "fp8":
+            theirs.quantization_config = quantization | {"dequantize": True}
+        tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
         raise JaxDeltaError(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise whatever comes to hand.
@@ -71,9 +74,9 @@ def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    if getattr(model, "hf_quantizer", None) is not None:
-        model = model.dequantize()
     tensors = model.state_dict()
+    if any(tensor.dtype not in _dtypes() for tensor in tensors.values()):
+        tensors = model.dequantize().state_dict()
     if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
         raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
     specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}

@@ -10,6 +10,7 @@ from jaxdelta import console
 
 console.install()
 
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
@@ -24,6 +25,8 @@ _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors is writ
 _CALIBRATION = flags.DEFINE_string(
     "calibration", None, "text to run the model on: .txt, or .json with a list of texts (default: 25 prompts)"
 )
+
+_QUIET = flags.DEFINE_bool("quiet", False, "no progress, no tables: the files alone")
 
 flags.DEFINE_string("revision", DEFAULTS.revision, "branch, tag or commit of a hub id")
 flags.DEFINE_enum(
@@ -52,15 +55,16 @@ def main() -> None:
     out = Path(_OUT.value).expanduser()
     files.check_output(out)
     options = {name: flags.FLAGS[name].value for name in OPTION_FLAGS}
-    print(f"Loading {_MODEL.value} ...", flush=True)
+    say = (lambda line: None) if _QUIET.value else partial(print, flush=True)
+    say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value, _CALIBRATION.value, listener=lambda line: print(line, flush=True), **options
+        _MODEL.value, _CALIBRATION.value, listener=say, progress=not _QUIET.value, **options
     )
     written = result.save(out)  # before the tables: whoever reads them may stop reading
-    print(f" L={result.num_layers}, hidden={result.hidden}")
-    print(f" calibration tokens: {result.n_calib_tokens}")
-    print(tables(result))
-    print("\nSaved: " + ", ".join(map(str, written)))
+    say(f" L={result.num_layers}, hidden={result.hidden}")
+    say(f" calibration tokens: {result.n_calib_tokens}")
+    say(tables(result))
+    say("\nSaved: " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -102,3 +102,9 @@ def make_checkpoint() -> Callable[..., Path]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Path:
     """A checkpoint of 4 layers with its tokenizer; not to be written to."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def small(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
+    """A checkpoint of two layers, to be spoiled."""
+    return make_checkpoint(tmp_path / "small", num_hidden_layers=2)

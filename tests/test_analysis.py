@@ -220,51 +220,53 @@ def test_batches_of_an_accelerator_give_the_same(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for at_once in (100, 2, 1):
-        monkeypatch.setattr(measure, "layers_at_once", lambda n, d, at_once=at_once: at_once)
-        batched = run(tiny_checkpoint)
-        for row, other in zip(result.per_layer, batched.per_layer, strict=True):
-            for key in PER_LAYER[2:]:
-                np.testing.assert_allclose(row[key], other[key], rtol=1e-10, err_msg=key)
-        np.testing.assert_allclose(result.directions, batched.directions, rtol=0, atol=1e-6)
+    monkeypatch.setattr(measure, "layers_at_once", lambda n, d: 3)  # rows 0 to 2, then 3 and 4
+    batched = run(tiny_checkpoint)
+    for row, other in zip(result.per_layer, batched.per_layer, strict=True):
+        for key in PER_LAYER[2:]:
+            np.testing.assert_allclose(row[key], other[key], rtol=1e-10, err_msg=key)
+    np.testing.assert_allclose(result.directions, batched.directions, rtol=0, atol=1e-6)
 
 
-def test_a_failed_spectrum_is_computed_again(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_spectrum_is_computed_again(
+    tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(delta: Any, k: int, method: str) -> Spectrum:
         found = update_spectrum(delta, k, method)
         return Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
 
-    good = run(tiny_checkpoint, top_k=3)
     monkeypatch.setattr(measure, "update_spectrum", fails)
-    jax.clear_caches()
-    mended = run(tiny_checkpoint, top_k=3)
-    jax.clear_caches()
-    assert good.run["rows_on_host"] == []
+    mended = run(tiny_checkpoint, top_k=7)  # so many in no other test: what is compiled here is wrong
+    assert result.run["rows_on_host"] == []
     assert mended.run["rows_on_host"] == [0, 1, 2, 3, 4]
     assert mended.run["certificate"] < 1e-12
-    for row, other in zip(good.per_layer, mended.per_layer, strict=True):
+    for row, other in zip(result.per_layer, mended.per_layer, strict=True):
         for key in PER_LAYER[2:]:
-            np.testing.assert_allclose(row[key], other[key], rtol=1e-8, err_msg=key)
-    np.testing.assert_allclose(good.directions, mended.directions, rtol=0, atol=1e-6)
+            if key != "top_singvals":
+                np.testing.assert_allclose(row[key], other[key], rtol=1e-8, err_msg=key)
+        np.testing.assert_allclose(row["top_singvals"], other["top_singvals"][:K], rtol=1e-8)
+    np.testing.assert_allclose(result.directions, mended.directions[:, :K], rtol=0, atol=1e-6)
 
 
 def test_bfloat16_is_close(tiny_checkpoint: Path, result: Analysis) -> None:
-    for option in ("compute_dtype", "residual_dtype"):
-        coarse = run(tiny_checkpoint, **{option: "bfloat16"})
-        for row, other in zip(result.per_layer, coarse.per_layer, strict=True):
-            assert row["frob"] == pytest.approx(other["frob"], rel=0.03)
-            assert row["frob"] != other["frob"]
-        assert coarse.run[option] == "bfloat16"
+    coarse = run(tiny_checkpoint, compute_dtype="bfloat16", residual_dtype="bfloat16")
+    for row, other in zip(result.per_layer, coarse.per_layer, strict=True):
+        assert row["frob"] == pytest.approx(other["frob"], rel=0.03)
+        assert row["frob"] != other["frob"]
+    assert (coarse.run["compute_dtype"], coarse.run["residual_dtype"]) == ("bfloat16", "bfloat16")
 
 
 def test_two_runs_are_identical(tiny_checkpoint: Path, tmp_path: Path) -> None:
     contents = []
     for name in ("a.json", "b.json"):
         found = run(tiny_checkpoint)
-        found.run.pop("seconds")
+        for timing in [key for key in found.run if "seconds" in key]:
+            del found.run[timing]
         json_file, arrays_file = found.save(tmp_path / name)
-        contents.append((json_file.read_bytes(), arrays_file.read_bytes()))
-    assert contents[0] == contents[1]
+        contents.append((json_file.read_text().splitlines(), arrays_file.read_bytes()))
+    (lines, arrays), (lines_again, arrays_again) = contents
+    assert lines_again == lines
+    assert arrays_again == arrays
 
 
 # What it takes
@@ -289,8 +291,8 @@ def test_calibration_of_every_kind(tiny_checkpoint: Path, tmp_path: Path, result
     (tmp_path / "a.json").write_text(json.dumps(TEXT))
     for given in (str(tmp_path / "a.txt"), tmp_path / "a.json", tuple(TEXT)):
         assert run(tiny_checkpoint, given).per_layer == result.per_layer
-    prompts = run(tiny_checkpoint, None, max_tokens=64)
-    assert prompts.n_calib_tokens == 64
+    prompts = run(tiny_checkpoint, None, max_tokens=30)
+    assert prompts.n_calib_tokens == 30
 
 
 def test_listener_hears_of_every_stage(tiny_checkpoint: Path) -> None:
@@ -511,7 +513,7 @@ def test_no_number_that_json_lacks_is_written(result: Analysis, tmp_path: Path) 
 
 
 def test_frame(result: Analysis) -> None:
-    frame = pytest.importorskip("pandas") and result.to_frame()
+    frame = result.to_frame()
     assert list(frame.index) == [0, 1, 2, 3]
     assert list(frame["eff_rank"]) == [row["eff_rank"] for row in result.per_layer]
 

@@ -28,6 +28,7 @@ from jaxdelta.model import (
     next_token_loss,
     residual_stream,
 )
+from jaxdelta.rotary import rotary_angles
 
 TOLERANCE = 1e-5  # relative, Frobenius
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 136), dtype=np.int32)
@@ -175,6 +176,22 @@ def test_equals_transformers(
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
     # The weights are the same draw: what the case varies must show, and by far.
     assert case == "grouped" or relative(wanted.logits, grouped.logits) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case", [default(1e6), default(1e4), LINEAR, yarn(), yarn(truncate=False, rope_theta=1e6)]
+)
+def test_rotation_of_long_texts(case: dict[str, Any]) -> None:
+    """A frequency that is one rounding off shows only far into a text."""
+    import torch
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    config = Qwen3Config(head_dim=128, **case)
+    theirs = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.arange(4096)[None])
+    ours = rotary_angles(ModelConfig.from_dict(config.to_dict()).rope, 128, 4096)
+    for found, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(found, wanted[0, :, :64], rtol=0, atol=1e-5)
 
 
 def test_closure(stream: ResidualStream) -> None:

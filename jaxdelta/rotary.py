@@ -1,0 +1,64 @@
+"""Rotary position embedding (Su et al. 2021), scaled linearly or by YaRN (Peng et al. 2023, 2309.00071).
+
+Axes as in `jaxdelta.model`: T position, H head size.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from jaxdelta.config import Rope
+
+
+def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
+    """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
+
+    Computed in float32 step by step as transformers does: a frequency one rounding off is an angle
+    1e-4 off at position 2000.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelengths = np.float32(rope.theta) ** exponents
+    frequencies = np.float32(1) / wavelengths
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "yarn":
+        kept = np.float32(1) - _yarn_ramp(rope, head_dim)
+        slowed = np.float32(1) / (np.float32(rope.factor) * wavelengths)
+        return slowed * (np.float32(1) - kept) + frequencies * kept
+    return frequencies
+
+
+def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
+    """0 for frequencies that turn often within the trained context, 1 for those that hardly turn."""
+
+    def index(rotations: float) -> float:
+        turns = rope.original_max_positions / (rotations * 2 * np.pi)
+        return head_dim * np.log(turns) / (2 * np.log(rope.theta))
+
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    high += 0.001 * (low == high)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.clip(ramp, 0, 1).astype(np.float32)
+
+
+def rotary_angles(
+    rope: Rope, head_dim: int, length: int
+) -> tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]:
+    """cos and sin of position · frequency, in float32, for positions 0..length-1."""
+    frequencies = jnp.asarray(rotary_frequencies(rope, head_dim))
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    scale = rope.attention_factor
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(
+    x: Float32[Array, "*heads T H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
+) -> Float32[Array, "*heads T H"]:
+    """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
+    cos, sin = rotary
+    pairs = x.reshape(*x.shape[:-1], 2, -1)
+    swapped = pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return (pairs * cos[:, None] + swapped).reshape(x.shape)

@@ -1,0 +1,88 @@
+"""What the tests of checkpoints share: tensors on disk, tensors in a model, and their bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model import Qwen3
+
+WEIGHTS = "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def on_disk(directory: Path) -> dict[str, Any]:
+    """All tensors of all safetensors files of a directory, as PyTorch reads them."""
+    from safetensors.torch import load_file
+
+    return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def write(directory: Path, tensors: dict[str, Any], name: str = WEIGHTS) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {k: t.clone().contiguous() for k, t in tensors.items()}, directory / name, metadata={"format": "pt"}
+    )
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def parameters(model: Qwen3) -> dict[str, np.ndarray]:
+    """The model's parameters under the names they have on disk."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value, name = np.asarray(variable[...]), ".".join(path)
+        if path[0] == "layers":
+            found |= {f"model.layers.{i}.{name.removeprefix('layers.')}": row for i, row in enumerate(value)}
+        else:
+            found["model." * (path[0] != "lm_head") + name] = value
+    return found
+
+
+def bits(tensor: Any) -> np.ndarray:
+    import torch
+
+    if isinstance(tensor, torch.Tensor):
+        return tensor.detach().contiguous().view(torch.uint8).numpy()
+    return np.ascontiguousarray(tensor).view(np.uint8)
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert str(found[name].dtype).removeprefix("torch.") == str(tensor.dtype).removeprefix("torch."), name
+        np.testing.assert_array_equal(bits(found[name]), bits(tensor), err_msg=name)
+
+
+def to_torch_file(directory: Path, shards: int = 1) -> dict[str, Any]:
+    """Rewrites a checkpoint as pytorch_model.bin; returns its tensors."""
+    import torch
+
+    tensors = on_disk(directory)
+    (directory / WEIGHTS).unlink()
+    if shards == 1:
+        torch.save(tensors, directory / "pytorch_model.bin")
+        return tensors
+    files = {name: f"pytorch_model-{i % shards}.bin" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        torch.save({name: tensors[name] for name, f in files.items() if f == file}, directory / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return tensors
+
+
+def one_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The message of the JaxDeltaError that a call must end in."""
+    with pytest.raises(JaxDeltaError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
