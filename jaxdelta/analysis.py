@@ -201,7 +201,7 @@ class Stages:
 
 
 def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
-    return parse_phases(given, num_layers) if given else default_phases(num_layers)
+    return default_phases(num_layers) if given is None else parse_phases(given, num_layers)
 
 
 def _tokens(
