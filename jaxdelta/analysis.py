@@ -5,8 +5,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.files import json_path, write_together
 from jaxdelta.measure import LayerFigures, measure
 from jaxdelta.model import Qwen3
-from jaxdelta.overlap import Overlaps, overlaps
+from jaxdelta.overlap import Overlaps, compile_overlaps, overlaps
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
 from jaxdelta.sweep import Resident, Sweep, Update, Weights
@@ -222,7 +224,9 @@ def _measure(
 ) -> Analysis:
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype)
-        figures = measure(_all_updates(sweep, stages.progress), options.top_k, options.svd)
+        ahead = partial(_compile_ahead, sweep, phases, options.top_k)
+        updates = _all_updates(sweep, stages.progress, ahead)
+        figures = measure(updates, sweep.shape, options.top_k, options.svd)
         note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
         note(
             "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s".format(
@@ -263,12 +267,22 @@ def _measure(
     )
 
 
-def _all_updates(sweep: Sweep, progress: bool) -> Iterator[Update]:
+def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Update]:
     """Every layer's update, then the last layer's in the reference's convention."""
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
-    yield from tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
+    bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
+    for layer, update in enumerate(bar):
+        if layer == 0:
+            Thread(target=after_first, name="compile", daemon=True).start()
+        yield update
     yield sweep.normed
+
+
+def _compile_ahead(sweep: Sweep, phases: tuple[str, ...], top_k: int) -> None:
+    """Compiles, while the layers compute, what comes after them."""
+    sweep.compile_loss()
+    compile_overlaps((len(phases), top_k, sweep.weights.config.hidden_size), len(set(phases)))
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:

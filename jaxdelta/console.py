@@ -5,6 +5,7 @@ library is imported before the frame is installed, so that Ctrl-C finds it there
 """
 
 import contextlib
+import ctypes
 import io
 import logging
 import os
@@ -19,6 +20,7 @@ from jaxdelta.errors import JaxDeltaError, UsageError
 
 INTERRUPTED = 130
 TERMINATED = 143
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def install() -> None:
@@ -66,11 +68,21 @@ def keep_compiled() -> None:
                 warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
 
 
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next layer: returning hundreds of megabytes to the system
+    after each, and taking them anew page by page, costs a sixth of a run on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # macOS, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _guarded(main: Callable[[], None]) -> None:
     try:
         # From here on there may be something to tidy up.
         _on_interrupt(signal.default_int_handler)
         signal.signal(signal.SIGTERM, _terminate)
+        keep_memory()
         keep_compiled()
         main()
         print(end="", flush=True)

@@ -28,6 +28,9 @@ from jaxdelta.sweep import Update
 
 _WORKSPACE_BYTES = 4 << 30
 
+# The time goes into LAPACK, and LLVM's work on the little around it would take longer than it saves.
+CPU_COMPILER: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -43,64 +46,80 @@ class LayerFigures:
     on_host: Bool[AnyArray, "*layers"]
 
 
-def measure(updates: Iterable[Update], k: int, method: str) -> LayerFigures:
+def measure(updates: Iterable[Update], shape: tuple[int, int], k: int, method: str) -> LayerFigures:
     """Spectrum and token statistics of every update, in their order, as they come.
 
     Args:
-        updates: δ and h of each layer, all of one shape.
+        updates: δ and h of each layer.
+        shape: (n, d) of all of them: compiling begins before the first one comes.
         k: directions kept.
         method: `gram` or `full`, see `update_spectrum`.
     """
     run = _on_threads if jax.default_backend() == "cpu" else _in_batches
-    parts = list(run(updates, partial(_figures, k=k, method=method)))
+    parts = list(run(updates, shape, k, method))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 @partial(jax.jit, static_argnames=("k", "method"))
-def _figures(updates: Update, *, k: int, method: str) -> LayerFigures:
-    """The figures of a stack of updates, one after the other in one call."""
-
-    def one(update: Update) -> LayerFigures:
-        delta, h = update.delta, update.h
-        finite = jnp.isfinite(delta).all() & jnp.isfinite(h).all()
-        delta = jnp.where(finite, delta, 0)  # Some solvers never return from a NaN.
-        spectrum = update_spectrum(delta, k, method)
-        on_host = ~(spectrum.defect <= CERTIFIED)  # also where it is NaN
-        return LayerFigures(spectrum, token_statistics(delta, h), finite, on_host)
-
-    return jax.vmap(one)(updates)
+def _figures(update: Update, *, k: int, method: str) -> LayerFigures:
+    """The figures of one update."""
+    delta, h = update.delta, update.h
+    finite = jnp.isfinite(delta).all() & jnp.isfinite(h).all()
+    delta = jnp.where(finite, delta, 0)  # Some solvers never return from a NaN.
+    spectrum = update_spectrum(delta, k, method)
+    on_host = ~(spectrum.defect <= CERTIFIED)  # also where it is NaN
+    return LayerFigures(spectrum, token_statistics(delta, h), finite, on_host)
 
 
-def _on_threads(updates: Iterable[Update], figures: Any) -> Iterator[LayerFigures]:
+@partial(jax.jit, static_argnames=("k", "method"))
+def _batched_figures(updates: list[Update], *, k: int, method: str) -> LayerFigures:
+    """The figures of several updates, stacked."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
+    return jax.vmap(partial(_figures, k=k, method=method))(stacked)
+
+
+def _on_threads(
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str
+) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
     One layer's matrices are too small to share out well. As many updates wait as there are threads.
     """
     count = os.cpu_count() or 1
     pending: list[Future[LayerFigures]] = []
-    first: Future[LayerFigures] | None = None
-    with _single_threaded_blas(), ThreadPoolExecutor(count, "spectra") as pool:
+    with ThreadPoolExecutor(count, "spectra") as pool, contextlib.ExitStack() as stack:
+        # One compiles; the others wait for it, or they would all compile.
+        compiled = pool.submit(_compile, shape, k, method, stack)
         for update in updates:
-            pending.append(pool.submit(_run_after, first, figures, update))
-            first = first or pending[0]
+            pending.append(pool.submit(_run_one, compiled, update))
             if len(pending) > 2 * count:
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
 
 
-def _run_after(first: Future[LayerFigures] | None, figures: Any, update: Update) -> LayerFigures:
-    """Waits for the first update, whose run compiles: two threads at once would both compile."""
-    if first is not None:
-        first.exception()
-    return _run(figures, [update])
+def _compile(shape: tuple[int, int], k: int, method: str, stack: contextlib.ExitStack) -> Any:
+    stack.enter_context(_single_threaded_blas())
+    example = jnp.zeros(shape, jnp.float32)
+    with jax.enable_x64(True):
+        return _figures.lower(Update(example, example), k=k, method=method).compile(CPU_COMPILER)
 
 
-def _in_batches(updates: Iterable[Update], figures: Any) -> Iterator[LayerFigures]:
+def _run_one(compiled: Future[Any], update: Update) -> LayerFigures:
+    figures = compiled.result()
+    with jax.enable_x64(True):
+        found = jax.tree.map(lambda leaf: np.array(leaf)[None], figures(update))
+    return _mended(found, [update])
+
+
+def _in_batches(
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str
+) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)
-    for update in iterator:
-        rest = itertools.islice(iterator, layers_at_once(*update.delta.shape) - 1)
-        yield _run(figures, [update, *rest])
+    while batch := list(itertools.islice(iterator, layers_at_once(*shape))):
+        with jax.enable_x64(True):
+            found = jax.tree.map(np.array, _batched_figures(batch, k=k, method=method))
+        yield _mended(found, batch)
 
 
 def layers_at_once(n: int, d: int) -> int:
@@ -108,15 +127,14 @@ def layers_at_once(n: int, d: int) -> int:
     return max(1, _WORKSPACE_BYTES // (8 * (2 * n * d + 4 * min(n, d) ** 2)))
 
 
-def _run(figures: Any, updates: list[Update]) -> LayerFigures:
-    with jax.enable_x64(True):
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
-        found = jax.tree.map(np.array, jax.block_until_ready(figures(stacked)))
-        for row in np.flatnonzero(found.on_host):
+def _mended(found: LayerFigures, updates: list[Update]) -> LayerFigures:
+    """The figures with the spectra whose certificate failed computed again by NumPy."""
+    for row in np.flatnonzero(found.on_host):
+        with jax.enable_x64(True):
             spectrum = host_spectrum(np.asarray(updates[row].delta), found.spectrum.directions.shape[1])
-            for mended, value in zip(jax.tree.leaves(found.spectrum), jax.tree.leaves(spectrum), strict=True):
-                mended[row] = value
-        return found
+        for mended, value in zip(jax.tree.leaves(found.spectrum), jax.tree.leaves(spectrum), strict=True):
+            mended[row] = value
+    return found
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxdelta.config import ModelConfig
 from jaxdelta.rotary import rotary_angles, rotate
 
-VOCAB_SLICE = 8192
+VOCAB_SLICE = 4096
 
 
 def contract(spec: str, x: Array, y: Array) -> Array:
@@ -50,7 +50,7 @@ class Linear(nnx.Module):
         bias: bool,
         stack: tuple[int, ...],
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         self.weight = nnx.Param(_normal(rngs, (*stack, size_out, size_in), dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), dtype)) if bias else None
@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Token embeddings (V, D)."""
 
-    def __init__(self, vocab_size: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, vocab_size: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
         self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -150,7 +150,9 @@ class Context:
 class Block(nnx.Module):
     """One layer. `stack=(L,)` holds L layers' weights at once; it is called on a single layer's."""
 
-    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...] = (), dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, stack: tuple[int, ...] = (), dtype: DTypeLike, rngs: nnx.Rngs | None
+    ):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
@@ -173,10 +175,11 @@ def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Ar
 class Qwen3(nnx.Module):
     """A Qwen3 causal language model, its layers' weights stacked along a leading axis.
 
-    Initial weights are normal with standard deviation 0.02; `lm_head` is None where it is the embedding.
+    Initial weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where
+    it is the embedding.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None):
         self.config = config
         embedding = partial(Embedding, config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.embed_tokens = embedding()
@@ -192,13 +195,13 @@ class Qwen3(nnx.Module):
 
 def abstract_model(config: ModelConfig) -> Qwen3:
     """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Qwen3(config, rngs=None))
 
 
 @cache
 def abstract_block(config: ModelConfig) -> Block:
     """One layer with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=None))
 
 
 @jax.tree_util.register_dataclass
@@ -331,7 +334,7 @@ def next_token_loss(
     """
     targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
     slices = (head[start:stop] for start, stop in vocabulary_slices(head.shape[0]))
-    return sliced_loss(head.shape[0], slices, targets, normed[:, :-1], compute_dtype)
+    return sliced_loss(head.shape[0], slices, targets, normed, compute_dtype)
 
 
 def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
@@ -344,26 +347,31 @@ def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
 def sliced_loss(
     vocab_size: int,
     slices: Iterable[Float[Array, "_ D"]],
-    targets: Float[Array, "B T D"],
+    targets: Float[Array, "B next D"],
     normed: Float32[Array, "B T D"],
     compute_dtype: DTypeLike,
-) -> Float32[Array, "B T"]:
+) -> Float32[Array, "B next"]:
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
     Args:
         vocab_size: the number of W's rows.
         slices: the output embedding's rows, as `vocabulary_slices` cuts them.
         targets: the row of each position's next token.
-        normed: x, the last state after the final norm.
+        normed: x, the last state after the final norm; its last position has no next token.
         compute_dtype: dtype of the factors of the products.
     """
-    x = normed.astype(compute_dtype)
-    log_sum = jnp.full(x.shape[:2], -jnp.inf, jnp.float32)
+    x, target_score, log_sum = _begin_loss(targets, normed, jnp.dtype(compute_dtype))
     counted = 0
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
         log_sum = _add_slice(log_sum.block_until_ready(), x, rows, counted - start)
         counted = stop
-    return log_sum - contract("BTD,BTD->BT", x, targets)
+    return log_sum - target_score
+
+
+@partial(jax.jit, static_argnums=2)
+def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Array, Array, Array]:
+    x = normed[:, :-1].astype(compute_dtype)
+    return x, contract("BTD,BTD->BT", x, targets), jnp.full(x.shape[:2], -jnp.inf, jnp.float32)
 
 
 @jax.jit
@@ -374,5 +382,16 @@ def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> A
     return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+def compile_sliced_loss(
+    shape: tuple[int, int, int], rows: int, weights_dtype: DTypeLike, compute_dtype: DTypeLike
+) -> None:
+    """Compiles `sliced_loss` for targets of a shape and slices of so many rows, before they are there."""
+    abstract = jax.ShapeDtypeStruct
+    x, head = abstract(shape, compute_dtype), abstract((rows, shape[2]), weights_dtype)
+    _add_slice.lower(abstract(shape[:2], jnp.float32), x, head, 0).compile()
+
+
+def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    if rngs is None:  # for shapes alone: tracing a random generator takes longer than all the rest
+        return jnp.zeros(shape, dtype)
     return nnx.initializers.normal(0.02)(rngs.params(), shape, dtype)

@@ -40,6 +40,13 @@ def overlaps(directions: Float[Array | np.ndarray, "N k d"], members: Bool[np.nd
         return Overlaps(*map(np.asarray, jax.block_until_ready(found)))
 
 
+def compile_overlaps(shape: tuple[int, int, int], phases: int) -> None:
+    """Compiles `overlaps` for directions of a shape (N, k, d), before they are there."""
+    with jax.enable_x64(True):
+        abstract = jax.ShapeDtypeStruct
+        _overlaps.lower(abstract(shape, jnp.float64), abstract((phases, shape[0]), jnp.bool_)).compile()
+
+
 @jax.jit
 def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> tuple[Array, ...]:
     layers, k, d = directions.shape

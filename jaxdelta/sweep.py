@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,12 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.model import (
+    VOCAB_SLICE,
     Qwen3,
     abstract_block,
     attention_windows,
     block_context,
+    compile_sliced_loss,
     rms_norm,
     sliced_loss,
     vocabulary_slices,
@@ -79,13 +81,11 @@ class Resident:
         return None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What a layer wrote (`delta`) into the state that entered it (`h`), for all tokens but the first."""
 
-    delta: Float32[Array, "*layers n d"]
-    h: Float32[Array, "*layers n d"]
+    delta: Float32[Array, "n d"]
+    h: Float32[Array, "n d"]
 
 
 class Sweep:
@@ -111,13 +111,19 @@ class Sweep:
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0}
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of every Update."""
+        windows, length = self.tokens.shape
+        return windows * (length - 1), self.weights.config.hidden_size
+
     def __iter__(self) -> Iterator[Update]:
         config = self.weights.config
         compute_dtype, residual_dtype = self.dtypes
         graph = nnx.graphdef(abstract_block(config))
         windows = attention_windows(config, self.tokens.shape[1])
-        first = h = self.weights.embeddings(self.tokens).astype(residual_dtype)
-        written = jnp.zeros(h.shape, jnp.float32)
+        h, written = _enter(self.weights.embeddings(self.tokens), residual_dtype)
+        first = h
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
             for window in windows:
                 with self._timed("wait"):
@@ -152,8 +158,15 @@ class Sweep:
         bounds = vocabulary_slices(vocab_size)
         slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
         targets = self.weights.head_rows(self.tokens[:, 1:])
-        losses = sliced_loss(vocab_size, slices, targets, self._last_normed[:, :-1], self.dtypes[0])
-        return float(np.mean(losses))
+        losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
+        return float(np.asarray(losses).mean())
+
+    def compile_loss(self) -> None:
+        """Compiles what `loss` needs, on another thread while the layers compute."""
+        windows, length = self.tokens.shape
+        config = self.weights.config
+        rows = min(VOCAB_SLICE, config.vocab_size)
+        compile_sliced_loss((windows, length - 1, config.hidden_size), rows, config.dtype, self.dtypes[0])
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
@@ -166,6 +179,12 @@ def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]
             if index < count:
                 upcoming.append(pool.submit(read, index))
             yield item.pop()
+
+
+@partial(jax.jit, static_argnums=1)
+def _enter(embeddings: Float[Array, "B T D"], residual_dtype: Any) -> tuple[Array, Array]:
+    """The state that enters the first layer, and the sum of no updates."""
+    return embeddings.astype(residual_dtype), jnp.zeros(embeddings.shape, jnp.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)

@@ -73,7 +73,8 @@ Figures = dict[str, Any]
 
 
 def main(command: str) -> None:
-    if any([os.environ.pop(name, None) for name in OPENBLAS]):  # read when NumPy was imported: start again
+    forced = [os.environ.pop(name, None) for name in OPENBLAS]
+    if any(forced):  # NumPy read them when it was imported: start again
         os.execv(sys.executable, [sys.executable, *sys.argv])
     figures = COMMANDS[command]()
     record = {"command": command, "machine": machine(), "figures": figures}
@@ -128,7 +129,7 @@ def analysis() -> list[Figures]:
         found.append(
             in_turn(
                 f"analysis, {n} tokens, hidden {d}, {layers} layers",
-                lambda updates=updates: timed(lambda: measure(updates, 8, "gram")),
+                lambda updates=updates: timed(lambda: measure(updates, updates[0].delta.shape, 8, "gram")),
                 lambda arrays=arrays: timed(
                     lambda: [np.linalg.svd(delta, full_matrices=False) for delta in arrays]
                 ),

@@ -1,0 +1,399 @@
+"""Train the demo model that ships with the package: a Qwen3 of 28 layers and 5 M parameters, on a CPU.
+
+    python scripts/demo_corpus.py --out=demo_work/corpus
+    python scripts/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work \\
+        --grow_at=GROW --decay_at=DECAY --steps=STEPS
+
+The three steps, the time it takes and the held-out loss to expect stand in the model card,
+jaxdelta/data/demo/README.md. A run that is started again continues from its last checkpoint. The same seed,
+text and steps give the same weights, up to the rounding of another machine's products. With
+`--finish_by=HH:MM` (UTC) instead of the three, the run chooses them itself so that it ends at that time.
+
+Recipe. Embeddings start as a factorisation of the bigram counts (demo_teacher.py). Four layers learn first,
+which is cheap; then each is followed by six fresh ones that write next to nothing at first, and all 28 learn
+on (after Gong et al., 2019, and Wu et al., 2024). Part of the targets is a trigram model's distribution until
+the learning rate falls, to zero, over the last 45 % of the time. Sequences of 128 tokens until
+then, of 256 in the decay; 1024 tokens a step. Muon (Jordan et al., 2024) for the matrices of the layers, each
+layer's own, AdamW for embedding and norms. All in float32, rounded to bfloat16 once, at export.
+
+glibc hands the memory of a step back to the system after every step, and taking it anew costs a third of the
+time: where `MALLOC_*` are not set, the script sets them and starts itself again.
+"""
+
+import csv
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from demo_baselines import baselines
+from demo_teacher import Teacher, bigram_embeddings
+from demo_tokens import CORPUS_DIR, VOCAB, WORK_DIR, prepare
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxdelta.checkpoint import save_model
+from jaxdelta.config import ModelConfig
+from jaxdelta.model import Qwen3, logits
+
+_OUT = flags.DEFINE_string("out", "jaxdelta/data/demo", "Folder of the exported model.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps in all.")
+_GROW_AT = flags.DEFINE_integer("grow_at", None, "Step at which the 4 layers become 28.")
+_DECAY_AT = flags.DEFINE_integer("decay_at", None, "Step at which the learning rate begins to fall.")
+_FINISH_BY = flags.DEFINE_string(
+    "finish_by", None, "Instead of the three: the UTC time, HH:MM, to be done by."
+)
+_EXPORT_MINUTES = flags.DEFINE_float("export_minutes", 25, "Minutes between exports on the way.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the text.")
+
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 40,
+    "tie_word_embeddings": True,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+LENGTH, ROWS, EVAL_ROWS = 256, 4, 8  # tokens of a segment; segments of a step, and scored at once
+SHORT = 128  # sequences before the decay: half segments
+FIRST_LAYERS = 4  # until the model grows
+WARMUP = 25  # steps
+TRUST = (0.5, 0.25)  # in the teacher, before and after growing
+GROW, DECAY = 0.40, 0.45  # shares of the time: before growing, of the decay
+MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMBEDDING_STD = 0.02, 3e-3, 0.05, 0.03
+GRACE = 300  # seconds after --finish_by when the run stops wherever it is
+LOG_EVERY, SAVE_EVERY = 10, 100  # steps
+HELD_NOW = 2**13 + 2  # held-out tokens scored on the way
+GENERATION = {"eos_token_id": 0, "pad_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "100000000000")
+MALLOC |= {"MALLOC_TOP_PAD_": "268435456", "MALLOC_ARENA_MAX": "1"}
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where the run stands, and at which steps it grows, begins to decay and ends (None: not decided yet)."""
+
+    step: int = 0
+    grow_at: int | None = None
+    decay_at: int | None = None
+    steps: int | None = None
+    seconds: float = 0.0  # of training so far
+    started: float = dataclasses.field(default_factory=time.time)
+    moved: list[tuple[int, int]] = dataclasses.field(
+        default_factory=list
+    )  # (step, the end as planned until then)
+
+    def reached(self, step: int | None) -> bool:
+        """Whether a decided step has come."""
+        return step is not None and self.step >= step
+
+    def layers(self) -> int:
+        """Number of layers of the parameters that this many steps have made."""
+        grown = self.grow_at is not None and self.step > self.grow_at
+        return CONFIG["num_hidden_layers"] if grown else FIRST_LAYERS
+
+    def rate(self) -> float:
+        """The learning rate's factor: up over `WARMUP` steps (again after growing), 1, then down to 0.
+
+        Down as 1 - √(share of the decay that is over), after Hägele et al., 2024.
+        """
+        warm = (self.step + 1 - (self.grow_at if self.reached(self.grow_at) else 0)) / WARMUP
+        if not self.reached(self.decay_at):
+            return min(warm, 1.0)
+        over = (self.step - self.decay_at) / (self.steps - self.decay_at)
+        return min(warm, 1 - min(over, 1.0) ** 0.5)
+
+    def trust(self) -> float:
+        """The teacher's share in the targets: large at first, smaller after growing, none in the decay."""
+        return 0.0 if self.reached(self.decay_at) else TRUST[self.reached(self.grow_at)]
+
+    def decide(self, finish_by: float, pace: float) -> None:
+        """Fix the next of the three steps when its share of the time until `finish_by` has gone by.
+
+        Where the machine grows slower in the decay, the end comes nearer.
+
+        Args:
+            finish_by: when to end, in seconds since the epoch.
+            pace: seconds a step takes now.
+        """
+        total = finish_by - self.started
+        gone = (time.time() - self.started) / total
+        if self.grow_at is None and gone >= GROW:
+            self.grow_at = self.step
+        elif self.decay_at is None and gone >= 1 - DECAY:
+            self.decay_at = self.step
+            self.steps = self.step + max(1, round(DECAY * total / pace / 1.2))
+        elif self.decay_at is not None and self.step % SAVE_EVERY == 0:
+            possible = self.step + max(1, round((finish_by - time.time()) / pace))
+            if possible < 0.97 * self.steps:
+                self.moved.append((self.step, self.steps))
+                self.steps = possible
+
+
+class Demo:
+    """The model as the optimizer sees it: named arrays, and the way back to the module."""
+
+    def __init__(self, seed: int, layers: int):
+        config = ModelConfig.from_dict(CONFIG | {"num_hidden_layers": layers})
+        self.graph, state = nnx.split(Qwen3(config, rngs=nnx.Rngs(seed)))
+        leaves, self.tree = jax.tree_util.tree_flatten_with_path(state)
+        paths = [path for path, _ in leaves]
+        self.names = [".".join(part.key for part in path if hasattr(part, "key")) for path in paths]
+        # What writes into the residual stream starts small (Radford et al., 2019).
+        scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5
+        self.params: Params = {
+            name: leaf * scale if "o_proj" in name or "down_proj" in name else leaf
+            for name, (_, leaf) in zip(self.names, leaves, strict=True)
+        }
+        self.score = jax.jit(self.token_losses)
+
+    def module(self, params: Params) -> Qwen3:
+        """The Flax model that holds these parameters."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, [params[name] for name in self.names]))
+
+    def token_losses(self, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """-log p(target | inputs up to it) in nats, (B, T)."""
+        return optax.softmax_cross_entropy_with_integer_labels(logits(self.module(params), inputs), targets)
+
+    def grown_from(self, params: Params) -> Params:
+        """A shallower model's parameters, its layers spread evenly, with fresh layers behind each of them."""
+        grown = {}
+        for name, fresh in self.params.items():
+            old = params[name]
+            grown[name] = fresh.at[:: len(fresh) // len(old)].set(old) if "layers." in name else old
+        return grown
+
+
+def make_optimizer(params: Params) -> optax.GradientTransformation:
+    """Muon for the stacked matrices (layer, out, in), one layer at a time; AdamW for the rest.
+
+    Both learning rates are the full ones: the caller scales the updates by the schedule.
+    """
+    matrix = MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+    numbers = {name: matrix if value.ndim == 3 else None for name, value in params.items()}
+    return muon(
+        MUON_RATE,
+        ns_steps=3,
+        preconditioning="aol",  # as good in 3 iterations as the usual scaling in 5 (arXiv 2512.04632)
+        weight_decay=WEIGHT_DECAY,
+        adam_learning_rate=ADAM_RATE,
+        adam_b2=0.98,
+        adam_weight_decay=0.0,
+        muon_weight_dimension_numbers=numbers,
+    )
+
+
+def make_step(demo: Demo, optimizer: optax.GradientTransformation) -> Any:
+    """One step, compiled: (params, state, rate, inputs, targets[, lesson]) -> (params, state, loss).
+
+    A lesson is a teacher's soft targets, its bigram table, and how much to trust it.
+
+    With it the gradient is that of (1 - trust) · loss + trust · soft loss; the loss returned is plain.
+    """
+
+    def objective(params: Params, inputs: jax.Array, targets: jax.Array, *lesson: Any) -> Any:
+        log_p = jax.nn.log_softmax(logits(demo.module(params), inputs).reshape(-1, VOCAB))
+        loss = -jnp.take_along_axis(log_p, targets.reshape(-1, 1), axis=-1).mean()
+        if not lesson:
+            return loss, loss
+        soft, bigram, trust = lesson
+        return (1 - trust) * loss + trust * soft.loss(log_p, bigram).mean(), loss
+
+    def step(params: Params, state: Any, rate: jax.Array, *batch: Any) -> Any:
+        grads, loss = jax.grad(objective, has_aux=True)(params, *batch)
+        updates, state = optimizer.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def batch(tokens: np.ndarray, step: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of one step, a function of the step alone: every segment once an epoch."""
+    segments = (len(tokens) - 1) // LENGTH
+    epoch, first = divmod(step, segments // ROWS)
+    order = np.random.default_rng([seed, epoch]).permutation(segments)
+    starts = LENGTH * order[first * ROWS : (first + 1) * ROWS]
+    rows = tokens[starts[:, None] + np.arange(LENGTH + 1)].astype(np.int32)
+    return rows[:, :-1].reshape(-1, length), rows[:, 1:].reshape(-1, length)
+
+
+def held_out_loss(demo: Demo, params: Params, tokens: np.ndarray) -> float:
+    """Mean loss of tokens[2:], in windows of `LENGTH` that see of the one before only its last token."""
+    stream = tokens[1:].astype(np.int32)
+    total, count, rows = 0.0, len(stream) - 1, (EVAL_ROWS, LENGTH)
+    for start in range(0, count, EVAL_ROWS * LENGTH):
+        part = stream[start : start + EVAL_ROWS * LENGTH + 1]
+        scored = len(part) - 1
+        part = np.pad(part, (0, EVAL_ROWS * LENGTH - scored))
+        losses = demo.score(params, part[:-1].reshape(rows), part[1:].reshape(rows))
+        total += float(np.asarray(losses, np.float64).reshape(-1)[:scored].sum())
+    return total / count
+
+
+@dataclasses.dataclass
+class Run:
+    """All that changes from step to step."""
+
+    plan: Plan
+    demo: Demo
+    params: Params
+    state: Any
+    curve: list[tuple]
+    step_fn: Any
+
+    @classmethod
+    def begin(cls, work_dir: pathlib.Path, tokens: np.ndarray) -> "Run":
+        """The last checkpoint, or the beginning where there is none."""
+        plan, curve = saved_plan(work_dir) or (Plan(0, _GROW_AT.value, _DECAY_AT.value, _STEPS.value), [])
+        demo = Demo(_SEED.value, plan.layers())
+        embeddings = bigram_embeddings(tokens, CONFIG["hidden_size"], EMBEDDING_STD)
+        params = demo.params | {"embed_tokens.weight": jnp.asarray(embeddings)}
+        optimizer = make_optimizer(params)
+        run = cls(plan, demo, params, optimizer.init(params), curve, make_step(demo, optimizer))
+        if plan.step:
+            leaves, tree = jax.tree.flatten((run.params, run.state))
+            with np.load(work_dir / "checkpoint.npz") as saved:
+                leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(leaves))]
+            run.params, run.state = jax.tree.unflatten(tree, leaves)
+        return run
+
+    def grow(self) -> None:
+        """Put fresh layers behind the old ones; the optimizer starts anew."""
+        self.demo = Demo(_SEED.value, CONFIG["num_hidden_layers"])
+        self.params = self.demo.grown_from(self.params)
+        optimizer = make_optimizer(self.params)
+        self.state, self.step_fn = optimizer.init(self.params), make_step(self.demo, optimizer)
+
+    def advance(self, tokens: np.ndarray, teacher: Teacher) -> float:
+        """One step; returns the loss before it."""
+        plan, start = self.plan, time.time()
+        length = LENGTH if plan.reached(plan.decay_at) else SHORT
+        inputs, targets = batch(tokens, plan.step, length, _SEED.value)
+        lesson = (teacher(inputs), teacher.bigram, np.float32(plan.trust())) if plan.trust() else ()
+        arrays = (np.float32(plan.rate()), inputs, targets, *lesson)
+        self.params, self.state, loss = self.step_fn(self.params, self.state, *arrays)
+        loss = float(loss)  # waits for the step to end
+        plan.step, plan.seconds = plan.step + 1, plan.seconds + time.time() - start
+        return loss
+
+    def save(self, work_dir: pathlib.Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        leaves = jax.tree.leaves((self.params, self.state))
+        about = np.array(json.dumps({"plan": dataclasses.asdict(self.plan), "curve": self.curve}))
+        part = work_dir / "checkpoint.part.npz"
+        np.savez(part, about=about, **{f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
+        part.replace(work_dir / "checkpoint.npz")
+
+
+def saved_plan(work_dir: pathlib.Path) -> tuple[Plan, list[tuple]] | None:
+    """Plan and loss curve of the last checkpoint, None where there is none."""
+    stored = work_dir / "checkpoint.npz"
+    if not stored.exists():
+        return None
+    with np.load(stored) as saved:
+        about = json.loads(str(saved["about"]))
+    return Plan(**about["plan"]), [tuple(row) for row in about["curve"]]
+
+
+def export(run: Run, tokens: np.ndarray, held: np.ndarray) -> None:
+    """Round to bfloat16, measure that, and put model, tokenizer, curve and card into --out, file by file."""
+    work_dir, out = pathlib.Path(WORK_DIR.value), pathlib.Path(_OUT.value)
+    folder = work_dir / "export"
+    shutil.rmtree(folder, ignore_errors=True)
+    rounded = {name: value.astype(jnp.bfloat16) for name, value in run.params.items()}
+    save_model(run.demo.module(rounded), folder)
+    shutil.copytree(work_dir / "tokenizer", folder, dirs_exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    write_curve(folder / "loss_curve.csv", run.curve)
+    loss = held_out_loss(run.demo, {n: value.astype(jnp.float32) for n, value in rounded.items()}, held)
+    logging.info("step %d: held-out loss of the export %.4f", run.plan.step, loss)
+    sizes = {"tokens_a_step": LENGTH * ROWS, "held_tokens": len(held) - 2, "train_tokens": len(tokens)}
+    facts = {"held_out_loss": loss, "seed": _SEED.value, **sizes, **dataclasses.asdict(run.plan)}
+    (work_dir / "facts.json").write_text(json.dumps(facts, indent=2))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        shutil.copyfile(file, part := out / f".{file.name}.part")
+        part.replace(out / file.name)
+    card = [sys.executable, str(pathlib.Path(__file__).with_name("demo_card.py")), f"--model={out}"]
+    subprocess.run([*card, f"--work_dir={work_dir}", f"--corpus_dir={CORPUS_DIR.value}"], check=True)
+
+
+def write_curve(path: pathlib.Path, curve: list[tuple], rows: int = 300) -> None:
+    """The loss curve: every row with a held-out loss, and enough of the others to make about `rows`."""
+    stride = max(1, len(curve) // rows)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["step", "tokens", "train_loss", "rate", "held_out_loss"])
+        for i, (step, loss, rate, held) in enumerate(curve):
+            if held is not None or i % stride == 0:
+                row = [step, step * LENGTH * ROWS, f"{loss:.4f}", f"{rate:.4f}"]
+                table.writerow([*row, "" if held is None else f"{held:.4f}"])
+
+
+def train(tokens: np.ndarray, held: np.ndarray, finish_by: float | None) -> None:
+    """Steps, a line of the curve every `LOG_EVERY`, a checkpoint every `SAVE_EVERY`, exports by the clock."""
+    work_dir, exported, losses = pathlib.Path(WORK_DIR.value), time.time(), []
+    run, teacher = Run.begin(work_dir, tokens), Teacher(tokens)
+    plan = run.plan
+    while not plan.reached(plan.steps) and not (finish_by and time.time() > finish_by + GRACE):
+        if plan.step == plan.grow_at:
+            run.grow()
+        start = time.time()
+        losses.append((run.advance(tokens, teacher), time.time() - start))
+        if plan.step % LOG_EVERY == 0:
+            held_now = (
+                held_out_loss(run.demo, run.params, held[:HELD_NOW]) if plan.step % SAVE_EVERY == 0 else None
+            )
+            loss, pace = np.mean(losses[-LOG_EVERY:], axis=0)
+            run.curve.append((plan.step, float(loss), plan.rate(), held_now))
+            logging.info("step %d loss %.4f held-out %s, %.2f s a step", plan.step, loss, held_now, pace)
+        if plan.step % SAVE_EVERY == 0:
+            run.save(work_dir)
+        if finish_by and len(losses) > 10:  # the first ones compile
+            plan.decide(finish_by, float(np.mean([seconds for _, seconds in losses[2:][-50:]])))
+        if time.time() - exported > 60 * _EXPORT_MINUTES.value and plan.layers() > FIRST_LAYERS:
+            export(run, tokens, held)
+            exported = time.time()
+    run.save(work_dir)
+    export(run, tokens, held)
+
+
+def main(_: list[str]) -> None:
+    if any(name not in os.environ for name in MALLOC):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    given = [flag.value is not None for flag in (_GROW_AT, _DECAY_AT, _STEPS)]
+    if any(given) == bool(_FINISH_BY.value) or any(given) != all(given):
+        raise app.UsageError("give either --grow_at, --decay_at and --steps, or --finish_by")
+    corpus_dir, work_dir = pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value)
+    tokens, held = prepare(corpus_dir, work_dir)
+    for name, loss in baselines(corpus_dir, work_dir).items():
+        logging.info("%s: %.4f nats per held-out token", name, loss)
+    finish_by = None
+    if _FINISH_BY.value:
+        clock = datetime.time.fromisoformat(_FINISH_BY.value)
+        today = datetime.datetime.now(datetime.UTC)
+        finish_by = today.replace(hour=clock.hour, minute=clock.minute, second=0).timestamp()
+    train(tokens, held, finish_by)
+
+
+if __name__ == "__main__":
+    app.run(main)
