@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -89,7 +89,7 @@ def _on_threads(
     pending: list[Future[LayerFigures]] = []
     with ThreadPoolExecutor(count, "spectra") as pool, contextlib.ExitStack() as stack:
         # One compiles; the others wait for it, or they would all compile.
-        compiled = pool.submit(_compile, shape, k, method, stack)
+        compiled = pool.submit(_prepare, shape, k, method, stack)
         for update in updates:
             pending.append(pool.submit(_run_one, compiled, update))
             if len(pending) > 2 * count:
@@ -97,8 +97,13 @@ def _on_threads(
         yield from (future.result() for future in pending)
 
 
-def _compile(shape: tuple[int, int], k: int, method: str, stack: contextlib.ExitStack) -> Any:
+def _prepare(shape: tuple[int, int], k: int, method: str, stack: contextlib.ExitStack) -> Any:
     stack.enter_context(_single_threaded_blas())
+    return _compiled(shape, k, method)
+
+
+@cache
+def _compiled(shape: tuple[int, int], k: int, method: str) -> Any:
     example = jnp.zeros(shape, jnp.float32)
     with jax.enable_x64(True):
         return _figures.lower(Update(example, example), k=k, method=method).compile(CPU_COMPILER)
