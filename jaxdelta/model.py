@@ -383,11 +383,12 @@ def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> A
 
 
 def compile_sliced_loss(
-    shape: tuple[int, int, int], rows: int, weights_dtype: DTypeLike, compute_dtype: DTypeLike
+    vocab_size: int, shape: tuple[int, int, int], weights_dtype: DTypeLike, compute_dtype: DTypeLike
 ) -> None:
-    """Compiles `sliced_loss` for targets of a shape and slices of so many rows, before they are there."""
+    """Compiles `sliced_loss` for targets of a shape, before they and the slices are there."""
+    start, stop = vocabulary_slices(vocab_size)[0]
     abstract = jax.ShapeDtypeStruct
-    x, head = abstract(shape, compute_dtype), abstract((rows, shape[2]), weights_dtype)
+    x, head = abstract(shape, compute_dtype), abstract((stop - start, shape[2]), weights_dtype)
     _add_slice.lower(abstract(shape[:2], jnp.float32), x, head, 0).compile()
 
 

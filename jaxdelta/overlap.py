@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
+from jaxdelta.spectrum import AnyArray, product
+
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 
 
@@ -18,13 +20,13 @@ SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 class Overlaps:
     """Relations between layers; signs of cosines follow the directions' and mean nothing by themselves."""
 
-    top1_cos: Float64[Array | np.ndarray, "N N"]
-    intra_cos_mean: Float64[Array | np.ndarray, " P"]
-    cross_cos_mean: Float64[Array | np.ndarray, " P"]
-    capture: Float64[Array | np.ndarray, "P N"]
+    top1_cos: Float64[AnyArray, "N N"]
+    intra_cos_mean: Float64[AnyArray, " P"]
+    cross_cos_mean: Float64[AnyArray, " P"]
+    capture: Float64[AnyArray, "P N"]
 
 
-def overlaps(directions: Float[Array | np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
+def overlaps(directions: Float[AnyArray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
     """All overlaps of the layers' directions, in float64 on the device.
 
     top1_cos = <v_L, v_M>. Per phase: mean |cos| over the pairs within (1 for a single layer) and between
@@ -51,7 +53,7 @@ def compile_overlaps(shape: tuple[int, int, int], phases: int) -> None:
 def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> tuple[Array, ...]:
     layers, k, d = directions.shape
     stack = directions.reshape(layers * k, d)
-    gram = _product(stack, stack.T)
+    gram = product(stack, stack.T)
     cosines = jnp.clip(gram[::k, ::k], -1.0, 1.0)
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
     capture = jax.lax.map(lambda inside: _capture(gram, jnp.repeat(inside, k))[::k], members)
@@ -66,7 +68,7 @@ def _phase_means(
     inside = members.astype(cosines.dtype)
     size = inside.sum(axis=1)
     # From each phase to every layer, the layer itself left out.
-    sums = _product(inside, jnp.abs(cosines) * (1 - jnp.eye(len(cosines), dtype=cosines.dtype)))
+    sums = product(inside, jnp.abs(cosines) * (1 - jnp.eye(len(cosines), dtype=cosines.dtype)))
     within, all_pairs = (sums * inside).sum(axis=1), sums.sum(axis=1)
     pairs, others = size * (size - 1), size * (len(cosines) - size)
     intra = jnp.where(size == 1, 1.0, within / jnp.maximum(pairs, 1))
@@ -80,11 +82,7 @@ def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[
     """
     energies, vectors = jnp.linalg.eigh(jnp.where(inside[:, None] & inside[None, :], gram, 0))
     energies, vectors = energies[-SHARED_RANK:], vectors[:, -SHARED_RANK:]
-    along = _product(vectors.T, jnp.where(inside[:, None], gram, 0))
+    along = product(vectors.T, jnp.where(inside[:, None], gram, 0))
     present = energies > 1e-12 * energies[-1]
     weights = jnp.where(present, 1 / jnp.where(present, energies, 1), 0)
     return jnp.sum(weights[:, None] * jnp.square(along), axis=0)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -122,10 +122,10 @@ def _by_gram(x: Float64[Array, "n d"], k: int) -> tuple[Float64[Array, " r"], Fl
     n, d = x.shape
     # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
     y = x if n <= d else jax.lax.optimization_barrier(x.T)
-    energies, vectors = jnp.linalg.eigh(_product(y, y.T))
+    energies, vectors = jnp.linalg.eigh(product(y, y.T))
     values = jnp.sqrt(jnp.maximum(energies[::-1], 0))
     top = vectors[:, ::-1][:, :k]
-    return values, (jnp.linalg.qr(_product(y.T, top))[0] if n <= d else top).T
+    return values, (jnp.linalg.qr(product(y.T, top))[0] if n <= d else top).T
 
 
 def _by_svd(x: Float64[Array, "n d"], k: int) -> tuple[Float64[Array, " r"], Float64[Array, "k d"]]:
@@ -148,14 +148,15 @@ def _defect(
 ) -> Float64[Array, ""]:
     k = directions.shape[0]
     tiny = np.finfo(np.float64).tiny
-    image = _product(_product(directions, x.T), x) - jnp.square(values[:k])[:, None] * directions
+    image = product(product(directions, x.T), x) - jnp.square(values[:k])[:, None] * directions
     residual = jnp.linalg.norm(image, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)
-    gram = _product(directions, directions.T)
+    gram = product(directions, directions.T)
     orthonormal = jnp.where(values[0] > 0, jnp.abs(gram - jnp.eye(k, dtype=gram.dtype)).max(), 0)
     energy = jnp.sum(jnp.square(x))
     trace = jnp.abs(jnp.sum(jnp.square(values)) - energy) / jnp.maximum(energy, tiny)
     return jnp.maximum(jnp.maximum(residual, orthonormal), trace)
 
 
-def _product(x: Array, y: Array) -> Array:
+def product(x: Array, y: Array) -> Array:
+    """x y at full precision, which accelerators give only when asked."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

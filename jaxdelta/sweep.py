@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.model import (
-    VOCAB_SLICE,
     Qwen3,
     abstract_block,
     attention_windows,
@@ -165,8 +164,8 @@ class Sweep:
         """Compiles what `loss` needs, on another thread while the layers compute."""
         windows, length = self.tokens.shape
         config = self.weights.config
-        rows = min(VOCAB_SLICE, config.vocab_size)
-        compile_sliced_loss((windows, length - 1, config.hidden_size), rows, config.dtype, self.dtypes[0])
+        shape = windows, length - 1, config.hidden_size
+        compile_sliced_loss(config.vocab_size, shape, config.dtype, self.dtypes[0])
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
