@@ -228,17 +228,14 @@ def _measure(
         updates = _all_updates(sweep, stages.progress, ahead)
         figures = measure(updates, sweep.shape, options.top_k, options.svd)
         note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
-        note(
-            "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s".format(
-                **sweep.seconds
-            )
+        times = (
+            "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s, loss {loss:.2f} s"
         )
+        note(times.format(**sweep.seconds))
+        note(f"loss {sweep.loss:.4f} nats per token")
         if figures.on_host.any():
             note(f"spectra done again on the host: rows {np.flatnonzero(figures.on_host).tolist()}")
-    with stages("loss") as note:
-        loss = sweep.loss()
-        note(f"{loss:.4f} nats per token")
-    _check_finite(weights, figures, loss)
+    _check_finite(weights, figures, sweep.loss)
     with stages("overlaps"):
         result = _collect(figures, phases, options)
     run = {
@@ -252,7 +249,7 @@ def _measure(
         "seconds": stages.seconds,
         "layers_seconds": sweep.seconds,
         "closure_error": sweep.closure_error,
-        "calibration_loss": loss,
+        "calibration_loss": sweep.loss,
         "certificate": float(figures.spectrum.defect.max()),
         "rows_on_host": np.flatnonzero(figures.on_host).tolist(),
     }
@@ -268,7 +265,8 @@ def _measure(
 
 
 def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Update]:
-    """Every layer's update, then the last layer's in the reference's convention."""
+    """Every layer's update, then the last layer's in the reference's convention; then the loss is computed:
+    here and not later, because the last spectra are still being computed beside it."""
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
     bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
@@ -277,11 +275,12 @@ def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) 
             Thread(target=after_first, name="compile", daemon=True).start()
         yield update
     yield sweep.normed
+    sweep.finish_loss()
 
 
 def _compile_ahead(sweep: Sweep, phases: tuple[str, ...], top_k: int) -> None:
     """Compiles, while the layers compute, what comes after them."""
-    sweep.compile_loss()
+    sweep.compile_rest()
     compile_overlaps((len(phases), top_k, sweep.weights.config.hidden_size), len(set(phases)))
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,13 @@ from jaxdelta.spectrum import (
     Spectrum,
     TokenStatistics,
     host_spectrum,
+    token_products,
     token_statistics,
     update_spectrum,
 )
 from jaxdelta.sweep import Update
 
 _WORKSPACE_BYTES = 4 << 30
-
-# The time goes into LAPACK, and LLVM's work on the little around it would take longer than it saves.
-CPU_COMPILER: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 @jax.tree_util.register_dataclass
@@ -60,20 +58,25 @@ def measure(updates: Iterable[Update], shape: tuple[int, int], k: int, method: s
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-@partial(jax.jit, static_argnames=("k", "method"))
-def _figures(update: Update, *, k: int, method: str) -> LayerFigures:
-    """The figures of one update."""
-    delta, h = update.delta, update.h
-    finite = jnp.isfinite(delta).all() & jnp.isfinite(h).all()
-    delta = jnp.where(finite, delta, 0)  # Some solvers never return from a NaN.
-    spectrum = update_spectrum(delta, k, method)
-    on_host = ~(spectrum.defect <= CERTIFIED)  # also where it is NaN
-    return LayerFigures(spectrum, token_statistics(delta, h), finite, on_host)
+class _Found(NamedTuple):
+    """What the device finds of an update."""
+
+    spectrum: Spectrum
+    products: tuple[AnyArray, AnyArray, AnyArray]
 
 
 @partial(jax.jit, static_argnames=("k", "method"))
-def _batched_figures(updates: list[Update], *, k: int, method: str) -> LayerFigures:
-    """The figures of several updates, stacked."""
+def _figures(update: Update, *, k: int, method: str) -> _Found:
+    """Spectrum and token products of one update."""
+    products = token_products(update.delta, update.h)
+    # Some solvers never return from a NaN; the products keep it, for `_on_host` to see.
+    delta = jnp.where(jnp.isfinite(products[0].sum()), update.delta, 0)
+    return _Found(update_spectrum(delta, k, method), products)
+
+
+@partial(jax.jit, static_argnames=("k", "method"))
+def _batched_figures(updates: list[Update], *, k: int, method: str) -> _Found:
+    """`_figures` of several updates, stacked."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
     return jax.vmap(partial(_figures, k=k, method=method))(stacked)
 
@@ -104,16 +107,16 @@ def _prepare(shape: tuple[int, int], k: int, method: str, stack: contextlib.Exit
 
 @cache
 def _compiled(shape: tuple[int, int], k: int, method: str) -> Any:
-    example = jnp.zeros(shape, jnp.float32)
+    example: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     with jax.enable_x64(True):
-        return _figures.lower(Update(example, example), k=k, method=method).compile(CPU_COMPILER)
+        return _figures.lower(Update(example, example), k=k, method=method).compile()
 
 
 def _run_one(compiled: Future[Any], update: Update) -> LayerFigures:
     figures = compiled.result()
     with jax.enable_x64(True):
         found = jax.tree.map(lambda leaf: np.array(leaf)[None], figures(update))
-    return _mended(found, [update])
+    return _complete(found, [update])
 
 
 def _in_batches(
@@ -124,7 +127,7 @@ def _in_batches(
     while batch := list(itertools.islice(iterator, layers_at_once(*shape))):
         with jax.enable_x64(True):
             found = jax.tree.map(np.array, _batched_figures(batch, k=k, method=method))
-        yield _mended(found, batch)
+        yield _complete(found, batch)
 
 
 def layers_at_once(n: int, d: int) -> int:
@@ -132,14 +135,17 @@ def layers_at_once(n: int, d: int) -> int:
     return max(1, _WORKSPACE_BYTES // (8 * (2 * n * d + 4 * min(n, d) ** 2)))
 
 
-def _mended(found: LayerFigures, updates: list[Update]) -> LayerFigures:
-    """The figures with the spectra whose certificate failed computed again by NumPy."""
-    for row in np.flatnonzero(found.on_host):
+def _complete(found: _Found, updates: list[Update]) -> LayerFigures:
+    """The layers' figures, with the spectra whose certificate failed computed again by NumPy."""
+    spectrum, on_host = found.spectrum, ~(found.spectrum.defect <= CERTIFIED)  # also where it is NaN
+    for row in np.flatnonzero(on_host):
         with jax.enable_x64(True):
-            spectrum = host_spectrum(np.asarray(updates[row].delta), found.spectrum.directions.shape[1])
-        for mended, value in zip(jax.tree.leaves(found.spectrum), jax.tree.leaves(spectrum), strict=True):
+            again = host_spectrum(np.asarray(updates[row].delta), spectrum.directions.shape[1])
+        for mended, value in zip(jax.tree.leaves(spectrum), jax.tree.leaves(again), strict=True):
             mended[row] = value
-    return found
+    finite = np.all([np.isfinite(part).all(axis=-1) for part in found.products], axis=0)
+    statistics = token_statistics(*(np.where(finite[:, None], part, 0) for part in found.products))
+    return LayerFigures(spectrum, statistics, finite, on_host)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jaxdelta.config import ModelConfig
-from jaxdelta.rotary import rotary_angles, rotate
+from jaxdelta.rotary import Rotary, rotary_angles, rotate
 
 VOCAB_SLICE = 4096
+SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
 
 
 def contract(spec: str, x: Array, y: Array) -> Array:
@@ -118,10 +119,33 @@ class Attention(nnx.Module):
         )
         q = rotate(self.q_norm(q), context.rotary).astype(x.dtype)
         k = rotate(self.k_norm(k[:, :, 0]), context.rotary)
-        scores = contract("BKGTH,BKSH->BKGTS", q, k) * self.head_dim**-0.5
-        shares = jax.nn.softmax(jnp.where(context.visible, scores, -jnp.inf), axis=-1)
-        mixed = contract("BKGTS,BKSH->BKGTH", shares.astype(x.dtype), v[:, :, 0])
+        mixed = _attend(q, k, v[:, :, 0], context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+def _attend(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    context: "Context",
+) -> Float32[Array, "B K G T H"]:
+    """softmax(q kᵀ/√H) v over the positions seen, for `context.query_block` queries at a time."""
+    length, block = q.shape[3], min(context.query_block, q.shape[3])
+
+    def attend(q: Array, positions: Array) -> Array:
+        visible = causal_mask(positions, length, context.window)
+        scores = contract("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5
+        shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return contract("BKGTS,BKSH->BKGTH", shares.astype(q.dtype), v)
+
+    if block == length:
+        return attend(q, jnp.arange(length))
+    # The last block is filled up with queries whose answers are dropped.
+    count = -(-length // block)
+    padding = [(0, 0)] * 3 + [(0, count * block - length), (0, 0)]
+    blocks = jnp.moveaxis(jnp.pad(q, padding).reshape(*q.shape[:3], count, block, -1), 3, 0)
+    mixed = jax.lax.map(lambda part: attend(*part), (blocks, jnp.arange(count * block).reshape(count, block)))
+    return jnp.moveaxis(mixed, 0, 3).reshape(*q.shape[:3], count * block, -1)[:, :, :, :length]
 
 
 class MLP(nnx.Module):
@@ -140,11 +164,16 @@ class MLP(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a block knows of positions: (cos, sin) of the rotation, and which position sees which."""
+    """What a block knows of positions and of how to compute.
 
-    rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
-    visible: Array
+    `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `query_block`: how
+    many queries are compared with all keys at once.
+    """
+
+    rotary: Rotary
+    window: Int[Array, ""] | int
     compute_dtype: Any = dataclasses.field(metadata={"static": True})
+    query_block: int = dataclasses.field(metadata={"static": True})
 
 
 class Block(nnx.Module):
@@ -282,16 +311,16 @@ def _scan_layers(
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each."""
-    length = h.shape[1]
     graph, weights = nnx.split(model.layers)
+    context = block_context(model.config, h.shape[:2], compute_dtype)
 
     def layer(h: Array, inputs: tuple[Any, Array]) -> tuple[Array, Any]:
         layer_weights, window = inputs
-        context = block_context(model.config, length, window, compute_dtype)
-        h, attention, mlp = nnx.merge(graph, layer_weights)(h, context)
+        block = nnx.merge(graph, layer_weights)
+        h, attention, mlp = block(h, dataclasses.replace(context, window=window))
         return h, keep(h, attention, mlp)
 
-    windows = jnp.asarray(attention_windows(model.config, length))
+    windows = jnp.asarray(attention_windows(model.config, h.shape[1]))
     return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (weights, windows))
 
 
@@ -301,20 +330,25 @@ def attention_windows(config: ModelConfig, length: int) -> Int32[np.ndarray, " L
 
 
 def block_context(
-    config: ModelConfig, length: int, window: Int[Array, ""] | int, compute_dtype: DTypeLike
+    config: ModelConfig, shape: tuple[int, ...], compute_dtype: DTypeLike, query_block: int | None = None
 ) -> Context:
-    """What a block needs to know about `length` positions of which each sees `window`."""
+    """What the blocks need to know about tokens of shape (B, T); each sets its own window.
+
+    Without `query_block`, as many queries at once as keep a block's scores below `SCORE_BYTES`.
+    """
+    windows, length = shape
+    fitting = SCORE_BYTES // (4 * windows * config.num_heads * length)
     return Context(
-        rotary_angles(config.rope, config.head_dim, length),
-        causal_mask(length, window),
-        jnp.dtype(compute_dtype),
+        rotary=rotary_angles(config.rope, config.head_dim, length),
+        window=length,
+        compute_dtype=jnp.dtype(compute_dtype),
+        query_block=min(length, query_block or max(MIN_QUERY_BLOCK, fitting)),
     )
 
 
-def causal_mask(length: int, window: int | Int[Array, ""]) -> Array:
-    """visible[t, s]: position t sees the `window` positions s = t, t - 1, ..."""
-    position = jnp.arange(length)
-    distance = position[:, None] - position[None, :]
+def causal_mask(positions: Int[Array, " T"], length: int, window: int | Int[Array, ""]) -> Array:
+    """visible[t, s]: position t sees the `window` positions s = t, t - 1, ... of `length`."""
+    distance = positions[:, None] - jnp.arange(length)[None, :]
     return (distance >= 0) & (distance < window)
 
 
@@ -323,7 +357,7 @@ def next_token_loss(
     normed: Float32[Array, "B T D"],
     tokens: Int[Array | np.ndarray, "B T"],
     compute_dtype: DTypeLike = jnp.float32,
-) -> Float32[Array, "B T-1"]:
+) -> Float32[np.ndarray, "B T-1"]:
     """-ln p(token t+1 | tokens ..t) in nats.
 
     Args:
@@ -350,7 +384,7 @@ def sliced_loss(
     targets: Float[Array, "B next D"],
     normed: Float32[Array, "B T D"],
     compute_dtype: DTypeLike,
-) -> Float32[Array, "B next"]:
+) -> Float32[np.ndarray, "B next"]:
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
     Args:
@@ -365,7 +399,7 @@ def sliced_loss(
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
         log_sum = _add_slice(log_sum.block_until_ready(), x, rows, counted - start)
         counted = stop
-    return log_sum - target_score
+    return np.asarray(log_sum) - np.asarray(target_score)  # not worth a compilation
 
 
 @partial(jax.jit, static_argnums=2)
@@ -385,11 +419,14 @@ def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> A
 def compile_sliced_loss(
     vocab_size: int, shape: tuple[int, int, int], weights_dtype: DTypeLike, compute_dtype: DTypeLike
 ) -> None:
-    """Compiles `sliced_loss` for targets of a shape, before they and the slices are there."""
+    """Compiles `sliced_loss` for states of a shape (B, T, D), before they and the slices are there."""
+    windows, length, hidden = shape
     start, stop = vocabulary_slices(vocab_size)[0]
-    abstract = jax.ShapeDtypeStruct
-    x, head = abstract(shape, compute_dtype), abstract((stop - start, shape[2]), weights_dtype)
-    _add_slice.lower(abstract(shape[:2], jnp.float32), x, head, 0).compile()
+    abstract, dtype = jax.ShapeDtypeStruct, jnp.dtype(compute_dtype)
+    targets = abstract((windows, length - 1, hidden), weights_dtype)
+    _begin_loss.lower(targets, abstract(shape, jnp.float32), dtype).compile()
+    x, head = abstract(targets.shape, dtype), abstract((stop - start, hidden), weights_dtype)
+    _add_slice.lower(abstract(targets.shape[:2], jnp.float32), x, head, 0).compile()
 
 
 def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

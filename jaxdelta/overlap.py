@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
-from jaxdelta.spectrum import AnyArray, product
+from jaxdelta.spectrum import AnyArray, gram, product
 
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 
@@ -39,7 +39,8 @@ def overlaps(directions: Float[AnyArray, "N k d"], members: Bool[np.ndarray, "P 
     """
     with jax.enable_x64(True):
         found = _overlaps(jnp.asarray(directions, jnp.float64), jnp.asarray(members))
-        return Overlaps(*map(np.asarray, jax.block_until_ready(found)))
+        cosines, capture = map(np.asarray, jax.block_until_ready(found))
+    return Overlaps(cosines, *_phase_means(np.abs(cosines), members), capture)
 
 
 def compile_overlaps(shape: tuple[int, int, int], phases: int) -> None:
@@ -50,39 +51,40 @@ def compile_overlaps(shape: tuple[int, int, int], phases: int) -> None:
 
 
 @jax.jit
-def _overlaps(directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]) -> tuple[Array, ...]:
+def _overlaps(
+    directions: Float64[Array, "N k d"], members: Bool[Array, "P N"]
+) -> tuple[Float64[Array, "N N"], Float64[Array, "P N"]]:
     layers, k, d = directions.shape
     stack = directions.reshape(layers * k, d)
-    gram = product(stack, stack.T)
-    cosines = jnp.clip(gram[::k, ::k], -1.0, 1.0)
+    products = gram(stack)
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
-    capture = jax.lax.map(lambda inside: _capture(gram, jnp.repeat(inside, k))[::k], members)
-    intra, cross = _phase_means(cosines, members)
-    return cosines, intra, cross, capture
+    capture = jax.lax.map(lambda inside: _capture(products, jnp.repeat(inside, k))[::k], members)
+    return jnp.clip(products[::k, ::k], -1.0, 1.0), capture
 
 
 def _phase_means(
-    cosines: Float64[Array, "N N"], members: Bool[Array, "P N"]
-) -> tuple[Float64[Array, " P"], Float64[Array, " P"]]:
+    overlap: Float64[np.ndarray, "N N"], members: Bool[np.ndarray, "P N"]
+) -> tuple[Float64[np.ndarray, " P"], Float64[np.ndarray, " P"]]:
     """Mean |cos| over the pairs inside each phase, and between it and the rest."""
-    inside = members.astype(cosines.dtype)
-    size = inside.sum(axis=1)
-    # From each phase to every layer, the layer itself left out.
-    sums = product(inside, jnp.abs(cosines) * (1 - jnp.eye(len(cosines), dtype=cosines.dtype)))
-    within, all_pairs = (sums * inside).sum(axis=1), sums.sum(axis=1)
-    pairs, others = size * (size - 1), size * (len(cosines) - size)
-    intra = jnp.where(size == 1, 1.0, within / jnp.maximum(pairs, 1))
-    return intra, (all_pairs - within) / jnp.maximum(others, 1)
+    pairs = ~np.eye(len(overlap), dtype=bool)
+
+    def mean(chosen: np.ndarray, of_none: float) -> float:
+        return float(overlap[chosen].mean()) if chosen.any() else of_none
+
+    intra = [mean(np.outer(inside, inside) & pairs, 1.0) for inside in members]
+    cross = [mean(np.outer(inside, ~inside), 0.0) for inside in members]
+    return np.array(intra), np.array(cross)
 
 
-def _capture(gram: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[Array, " M"]:
+def _capture(products: Float64[Array, "M M"], inside: Bool[Array, " M"]) -> Float64[Array, " M"]:
     """‖B v‖² of every stacked direction, where S = U diag(√λ) Bᵀ is the stack with only `inside` rows kept.
 
     B v = diag(λ)^-1/2 Uᵀ S v, and S v is a column of the Gram matrix: nothing of size d is needed.
     """
-    energies, vectors = jnp.linalg.eigh(jnp.where(inside[:, None] & inside[None, :], gram, 0))
+    among = jnp.where(inside[:, None] & inside[None, :], products, 0)
+    vectors, energies = jax.lax.linalg.eigh(among, symmetrize_input=False)
     energies, vectors = energies[-SHARED_RANK:], vectors[:, -SHARED_RANK:]
-    along = product(vectors.T, jnp.where(inside[:, None], gram, 0))
+    along = product(vectors.T, jnp.where(inside[:, None], products, 0))
     present = energies > 1e-12 * energies[-1]
     weights = jnp.where(present, 1 / jnp.where(present, energies, 1), 0)
     return jnp.sum(weights[:, None] * jnp.square(along), axis=0)

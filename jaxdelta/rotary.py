@@ -9,6 +9,9 @@ from jaxtyping import Array, Float32
 
 from jaxdelta.config import Rope
 
+# cos and sin
+Rotary = tuple[Float32[Array | np.ndarray, "T halfH"], Float32[Array | np.ndarray, "T halfH"]]
+
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
     """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
@@ -46,17 +49,17 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
 
 def rotary_angles(
     rope: Rope, head_dim: int, length: int
-) -> tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]:
-    """cos and sin of position · frequency, in float32, for positions 0..length-1."""
-    frequencies = jnp.asarray(rotary_frequencies(rope, head_dim))
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
-    scale = rope.attention_factor
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+) -> tuple[Float32[np.ndarray, "T halfH"], Float32[np.ndarray, "T halfH"]]:
+    """cos and sin of position · frequency, in float32, for positions 0..length-1.
+
+    By NumPy: the same for all layers, so no layer's function should compute them.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * rotary_frequencies(rope, head_dim)
+    scale = np.float32(rope.attention_factor)
+    return np.cos(angles) * scale, np.sin(angles) * scale
 
 
-def rotate(
-    x: Float32[Array, "*heads T H"], rotary: tuple[Float32[Array, "T halfH"], Float32[Array, "T halfH"]]
-) -> Float32[Array, "*heads T H"]:
+def rotate(x: Float32[Array, "*heads T H"], rotary: Rotary) -> Float32[Array, "*heads T H"]:
     """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
     cos, sin = rotary
     pairs = x.reshape(*x.shape[:-1], 2, -1)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.model import (
+    Context,
     Qwen3,
     abstract_block,
     attention_windows,
@@ -91,12 +92,14 @@ class Sweep:
     """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
-    when the last state is taken after the final norm, as the reference takes it; `loss()`; `seconds` spent
-    reading (beside the computing), waiting for what was read, and computing.
+    when the last state is taken after the final norm, as the reference takes it; and after `finish_loss`
+    the `loss`. `seconds`: spent reading (beside the computing), waiting for what was read, computing the
+    layers, and the loss.
     """
 
     normed: Update
     closure_error: float
+    loss: float
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class Sweep:
         self.weights = weights
         self.tokens = tokens
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
-        self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0}
+        self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0, "loss": 0.0}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,15 +123,16 @@ class Sweep:
         config = self.weights.config
         compute_dtype, residual_dtype = self.dtypes
         graph = nnx.graphdef(abstract_block(config))
-        windows = attention_windows(config, self.tokens.shape[1])
-        h, written = _enter(self.weights.embeddings(self.tokens), residual_dtype)
-        first = h
+        context = jax.device_put(block_context(config, self.tokens.shape, compute_dtype))
+        h = first = self.weights.embeddings(self.tokens).astype(residual_dtype)
+        written = jax.device_put(np.zeros(h.shape, np.float32))
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
-            for window in windows:
+            for window in attention_windows(config, self.tokens.shape[1]).tolist():
                 with self._timed("wait"):
                     layer = next(layers)
                 entered, before = h, written
-                h, written, update = _step(graph, config, compute_dtype, layer, h, before, window)
+                context = dataclasses.replace(context, window=window)
+                h, written, update = _step(graph, layer, h, before, context)
                 del layer
                 # Before the next layer is taken, so that no more than two are in memory.
                 with self._timed("compute"):
@@ -151,21 +155,24 @@ class Sweep:
         self._last_normed, self.normed, closure = _final_norm(first, entered, last, written, weight, eps=eps)
         self.closure_error = float(closure)
 
-    def loss(self) -> float:
-        """Mean -ln p(next token) over the text, in nats per token."""
+    def finish_loss(self) -> None:
+        """Mean -ln p(next token) over the text, in nats per token, as `loss`."""
         vocab_size = self.weights.config.vocab_size
         bounds = vocabulary_slices(vocab_size)
-        slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
-        targets = self.weights.head_rows(self.tokens[:, 1:])
-        losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
-        return float(np.asarray(losses).mean())
+        with self._timed("loss"):
+            slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
+            targets = self.weights.head_rows(self.tokens[:, 1:])
+            losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
+            self.loss = float(losses.mean())
 
-    def compile_loss(self) -> None:
-        """Compiles what `loss` needs, on another thread while the layers compute."""
-        windows, length = self.tokens.shape
-        config = self.weights.config
-        shape = windows, length - 1, config.hidden_size
-        compile_sliced_loss(config.vocab_size, shape, config.dtype, self.dtypes[0])
+    def compile_rest(self) -> None:
+        """Compiles what follows the layers, on another thread while they compute."""
+        config, (compute_dtype, residual_dtype) = self.weights.config, self.dtypes
+        shape = (*self.tokens.shape, config.hidden_size)
+        state, written = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (residual_dtype, jnp.float32))
+        weight = jax.ShapeDtypeStruct(shape[2:], config.dtype)
+        _final_norm.lower(state, state, state, written, weight, eps=config.rms_norm_eps).compile()
+        compile_sliced_loss(config.vocab_size, shape, config.dtype, compute_dtype)
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
@@ -180,24 +187,15 @@ def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]
             yield item.pop()
 
 
-@partial(jax.jit, static_argnums=1)
-def _enter(embeddings: Float[Array, "B T D"], residual_dtype: Any) -> tuple[Array, Array]:
-    """The state that enters the first layer, and the sum of no updates."""
-    return embeddings.astype(residual_dtype), jnp.zeros(embeddings.shape, jnp.float32)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _step(
     graph: Any,
-    config: ModelConfig,
-    compute_dtype: Any,
     layer: nnx.State,
     h: Float[Array, "B T D"],
     written: Float32[Array, "B T D"],
-    window: Int[Array, ""],
+    context: Context,
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
     """One layer on all tokens: the new state, the sum of all updates so far, and the layer's own."""
-    context = block_context(config, h.shape[1], window, compute_dtype)
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
     delta = attention + mlp
     return new, written + delta, _without_first_token(delta, h)

@@ -1,20 +1,18 @@
 """Train the demo model that ships with the package: a Qwen3 of 28 layers and 5 M parameters, on a CPU.
 
     python scripts/demo_corpus.py --out=demo_work/corpus
-    python scripts/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work \\
-        --grow_at=GROW --decay_at=DECAY --steps=STEPS
+    python scripts/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work --steps=STEPS
 
-The three steps, the time it takes and the held-out loss to expect stand in the model card,
-jaxdelta/data/demo/README.md. A run that is started again continues from its last checkpoint. The same seed,
-text and steps give the same weights, up to the rounding of another machine's products. With
-`--finish_by=HH:MM` (UTC) instead of the three, the run chooses them itself so that it ends at that time.
+The number of steps, the time they take and the held-out loss to expect stand in the model card,
+jaxdelta/data/demo/README.md. A run that is started again continues from its last checkpoint, also with
+another number of steps as long as the decay has not begun. The same seed, text and steps give the same
+weights, up to the rounding of another machine's products.
 
-Recipe. Embeddings start as a factorisation of the bigram counts (demo_teacher.py). Four layers learn first,
-which is cheap; then each is followed by six fresh ones that write next to nothing at first, and all 28 learn
-on (after Gong et al., 2019, and Wu et al., 2024). Part of the targets is a trigram model's distribution until
-the learning rate falls, to zero, over the last 45 % of the time. Sequences of 128 tokens until
-then, of 256 in the decay; 1024 tokens a step. Muon (Jordan et al., 2024) for the matrices of the layers, each
-layer's own, AdamW for embedding and norms. All in float32, rounded to bfloat16 once, at export.
+Recipe. Embeddings start as a factorisation of the bigram counts (demo_teacher.py). Part of the targets is a
+trigram model's distribution, less and less of it, until the learning rate falls, to zero, over the last
+`DECAY` of the steps. Sequences of 128 tokens until then, of 256 in the decay; 1024 tokens a step. Muon
+(Jordan et al., 2024) for the matrices of the layers, each layer's own, AdamW for embedding and norms. All in
+float32, rounded to bfloat16 once, at export.
 
 glibc hands the memory of a step back to the system after every step, and taking it anew costs a third of the
 time: where `MALLOC_*` are not set, the script sets them and starts itself again.
@@ -22,7 +20,6 @@ time: where `MALLOC_*` are not set, the script sets them and starts itself again
 
 import csv
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -48,12 +45,7 @@ from jaxdelta.config import ModelConfig
 from jaxdelta.model import Qwen3, logits
 
 _OUT = flags.DEFINE_string("out", "jaxdelta/data/demo", "Folder of the exported model.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps in all.")
-_GROW_AT = flags.DEFINE_integer("grow_at", None, "Step at which the 4 layers become 28.")
-_DECAY_AT = flags.DEFINE_integer("decay_at", None, "Step at which the learning rate begins to fall.")
-_FINISH_BY = flags.DEFINE_string(
-    "finish_by", None, "Instead of the three: the UTC time, HH:MM, to be done by."
-)
+_STEPS = flags.DEFINE_integer("steps", None, "Steps in all.", required=True, lower_bound=100)
 _EXPORT_MINUTES = flags.DEFINE_float("export_minutes", 25, "Minutes between exports on the way.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the text.")
 
@@ -73,12 +65,10 @@ CONFIG = {
 }
 LENGTH, ROWS, EVAL_ROWS = 256, 4, 8  # tokens of a segment; segments of a step, and scored at once
 SHORT = 128  # sequences before the decay: half segments
-FIRST_LAYERS = 4  # until the model grows
 WARMUP = 25  # steps
-TRUST = (0.5, 0.25)  # in the teacher, before and after growing
-GROW, DECAY = 0.40, 0.45  # shares of the time: before growing, of the decay
+DECAY = 0.4  # share of the steps over which the learning rate falls
+TRUST, TRUST_FADES = 0.5, 500  # in the teacher at first, and the steps after which it is half of that
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMBEDDING_STD = 0.02, 3e-3, 0.05, 0.03
-GRACE = 300  # seconds after --finish_by when the run stops wherever it is
 LOG_EVERY, SAVE_EVERY = 10, 100  # steps
 HELD_NOW = 2**13 + 2  # held-out tokens scored on the way
 GENERATION = {"eos_token_id": 0, "pad_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
@@ -90,71 +80,41 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass
 class Plan:
-    """Where the run stands, and at which steps it grows, begins to decay and ends (None: not decided yet)."""
+    """Where the run stands, and what that means for the next step."""
 
+    steps: int
     step: int = 0
-    grow_at: int | None = None
-    decay_at: int | None = None
-    steps: int | None = None
     seconds: float = 0.0  # of training so far
-    started: float = dataclasses.field(default_factory=time.time)
-    moved: list[tuple[int, int]] = dataclasses.field(
-        default_factory=list
-    )  # (step, the end as planned until then)
 
-    def reached(self, step: int | None) -> bool:
-        """Whether a decided step has come."""
-        return step is not None and self.step >= step
+    @property
+    def decay_at(self) -> int:
+        """The step at which the learning rate begins to fall."""
+        return round((1 - DECAY) * self.steps)
 
-    def layers(self) -> int:
-        """Number of layers of the parameters that this many steps have made."""
-        grown = self.grow_at is not None and self.step > self.grow_at
-        return CONFIG["num_hidden_layers"] if grown else FIRST_LAYERS
+    @property
+    def decays(self) -> bool:
+        """Whether it has begun."""
+        return self.step >= self.decay_at
 
     def rate(self) -> float:
-        """The learning rate's factor: up over `WARMUP` steps (again after growing), 1, then down to 0.
+        """The learning rate's factor: up over `WARMUP` steps, 1, then down to 0.
 
         Down as 1 - √(share of the decay that is over), after Hägele et al., 2024.
         """
-        warm = (self.step + 1 - (self.grow_at if self.reached(self.grow_at) else 0)) / WARMUP
-        if not self.reached(self.decay_at):
-            return min(warm, 1.0)
-        over = (self.step - self.decay_at) / (self.steps - self.decay_at)
-        return min(warm, 1 - min(over, 1.0) ** 0.5)
+        if not self.decays:
+            return min((self.step + 1) / WARMUP, 1.0)
+        return 1 - ((self.step - self.decay_at) / (self.steps - self.decay_at)) ** 0.5
 
     def trust(self) -> float:
-        """The teacher's share in the targets: large at first, smaller after growing, none in the decay."""
-        return 0.0 if self.reached(self.decay_at) else TRUST[self.reached(self.grow_at)]
-
-    def decide(self, finish_by: float, pace: float) -> None:
-        """Fix the next of the three steps when its share of the time until `finish_by` has gone by.
-
-        Where the machine grows slower in the decay, the end comes nearer.
-
-        Args:
-            finish_by: when to end, in seconds since the epoch.
-            pace: seconds a step takes now.
-        """
-        total = finish_by - self.started
-        gone = (time.time() - self.started) / total
-        if self.grow_at is None and gone >= GROW:
-            self.grow_at = self.step
-        elif self.decay_at is None and gone >= 1 - DECAY:
-            self.decay_at = self.step
-            self.steps = self.step + max(1, round(DECAY * total / pace / 1.2))
-        elif self.decay_at is not None and self.step % SAVE_EVERY == 0:
-            possible = self.step + max(1, round((finish_by - time.time()) / pace))
-            if possible < 0.97 * self.steps:
-                self.moved.append((self.step, self.steps))
-                self.steps = possible
+        """The teacher's share in the targets: large at first, then less, none in the decay."""
+        return 0.0 if self.decays else TRUST / (1 + self.step / TRUST_FADES)
 
 
 class Demo:
     """The model as the optimizer sees it: named arrays, and the way back to the module."""
 
-    def __init__(self, seed: int, layers: int):
-        config = ModelConfig.from_dict(CONFIG | {"num_hidden_layers": layers})
-        self.graph, state = nnx.split(Qwen3(config, rngs=nnx.Rngs(seed)))
+    def __init__(self, seed: int):
+        self.graph, state = nnx.split(Qwen3(ModelConfig.from_dict(CONFIG), rngs=nnx.Rngs(seed)))
         leaves, self.tree = jax.tree_util.tree_flatten_with_path(state)
         paths = [path for path, _ in leaves]
         self.names = [".".join(part.key for part in path if hasattr(part, "key")) for path in paths]
@@ -173,14 +133,6 @@ class Demo:
     def token_losses(self, params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         """-log p(target | inputs up to it) in nats, (B, T)."""
         return optax.softmax_cross_entropy_with_integer_labels(logits(self.module(params), inputs), targets)
-
-    def grown_from(self, params: Params) -> Params:
-        """A shallower model's parameters, its layers spread evenly, with fresh layers behind each of them."""
-        grown = {}
-        for name, fresh in self.params.items():
-            old = params[name]
-            grown[name] = fresh.at[:: len(fresh) // len(old)].set(old) if "layers." in name else old
-        return grown
 
 
 def make_optimizer(params: Params) -> optax.GradientTransformation:
@@ -263,8 +215,8 @@ class Run:
     @classmethod
     def begin(cls, work_dir: pathlib.Path, tokens: np.ndarray) -> "Run":
         """The last checkpoint, or the beginning where there is none."""
-        plan, curve = saved_plan(work_dir) or (Plan(0, _GROW_AT.value, _DECAY_AT.value, _STEPS.value), [])
-        demo = Demo(_SEED.value, plan.layers())
+        plan, curve = saved_plan(work_dir)
+        demo = Demo(_SEED.value)
         embeddings = bigram_embeddings(tokens, CONFIG["hidden_size"], EMBEDDING_STD)
         params = demo.params | {"embed_tokens.weight": jnp.asarray(embeddings)}
         optimizer = make_optimizer(params)
@@ -276,17 +228,10 @@ class Run:
             run.params, run.state = jax.tree.unflatten(tree, leaves)
         return run
 
-    def grow(self) -> None:
-        """Put fresh layers behind the old ones; the optimizer starts anew."""
-        self.demo = Demo(_SEED.value, CONFIG["num_hidden_layers"])
-        self.params = self.demo.grown_from(self.params)
-        optimizer = make_optimizer(self.params)
-        self.state, self.step_fn = optimizer.init(self.params), make_step(self.demo, optimizer)
-
     def advance(self, tokens: np.ndarray, teacher: Teacher) -> float:
         """One step; returns the loss before it."""
         plan, start = self.plan, time.time()
-        length = LENGTH if plan.reached(plan.decay_at) else SHORT
+        length = LENGTH if plan.decays else SHORT
         inputs, targets = batch(tokens, plan.step, length, _SEED.value)
         lesson = (teacher(inputs), teacher.bigram, np.float32(plan.trust())) if plan.trust() else ()
         arrays = (np.float32(plan.rate()), inputs, targets, *lesson)
@@ -304,14 +249,17 @@ class Run:
         part.replace(work_dir / "checkpoint.npz")
 
 
-def saved_plan(work_dir: pathlib.Path) -> tuple[Plan, list[tuple]] | None:
-    """Plan and loss curve of the last checkpoint, None where there is none."""
-    stored = work_dir / "checkpoint.npz"
+def saved_plan(work_dir: pathlib.Path) -> tuple[Plan, list[tuple]]:
+    """Plan and loss curve of the last checkpoint, those of the beginning where there is none."""
+    stored, plan = work_dir / "checkpoint.npz", Plan(_STEPS.value)
     if not stored.exists():
-        return None
+        return plan, []
     with np.load(stored) as saved:
         about = json.loads(str(saved["about"]))
-    return Plan(**about["plan"]), [tuple(row) for row in about["curve"]]
+    was = Plan(**about["plan"])
+    if was.steps != plan.steps and was.step > min(was.decay_at, plan.decay_at):
+        raise app.UsageError(f"the decay of a run of {was.steps} steps has begun; finish it with that many")
+    return dataclasses.replace(was, steps=plan.steps), [tuple(row) for row in about["curve"]]
 
 
 def export(run: Run, tokens: np.ndarray, held: np.ndarray) -> None:
@@ -328,6 +276,7 @@ def export(run: Run, tokens: np.ndarray, held: np.ndarray) -> None:
     logging.info("step %d: held-out loss of the export %.4f", run.plan.step, loss)
     sizes = {"tokens_a_step": LENGTH * ROWS, "held_tokens": len(held) - 2, "train_tokens": len(tokens)}
     facts = {"held_out_loss": loss, "seed": _SEED.value, **sizes, **dataclasses.asdict(run.plan)}
+    facts["decay_at"] = run.plan.decay_at
     (work_dir / "facts.json").write_text(json.dumps(facts, indent=2))
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir()):
@@ -349,14 +298,12 @@ def write_curve(path: pathlib.Path, curve: list[tuple], rows: int = 300) -> None
                 table.writerow([*row, "" if held is None else f"{held:.4f}"])
 
 
-def train(tokens: np.ndarray, held: np.ndarray, finish_by: float | None) -> None:
+def train(tokens: np.ndarray, held: np.ndarray) -> None:
     """Steps, a line of the curve every `LOG_EVERY`, a checkpoint every `SAVE_EVERY`, exports by the clock."""
     work_dir, exported, losses = pathlib.Path(WORK_DIR.value), time.time(), []
     run, teacher = Run.begin(work_dir, tokens), Teacher(tokens)
     plan = run.plan
-    while not plan.reached(plan.steps) and not (finish_by and time.time() > finish_by + GRACE):
-        if plan.step == plan.grow_at:
-            run.grow()
+    while plan.step < plan.steps:
         start = time.time()
         losses.append((run.advance(tokens, teacher), time.time() - start))
         if plan.step % LOG_EVERY == 0:
@@ -368,9 +315,7 @@ def train(tokens: np.ndarray, held: np.ndarray, finish_by: float | None) -> None
             logging.info("step %d loss %.4f held-out %s, %.2f s a step", plan.step, loss, held_now, pace)
         if plan.step % SAVE_EVERY == 0:
             run.save(work_dir)
-        if finish_by and len(losses) > 10:  # the first ones compile
-            plan.decide(finish_by, float(np.mean([seconds for _, seconds in losses[2:][-50:]])))
-        if time.time() - exported > 60 * _EXPORT_MINUTES.value and plan.layers() > FIRST_LAYERS:
+        if time.time() - exported > 60 * _EXPORT_MINUTES.value:
             export(run, tokens, held)
             exported = time.time()
     run.save(work_dir)
@@ -380,19 +325,11 @@ def train(tokens: np.ndarray, held: np.ndarray, finish_by: float | None) -> None
 def main(_: list[str]) -> None:
     if any(name not in os.environ for name in MALLOC):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    given = [flag.value is not None for flag in (_GROW_AT, _DECAY_AT, _STEPS)]
-    if any(given) == bool(_FINISH_BY.value) or any(given) != all(given):
-        raise app.UsageError("give either --grow_at, --decay_at and --steps, or --finish_by")
     corpus_dir, work_dir = pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value)
     tokens, held = prepare(corpus_dir, work_dir)
     for name, loss in baselines(corpus_dir, work_dir).items():
         logging.info("%s: %.4f nats per held-out token", name, loss)
-    finish_by = None
-    if _FINISH_BY.value:
-        clock = datetime.time.fromisoformat(_FINISH_BY.value)
-        today = datetime.datetime.now(datetime.UTC)
-        finish_by = today.replace(hour=clock.hour, minute=clock.minute, second=0).timestamp()
-    train(tokens, held, finish_by)
+    train(tokens, held)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The forward pass against transformers' own, at every layer, and what it promises about itself."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -201,12 +202,13 @@ def test_closure(stream: ResidualStream) -> None:
 
 def test_scan_equals_loop(model: Qwen3, stream: ResidualStream) -> None:
     config, length = model.config, TOKENS.shape[1]
+    context = block_context(config, TOKENS.shape, jnp.float32)
     graph = nnx.graphdef(abstract_block(config))
     stacked = nnx.state(model.layers)
 
     @jax.jit
     def step(layer: nnx.State, h: jax.Array, window: jax.Array) -> tuple[jax.Array, ...]:
-        return nnx.merge(graph, layer)(h, block_context(config, length, window, jnp.float32))
+        return nnx.merge(graph, layer)(h, dataclasses.replace(context, window=window))
 
     h = model.embed_tokens(jnp.asarray(TOKENS))
     for i, window in enumerate(attention_windows(config, length)):
@@ -248,7 +250,7 @@ def test_a_token_outside_all_windows_has_no_influence(model: Qwen3) -> None:
 
 @pytest.mark.parametrize(("window", "seen"), [(1, [3]), (2, [2, 3]), (4, [0, 1, 2, 3]), (99, [0, 1, 2, 3])])
 def test_causal_mask(window: int, seen: list[int]) -> None:
-    assert np.flatnonzero(causal_mask(6, window)[3]).tolist() == seen
+    assert np.flatnonzero(causal_mask(jnp.arange(6), 6, window)[3]).tolist() == seen
 
 
 def test_logits(model: Qwen3, grouped: Reference) -> None:

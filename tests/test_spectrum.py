@@ -22,6 +22,7 @@ from jaxdelta.spectrum import (
     energy_shares,
     host_spectrum,
     numerical_rank,
+    token_products,
     token_statistics,
     update_spectrum,
 )
@@ -273,9 +274,10 @@ def test_token_statistics_by_the_definitions(case: str) -> None:
         delta, h = delta * np.float32(1e-6), h * np.float32(1e-9)
     elif case == "one token":
         delta, h = delta[:1], h[:1]
-    found = token_statistics(jnp.asarray(delta), jnp.asarray(h))
+    products = token_products(jnp.asarray(delta), jnp.asarray(h))
+    found = token_statistics(*(np.asarray(part)[None] for part in products))
     for name, value in definitions(delta, h).items():
-        np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12, atol=1e-14, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name)[0], value, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
 def test_ranks_by_hand() -> None:
