@@ -399,7 +399,8 @@ def sliced_loss(
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
         log_sum = _add_slice(log_sum.block_until_ready(), x, rows, counted - start)
         counted = stop
-    return np.asarray(log_sum) - np.asarray(target_score)  # not worth a compilation
+    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
+        return np.asarray(log_sum) - np.asarray(target_score)
 
 
 @partial(jax.jit, static_argnums=2)
