@@ -224,6 +224,7 @@ def _measure(
 ) -> Analysis:
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype)
+        sweep.trace()
         ahead = partial(_compile_ahead, sweep, phases, options.top_k)
         updates = _all_updates(sweep, stages.progress, ahead)
         figures = measure(updates, sweep.shape, options.top_k, options.svd)

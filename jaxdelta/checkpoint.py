@@ -8,7 +8,7 @@ buffer, so loading needs the weights' own size and little more.
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,21 @@ class Checkpoint:
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
+        return self._filled(index, lambda name: jax.device_put(self.source.read(name), may_alias=True))
+
+    def abstract_layer(self, index: int) -> nnx.State:
+        """The same with shapes in place of weights."""
+        specs = self.source.specs
+        return self._filled(index, lambda name: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype))
+
+    def _filled(self, index: int, fill: Callable[[str], Any]) -> nnx.State:
         _, block = nnx.split(abstract_block(self.config))
-        filled = [
-            (
-                path,
-                variable.replace(jax.device_put(self.source.read(_layer_name(index, path)), may_alias=True)),
-            )
-            for path, variable in nnx.to_flat_state(block)
-        ]
-        return nnx.from_flat_state(filled)
+        return nnx.from_flat_state(
+            [
+                (path, variable.replace(fill(_layer_name(index, path))))
+                for path, variable in nnx.to_flat_state(block)
+            ]
+        )
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         """The input embeddings of the given tokens; only their rows are read."""

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jaxdelta.config import ModelConfig
-from jaxdelta.rotary import Rotary, rotary_angles, rotate
+from jaxdelta.rotary import rotary_angles, rotate
 
 VOCAB_SLICE = 4096
 SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
@@ -167,11 +167,12 @@ class Context:
     """What a block knows of positions and of how to compute.
 
     `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `query_block`: how
-    many queries are compared with all keys at once.
+    many queries are compared with all keys at once. (No shapes in the types: JAX makes such objects of what
+    is no array, too.)
     """
 
-    rotary: Rotary
-    window: Int[Array, ""] | int
+    rotary: Any
+    window: Any
     compute_dtype: Any = dataclasses.field(metadata={"static": True})
     query_block: int = dataclasses.field(metadata={"static": True})
 
@@ -340,7 +341,7 @@ def block_context(
     fitting = SCORE_BYTES // (4 * windows * config.num_heads * length)
     return Context(
         rotary=rotary_angles(config.rope, config.head_dim, length),
-        window=length,
+        window=np.int32(length),
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=min(length, query_block or max(MIN_QUERY_BLOCK, fitting)),
     )

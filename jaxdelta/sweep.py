@@ -42,6 +42,7 @@ class Weights(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     def layer(self, index: int) -> nnx.State: ...
+    def abstract_layer(self, index: int) -> nnx.State: ...
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]: ...
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]: ...
@@ -61,6 +62,9 @@ class Resident:
 
     def layer(self, index: int) -> nnx.State:
         return _take(nnx.state(self.model.layers), index)
+
+    def abstract_layer(self, index: int) -> nnx.State:
+        return jax.eval_shape(lambda: self.layer(index))
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         return self.model.embed_tokens(jnp.asarray(ids))
@@ -119,20 +123,29 @@ class Sweep:
         windows, length = self.tokens.shape
         return windows * (length - 1), self.weights.config.hidden_size
 
+    def trace(self) -> None:
+        """Traces the layers' function: before all else that is traced, since everything waits for it."""
+        config, shape = self.weights.config, (*self.tokens.shape, self.weights.config.hidden_size)
+        compute_dtype, residual_dtype = self.dtypes
+        self._context = jax.device_put(block_context(config, self.tokens.shape, compute_dtype))
+        state, written = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (residual_dtype, jnp.float32))
+        graph = nnx.graphdef(abstract_block(config))
+        self._traced = _step.lower(graph, self.weights.abstract_layer(0), state, written, self._context)
+
     def __iter__(self) -> Iterator[Update]:
         config = self.weights.config
-        compute_dtype, residual_dtype = self.dtypes
-        graph = nnx.graphdef(abstract_block(config))
-        context = jax.device_put(block_context(config, self.tokens.shape, compute_dtype))
-        h = first = self.weights.embeddings(self.tokens).astype(residual_dtype)
-        written = jax.device_put(np.zeros(h.shape, np.float32))
+        if not hasattr(self, "_traced"):
+            self.trace()
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
-            for window in attention_windows(config, self.tokens.shape[1]).tolist():
+            step = self._traced.compile()
+            h = first = self.weights.embeddings(self.tokens).astype(self.dtypes[1])
+            written = jax.device_put(np.zeros(h.shape, np.float32))
+            for window in attention_windows(config, self.tokens.shape[1]):
                 with self._timed("wait"):
                     layer = next(layers)
                 entered, before = h, written
-                context = dataclasses.replace(context, window=window)
-                h, written, update = _step(graph, layer, h, before, context)
+                context = dataclasses.replace(self._context, window=window)
+                h, written, update = step(layer, h, before, context)
                 del layer
                 # Before the next layer is taken, so that no more than two are in memory.
                 with self._timed("compute"):
