@@ -17,7 +17,6 @@ from jaxtyping import Bool
 
 from jaxdelta.spectrum import (
     CERTIFIED,
-    AnyArray,
     Spectrum,
     TokenStatistics,
     host_spectrum,
@@ -26,6 +25,7 @@ from jaxdelta.spectrum import (
     update_spectrum,
 )
 from jaxdelta.sweep import Update
+from jaxdelta.types import AnyArray
 
 _WORKSPACE_BYTES = 4 << 30
 

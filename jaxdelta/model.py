@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.rotary import rotary_angles, rotate
+from jaxdelta.types import AnyArray
 
 VOCAB_SLICE = 4096
 SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
@@ -369,7 +370,8 @@ def next_token_loss(
     """
     targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
     slices = (head[start:stop] for start, stop in vocabulary_slices(head.shape[0]))
-    return sliced_loss(head.shape[0], slices, targets, normed, compute_dtype)
+    (losses,) = sliced_loss(head.shape[0], slices, [(targets, normed)], compute_dtype)
+    return losses
 
 
 def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
@@ -382,26 +384,31 @@ def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
 def sliced_loss(
     vocab_size: int,
     slices: Iterable[Float[Array, "_ D"]],
-    targets: Float[Array, "B next D"],
-    normed: Float32[Array, "B T D"],
+    blocks: Iterable[tuple[Float[Array, "B next D"], Float32[AnyArray, "B T D"]]],
     compute_dtype: DTypeLike,
-) -> Float32[np.ndarray, "B next"]:
+) -> list[Float32[np.ndarray, "B next"]]:
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
     Args:
         vocab_size: the number of W's rows.
         slices: the output embedding's rows, as `vocabulary_slices` cuts them.
-        targets: the row of each position's next token.
-        normed: x, the last state after the final norm; its last position has no next token.
+        blocks: of the text, each with the W_target of every position's next token, and x, the last state
+            after the final norm; its last position has no next token.
         compute_dtype: dtype of the factors of the products.
     """
-    x, target_score, log_sum = _begin_loss(targets, normed, jnp.dtype(compute_dtype))
+    begun = [_begin_loss(*block, jnp.dtype(compute_dtype)) for block in blocks]
+    log_sums = [log_sum for _, _, log_sum in begun]
     counted = 0
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
-        log_sum = _add_slice(log_sum.block_until_ready(), x, rows, counted - start)
+        for i, (x, _, _) in enumerate(begun):
+            log_sums[i] = _add_slice(log_sums[i], x, rows, counted - start)
+        jax.block_until_ready(log_sums)  # before the next slice is taken
         counted = stop
     with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
-        return np.asarray(log_sum) - np.asarray(target_score)
+        return [
+            np.asarray(log_sum) - np.asarray(target_score)
+            for log_sum, (_, target_score, _) in zip(log_sums, begun, strict=True)
+        ]
 
 
 @partial(jax.jit, static_argnums=2)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
-from jaxdelta.spectrum import AnyArray, gram, product
+from jaxdelta.spectrum import gram, product
+from jaxdelta.types import AnyArray
 
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 

@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxdelta.config import Rope
+from jaxdelta.types import AnyArray
 
 # cos and sin
-Rotary = tuple[Float32[Array | np.ndarray, "T halfH"], Float32[Array | np.ndarray, "T halfH"]]
+Rotary = tuple[Float32[AnyArray, "T halfH"], Float32[AnyArray, "T halfH"]]
 
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:

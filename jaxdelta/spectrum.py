@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
+from jaxdelta.types import AnyArray
+
 METHODS = ("gram", "full")
 CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
 
 _SIGN_FLOOR = 1e-3
 _GRAM_BLOCK = 256  # rows; products of smaller blocks are too slow to save anything
-
-AnyArray = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

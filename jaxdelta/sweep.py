@@ -7,7 +7,7 @@ read once. One compiled function serves all layers.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -31,6 +31,7 @@ from jaxdelta.model import (
     sliced_loss,
     vocabulary_slices,
 )
+from jaxdelta.types import AnyArray
 
 T = TypeVar("T")
 
@@ -92,6 +93,28 @@ class Update(NamedTuple):
     h: Float32[Array, "n d"]
 
 
+class Blocks(NamedTuple):
+    """How a pass divides its work, None for no division.
+
+    `windows`: how many windows pass a layer at once, a divisor of their number; `queries`: how many of a
+    window's queries are compared with its keys at once; `on_host`: between two layers the states wait there.
+    """
+
+    windows: int | None = None
+    queries: int | None = None
+    on_host: bool = False
+
+
+WHOLE = Blocks()
+
+
+class State(NamedTuple):
+    """A block's residual stream, and the sum of all updates it has had."""
+
+    h: Float[AnyArray, "B T D"]
+    written: Float32[AnyArray, "B T D"]
+
+
 class Sweep:
     """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
 
@@ -111,26 +134,31 @@ class Sweep:
         tokens: Int[np.ndarray, "B T"],
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
+        blocks: Blocks = WHOLE,
     ):
         self.weights = weights
-        self.tokens = tokens
+        self.tokens = np.split(tokens, len(tokens) // (blocks.windows or len(tokens)))
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
+        self.blocks = blocks
         self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0, "loss": 0.0}
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, d) of every Update."""
-        windows, length = self.tokens.shape
-        return windows * (length - 1), self.weights.config.hidden_size
+        windows, length = self.tokens[0].shape
+        return len(self.tokens) * windows * (length - 1), self.weights.config.hidden_size
 
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
-        config, shape = self.weights.config, (*self.tokens.shape, self.weights.config.hidden_size)
-        compute_dtype, residual_dtype = self.dtypes
-        self._context = jax.device_put(block_context(config, self.tokens.shape, compute_dtype))
-        state, written = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (residual_dtype, jnp.float32))
+        config, shape = self.weights.config, self.tokens[0].shape
+        context = block_context(config, shape, self.dtypes[0], self.blocks.queries)
+        self._context = jax.device_put(context)
         graph = nnx.graphdef(abstract_block(config))
-        self._traced = _step.lower(graph, self.weights.abstract_layer(0), state, written, self._context)
+        self._traced = _step.lower(graph, self.weights.abstract_layer(0), *self._abstract_state(), context)
+
+    def _abstract_state(self) -> tuple[Any, Any]:
+        shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
+        return jax.ShapeDtypeStruct(shape, self.dtypes[1]), jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def __iter__(self) -> Iterator[Update]:
         config = self.weights.config
@@ -138,20 +166,31 @@ class Sweep:
             self.trace()
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
             step = self._traced.compile()
-            h = first = self.weights.embeddings(self.tokens).astype(self.dtypes[1])
-            written = jax.device_put(np.zeros(h.shape, np.float32))
-            for window in attention_windows(config, self.tokens.shape[1]):
+            states = [self._enter(block) for block in self.tokens]
+            for window in attention_windows(config, self.tokens[0].shape[1]):
                 with self._timed("wait"):
                     layer = next(layers)
-                entered, before = h, written
+                entered = [state.h for state in states]
                 context = dataclasses.replace(self._context, window=window)
-                h, written, update = step(layer, h, before, context)
-                del layer
-                # Before the next layer is taken, so that no more than two are in memory.
                 with self._timed("compute"):
-                    jax.block_until_ready(h)
+                    update = self._pass(partial(step, layer), states, context)
+                del layer
                 yield update
-        self._finish(first, entered, h, written)
+        self._finish(entered, states)
+
+    def _pass(self, step: Callable[..., Any], states: list[State], context: Context) -> Update:
+        """Takes all states through a layer; ends when they are computed, so that the layer can go."""
+        updates = []
+        for i, state in enumerate(states):
+            h, written, update = step(*map(_owned, state), context)
+            states[i] = State(*map(np.asarray, (h, written))) if self.blocks.on_host else State(h, written)
+            updates.append(update)
+        jax.block_until_ready(states)
+        return _join(updates)
+
+    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> State:
+        h = self.weights.embeddings(tokens).astype(self.dtypes[1])
+        return State(np.asarray(h) if self.blocks.on_host else h, np.zeros(h.shape, np.float32))
 
     def _read(self, index: int) -> nnx.State:
         with self._timed("read"):
@@ -163,10 +202,16 @@ class Sweep:
         yield
         self.seconds[what] += time.perf_counter() - start
 
-    def _finish(self, first: Array, entered: Array, last: Array, written: Array) -> None:
+    def _finish(self, entered: list[Any], states: list[State]) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
-        self._last_normed, self.normed, closure = _final_norm(first, entered, last, written, weight, eps=eps)
-        self.closure_error = float(closure)
+        firsts = (self._enter(block).h for block in self.tokens)
+        found = [
+            _final_norm(first, before, *state, weight, eps=eps)
+            for first, before, state in zip(firsts, entered, states, strict=True)
+        ]
+        self._last_normed, updates, missing, energies = zip(*found, strict=True)
+        self.normed = _join(updates)
+        self.closure_error = float(np.sqrt(np.sum(missing) / np.sum(energies)))
 
     def finish_loss(self) -> None:
         """Mean -ln p(next token) over the text, in nats per token, as `loss`."""
@@ -174,18 +219,16 @@ class Sweep:
         bounds = vocabulary_slices(vocab_size)
         with self._timed("loss"):
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
-            targets = self.weights.head_rows(self.tokens[:, 1:])
-            losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
-            self.loss = float(losses.mean())
+            targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens]
+            blocks = zip(targets, self._last_normed, strict=True)
+            self.loss = float(np.mean(sliced_loss(vocab_size, slices, blocks, self.dtypes[0])))
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
-        config, (compute_dtype, residual_dtype) = self.weights.config, self.dtypes
-        shape = (*self.tokens.shape, config.hidden_size)
-        state, written = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (residual_dtype, jnp.float32))
-        weight = jax.ShapeDtypeStruct(shape[2:], config.dtype)
+        config, (state, written) = self.weights.config, self._abstract_state()
+        weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
         _final_norm.lower(state, state, state, written, weight, eps=config.rms_norm_eps).compile()
-        compile_sliced_loss(config.vocab_size, shape, config.dtype, compute_dtype)
+        compile_sliced_loss(config.vocab_size, state.shape, config.dtype, self.dtypes[0])
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
@@ -219,16 +262,24 @@ def _without_first_token(delta: Float32[Array, "B T D"], h: Float[Array, "B T D"
     return Update(delta[:, 1:].reshape(rows), h[:, 1:].astype(jnp.float32).reshape(rows))
 
 
+def _owned(state: AnyArray) -> Array:
+    """On the device, in memory of its own: what is donated may be written over."""
+    return state if isinstance(state, jax.Array) else jax.device_put(state, may_alias=False)
+
+
+def _join(updates: Sequence[Update]) -> Update:
+    return updates[0] if len(updates) == 1 else Update(*map(jnp.concatenate, zip(*updates, strict=True)))
+
+
 @partial(jax.jit, static_argnames="eps")
 def _final_norm(
     first: Array, entered: Array, last: Array, written: Array, weight: Array, *, eps: float
-) -> tuple[Array, Update, Array]:
-    """The last state after the final norm; the last layer's Update with it; the closure error."""
+) -> tuple[Array, Update, Array, Array]:
+    """The last state after the final norm; the last layer's Update with it; ‖h_0 + Σδ - h_N‖² and ‖h_N‖²."""
     normed = rms_norm(last, weight, eps)
     update = _without_first_token(normed - entered.astype(jnp.float32), entered)
     first, last = first.astype(jnp.float32), last.astype(jnp.float32)
-    closure = jnp.linalg.norm((first + written - last).ravel()) / jnp.linalg.norm(last.ravel())
-    return normed, update, closure
+    return normed, update, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
 
 
 @jax.jit
