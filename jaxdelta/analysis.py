@@ -27,6 +27,7 @@ from jaxdelta.measure import LayerFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import Overlaps, compile_overlaps, overlaps
 from jaxdelta.phases import default_phases, parse_phases
+from jaxdelta.plan import MODES, Work, device_limit
 from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
 from jaxdelta.sweep import Resident, Sweep, Update, Weights
 
@@ -55,6 +56,8 @@ class Options:
     phases: str | None = None
     revision: str | None = None
     loader: str = "auto"
+    memory: str = "auto"
+    device_memory_gb: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class Options:
             "compute_dtype": DTYPES,
             "residual_dtype": DTYPES,
             "loader": LOADERS,
+            "memory": MODES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -72,6 +76,8 @@ class Options:
             raise UsageError(f"top_k must be at least 1, not {self.top_k}")
         if self.max_tokens < 2:
             raise UsageError(f"max_tokens must be at least 2, not {self.max_tokens}")
+        if self.device_memory_gb is not None and not self.device_memory_gb > 0:
+            raise UsageError(f"device_memory_gb must be above 0, not {self.device_memory_gb}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +183,8 @@ def analyze(
         else:
             name, weights = model, open_checkpoint(model, revision=chosen.revision, loader=chosen.loader)
         note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
+    if isinstance(weights, Resident) and chosen.memory == "stream":
+        raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     phases = _phases(chosen.phases, weights.config.num_layers)
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
@@ -222,12 +230,20 @@ def _tokens(
 def _measure(
     name: str, weights: Weights, tokens: Tokens, phases: tuple[str, ...], options: Options, stages: Stages
 ) -> Analysis:
+    with stages("plan") as note:
+        resident = options.memory == "resident" or isinstance(weights, Resident)
+        work = Work(weights, tokens.ids.shape, options.compute_dtype, options.residual_dtype, resident)
+        plan = work.plan(device_limit(options.device_memory_gb))
+        note(str(plan))
+    if isinstance(weights, Checkpoint) and resident:
+        with stages("load"):
+            weights = Resident(weights.load())
     with stages("layers") as note:
-        sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype)
+        sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype, plan.blocks)
         sweep.trace()
         ahead = partial(_compile_ahead, sweep, phases, options.top_k)
         updates = _all_updates(sweep, stages.progress, ahead)
-        figures = measure(updates, sweep.shape, options.top_k, options.svd)
+        figures = measure(updates, sweep.shape, options.top_k, options.svd, plan.at_once)
         note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
         times = (
             "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s, loss {loss:.2f} s"
@@ -247,6 +263,7 @@ def _measure(
         "residual_dtype": options.residual_dtype,
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
+        "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
         "seconds": stages.seconds,
         "layers_seconds": sweep.seconds,
         "closure_error": sweep.closure_error,

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.model import VOCAB_SLICE, Qwen3, abstract_block, abstract_model
+from jaxdelta.loss import VOCAB_SLICE
+from jaxdelta.model import Qwen3, abstract_block, abstract_model
 from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensors_files
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -44,7 +44,9 @@ class LayerFigures:
     on_host: Bool[AnyArray, "*layers"]
 
 
-def measure(updates: Iterable[Update], shape: tuple[int, int], k: int, method: str) -> LayerFigures:
+def measure(
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int | None = None
+) -> LayerFigures:
     """Spectrum and token statistics of every update, in their order, as they come.
 
     Args:
@@ -52,9 +54,11 @@ def measure(updates: Iterable[Update], shape: tuple[int, int], k: int, method: s
         shape: (n, d) of all of them: compiling begins before the first one comes.
         k: directions kept.
         method: `gram` or `full`, see `update_spectrum`.
+        at_once: how many are computed at once; by default as many as memory, or cores, allow.
     """
     run = _on_threads if jax.default_backend() == "cpu" else _in_batches
-    parts = list(run(updates, shape, k, method))
+    at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
+    parts = list(run(updates, shape, k, method, at_once))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -82,20 +86,19 @@ def _batched_figures(updates: list[Update], *, k: int, method: str) -> _Found:
 
 
 def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
     One layer's matrices are too small to share out well. As many updates wait as there are threads.
     """
-    count = os.cpu_count() or 1
     pending: list[Future[LayerFigures]] = []
-    with ThreadPoolExecutor(count, "spectra") as pool, contextlib.ExitStack() as stack:
+    with ThreadPoolExecutor(at_once, "spectra") as pool, contextlib.ExitStack() as stack:
         # One compiles; the others wait for it, or they would all compile.
         compiled = pool.submit(_prepare, shape, k, method, stack)
         for update in updates:
             pending.append(pool.submit(_run_one, compiled, update))
-            if len(pending) > 2 * count:
+            if len(pending) >= layers_pending(at_once):
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
 
@@ -120,19 +123,32 @@ def _run_one(compiled: Future[Any], update: Update) -> LayerFigures:
 
 
 def _in_batches(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int
 ) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)
-    while batch := list(itertools.islice(iterator, layers_at_once(*shape))):
+    while batch := list(itertools.islice(iterator, at_once)):
         with jax.enable_x64(True):
             found = jax.tree.map(np.array, _batched_figures(batch, k=k, method=method))
         yield _complete(found, batch)
 
 
-def layers_at_once(n: int, d: int) -> int:
-    """How many layers' float64 workspace fits: δ twice, the Gram matrix, three of its size in the solver."""
-    return max(1, _WORKSPACE_BYTES // (8 * (2 * n * d + 4 * min(n, d) ** 2)))
+def spectrum_bytes(n: int, d: int) -> int:
+    """A layer's float64 workspace: δ twice, the Gram matrix, three of its size in the solver."""
+    return 8 * (2 * n * d + 4 * min(n, d) ** 2)
+
+
+def layers_at_once(n: int, d: int, free: int) -> int:
+    """How many layers' figures are computed at once where so many bytes are free; one at least."""
+    if jax.default_backend() == "cpu":
+        return os.cpu_count() or 1
+    # Each of them with its own Update, while those of the next batch arrive.
+    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * 8 * n * d))
+
+
+def layers_pending(at_once: int) -> int:
+    """How many layers' Updates are in memory at most."""
+    return 2 * at_once + 1
 
 
 def _complete(found: _Found, updates: list[Update]) -> LayerFigures:

@@ -20,16 +20,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
+from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.model import (
     Context,
     Qwen3,
     abstract_block,
     attention_windows,
     block_context,
-    compile_sliced_loss,
+    query_block,
     rms_norm,
-    sliced_loss,
-    vocabulary_slices,
 )
 from jaxdelta.types import AnyArray
 
@@ -65,7 +64,10 @@ class Resident:
         return _take(nnx.state(self.model.layers), index)
 
     def abstract_layer(self, index: int) -> nnx.State:
-        return jax.eval_shape(lambda: self.layer(index))
+        def first(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+        return jax.tree.map(first, nnx.state(self.model.layers))
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         return self.model.embed_tokens(jnp.asarray(ids))
@@ -94,18 +96,15 @@ class Update(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How a pass divides its work, None for no division.
+    """How a pass divides its work.
 
     `windows`: how many windows pass a layer at once, a divisor of their number; `queries`: how many of a
     window's queries are compared with its keys at once; `on_host`: between two layers the states wait there.
     """
 
-    windows: int | None = None
-    queries: int | None = None
+    windows: int
+    queries: int
     on_host: bool = False
-
-
-WHOLE = Blocks()
 
 
 class State(NamedTuple):
@@ -134,12 +133,12 @@ class Sweep:
         tokens: Int[np.ndarray, "B T"],
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
-        blocks: Blocks = WHOLE,
+        blocks: Blocks | None = None,
     ):
         self.weights = weights
-        self.tokens = np.split(tokens, len(tokens) // (blocks.windows or len(tokens)))
+        self.blocks = blocks or Blocks(len(tokens), query_block(weights.config, tokens.shape))
+        self.tokens = np.split(tokens, len(tokens) // self.blocks.windows)
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
-        self.blocks = blocks
         self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0, "loss": 0.0}
 
     @property

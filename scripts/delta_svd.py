@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta import analysis, checkpoint, files, spectrum  # noqa: E402
+from jaxdelta import analysis, checkpoint, files, plan, spectrum  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
 DEFAULTS = analysis.Options()
@@ -46,6 +46,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_enum("residual_dtype", DEFAULTS.residual_dtype, analysis.DTYPES, "dtype of the residual stream")
 flags.DEFINE_string("phases", DEFAULTS.phases, "map of phases, as in A:0-6,B:7-9,... (default: by depth)")
+flags.DEFINE_enum(
+    "memory", DEFAULTS.memory, plan.MODES, "weights read layer by layer, or all before the first layer"
+)
+flags.DEFINE_float(
+    "device_memory_gb", DEFAULTS.device_memory_gb, "cap on the device's memory, in 10^9 bytes (default: all)"
+)
 flags.DEFINE_integer("seed", DEFAULTS.seed, "seed of everything random")
 
 OPTION_FLAGS = tuple(vars(DEFAULTS))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxdelta
-from jaxdelta import analysis, measure
+from jaxdelta import analysis, measure, plan
 from jaxdelta.analysis import Analysis, Options, analyze
 from jaxdelta.calibration import SEPARATOR, Tokens
 from jaxdelta.errors import JaxDeltaError, UsageError
@@ -220,7 +220,7 @@ def test_batches_of_an_accelerator_give_the_same(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(measure, "layers_at_once", lambda n, d: 3)  # rows 0 to 2, then 3 and 4
+    monkeypatch.setattr(plan, "layers_at_once", lambda n, d, free: 3)  # rows 0 to 2, then 3 and 4
     batched = run(tiny_checkpoint)
     for row, other in zip(result.per_layer, batched.per_layer, strict=True):
         for key in PER_LAYER[2:]:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdelta import model as model_module
+from jaxdelta import loss
 from jaxdelta.checkpoint import load_model
 from jaxdelta.config import ModelConfig, Rope
+from jaxdelta.loss import next_token_loss
 from jaxdelta.model import (
     Block,
     Qwen3,
@@ -26,7 +27,6 @@ from jaxdelta.model import (
     block_context,
     causal_mask,
     logits,
-    next_token_loss,
     residual_stream,
 )
 from jaxdelta.rotary import rotary_angles
@@ -299,7 +299,7 @@ def test_bfloat16(residual: str, model: Qwen3, stream: ResidualStream) -> None:
 def test_next_token_loss_in_slices(
     rows: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "VOCAB_SLICE", rows)
+    monkeypatch.setattr(loss, "VOCAB_SLICE", rows)
     normed = stream.normed[:, :9]
     scores = np.asarray(normed, np.float64) @ np.asarray(model.head, np.float64).T
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))

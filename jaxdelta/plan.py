@@ -1,0 +1,131 @@
+"""What a run needs of the device's memory, computed before a weight is read, and how it is kept within it.
+
+Sizes are bytes. Axes: n tokens in all, of which m pass a layer at once; d hidden size.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdelta.config import DTYPE_BYTES, ModelConfig
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.loss import VOCAB_SLICE
+from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes
+from jaxdelta.model import MIN_QUERY_BLOCK, query_block
+from jaxdelta.sweep import Blocks, Weights
+
+MODES = ("auto", "stream", "resident")
+USABLE = 0.9  # of a device's memory; the rest is the runtime's
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the pass is divided, and the bytes that needs by what they hold."""
+
+    mode: str
+    blocks: Blocks
+    at_once: int
+    parts: dict[str, int]
+    limit: int
+
+    @property
+    def total(self) -> int:
+        """All that is on the device at once."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in self.parts.items())
+        where = ", states on the host" if self.blocks.on_host else ""
+        return f"{self.mode}{where}: {_size(self.total)} of {_size(self.limit)} ({parts})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be computed, as far as memory goes."""
+
+    weights: Weights
+    tokens: tuple[int, int]  # (windows, length)
+    compute_dtype: str
+    residual_dtype: str
+    resident: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    def plan(self, limit: int) -> Plan:
+        """The first division that fits: as coarse as possible, with the states on the device if possible.
+
+        Raises:
+            JaxDeltaError: none does; it says what is missing.
+        """
+        for blocks in self._divisions():
+            parts = self._parts(blocks)
+            left = limit - sum(parts.values())
+            shape = self.tokens[0] * (self.tokens[1] - 1), self.config.hidden_size
+            at_once = layers_at_once(*shape, left)
+            parts["spectra"] = at_once * spectrum_bytes(*shape) + layers_pending(at_once) * _pair(*shape)
+            plan = Plan("resident" if self.resident else "stream", blocks, at_once, parts, limit)
+            if plan.total <= limit:
+                return plan
+        raise JaxDeltaError(
+            f"{plan}: {_size(plan.total - limit)} too much; fewer tokens (--max_tokens)"
+            f"{' or --memory=stream' if self.resident else ''} would need less"
+        )
+
+    def _divisions(self) -> Iterator[Blocks]:
+        windows, length = self.tokens
+        for on_host in (False, True):
+            for count in (c for c in range(windows, 0, -1) if windows % c == 0):
+                queries = query_block(self.config, (count, length))
+                yield Blocks(count, queries, on_host)
+                if queries > MIN_QUERY_BLOCK:
+                    yield Blocks(count, MIN_QUERY_BLOCK, on_host)
+
+    def _parts(self, blocks: Blocks) -> dict[str, int]:
+        config, (windows, length) = self.config, self.tokens
+        m, n, d = blocks.windows * length, windows * length, config.hidden_size
+        state = DTYPE_BYTES[self.residual_dtype] + 4  # the stream, and the sum of updates
+        layer = sum(_bytes(leaf) for leaf in jax.tree.leaves(self.weights.abstract_layer(0)))
+        embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
+        return {
+            "weights": config.num_layers * layer + embeddings if self.resident else 2 * layer,
+            # A block's states enter and leave; the others wait, the ones that entered with them.
+            "states": (2 * m if blocks.on_host else 2 * n) * d * state,
+            "layer": max(self._layer_workspace(blocks), 8 * m * VOCAB_SLICE),
+        }
+
+    def _layer_workspace(self, blocks: Blocks) -> int:
+        """Queries, keys, values, scores and the MLP's inside in float32, weights in the compute dtype."""
+        config, (_, length) = self.config, self.tokens
+        m, wide = blocks.windows * length, DTYPE_BYTES[self.compute_dtype]
+        heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
+        scores = 3 * blocks.windows * config.num_heads * blocks.queries * length
+        inside = m * max(heads + 2 * config.hidden_size, 3 * config.intermediate_size)
+        largest = max(leaf.size for leaf in jax.tree.leaves(self.weights.abstract_layer(0)))
+        return 4 * (scores + inside + 3 * m * config.hidden_size) + 3 * largest * wide
+
+
+def device_limit(gigabytes: float | None = None) -> int:
+    """The bytes that may be used: of the device's memory, on a CPU of the machine's; `gigabytes` caps it."""
+    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(USABLE * memory, math.inf if gigabytes is None else gigabytes * 1e9))
+
+
+def _pair(n: int, d: int) -> int:
+    """A layer's Update: two float32 matrices."""
+    return 8 * n * d
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,142 @@
+"""The memory plan: what it says is what is compiled, and what does not fit is refused."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdelta import analyze, plan
+from jaxdelta.checkpoint import open_checkpoint
+from jaxdelta.config import ModelConfig
+from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.model import Qwen3
+from jaxdelta.plan import Work, device_limit
+from jaxdelta.sweep import Blocks, Resident, Sweep
+
+GB = 10**9
+
+
+def config(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int) -> ModelConfig:
+    return ModelConfig.from_dict(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 151_936,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 128,
+            "dtype": "bfloat16",
+        }
+    )
+
+
+SMALL, LARGE = config(28, 1024, 16, 8, 3072), config(64, 5120, 64, 8, 25_600)
+
+
+def work(
+    model: ModelConfig, tokens: tuple[int, int] = (1, 2047), dtype: str = "bfloat16", resident: bool = False
+) -> Work:
+    abstract = nnx.eval_shape(lambda: Qwen3(model, dtype=jnp.bfloat16, rngs=None))
+    return Work(Resident(abstract), tokens, dtype, "float32", resident)
+
+
+def test_the_largest_dense_model_streams_through_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = work(LARGE).plan(8 * GB)
+    assert found.mode == "stream"
+    assert not found.blocks.on_host
+    assert found.at_once > 1
+    assert found.parts["weights"] == pytest.approx(2 * 2 * LARGE.layer_parameters)
+    with pytest.raises(JaxDeltaError, match=r"resident.*too much; .*--memory=stream"):
+        work(LARGE, resident=True).plan(8 * GB)
+
+
+def test_less_memory_means_smaller_blocks_then_states_on_the_host() -> None:
+    plans = []
+    for limit in np.geomspace(40 * GB, GB, 60):
+        try:
+            plans.append(work(SMALL, (32, 2048)).plan(int(limit)))
+        except JaxDeltaError:
+            break
+    assert all(found.total <= found.limit for found in plans)
+    totals = [found.total for found in plans]
+    assert totals == sorted(totals, reverse=True)
+    assert plans[0].blocks == Blocks(32, 64)
+    assert len({found.blocks.windows for found in plans}) >= 3
+    assert [found.blocks.on_host for found in plans] == sorted(found.blocks.on_host for found in plans)
+    assert plans[-1].blocks.on_host
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(JaxDeltaError) as error:
+        work(LARGE).plan(GB)
+    needed = float(str(error.value).split(": ")[1].split(" GB of 1.0 GB")[0])
+    missing = float(str(error.value).split(" GB too much")[0].split(": ")[-1])
+    assert needed - 1 == pytest.approx(missing, abs=0.11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "queries"), [((1, 295), 295), ((1, 2047), 128), ((4, 512), 64)])
+def test_a_layers_workspace_is_what_xla_takes(tokens: tuple[int, int], queries: int, dtype: str) -> None:
+    """XLA's own count of what the compiled function needs beside its arguments and results."""
+    planned = work(SMALL, tokens, dtype)
+    blocks = Blocks(tokens[0], queries)
+    sweep = Sweep(planned.weights, np.zeros(tokens, int), dtype, "float32", blocks)
+    sweep.trace()
+    taken = sweep._traced.compile().memory_analysis().temp_size_in_bytes
+    assert taken <= planned._layer_workspace(blocks) <= 6 * taken
+
+
+def test_plan_is_kept_in_the_run(tiny_checkpoint: Path) -> None:
+    lines: list[str] = []
+    run = analyze(
+        str(tiny_checkpoint), ["some text"] * 4, top_k=2, device_memory_gb=0.5, listener=lines.append
+    ).run
+    (line,) = [line for line in lines if line.startswith(" plan")]
+    assert "stream: " in line
+    assert "of 500 MB" in line
+    assert run["memory"]["limit"] == 500_000_000
+    assert run["memory"]["mode"] == "stream"
+
+
+def test_modes_give_the_same_numbers(tiny_checkpoint: Path) -> None:
+    text = ["some text to be measured"] * 4
+    stream, resident = (analyze(str(tiny_checkpoint), text, memory=mode) for mode in ("stream", "resident"))
+    assert resident.run["memory"]["mode"] == "resident"
+    assert stream.per_layer == resident.per_layer
+    np.testing.assert_array_equal(stream.directions, resident.directions)
+    assert "load" in resident.run["seconds"]
+
+
+def test_too_little_memory_reads_no_weights(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("jaxdelta.checkpoint.Checkpoint.layer", never)
+    with pytest.raises(JaxDeltaError, match=r"too much; fewer tokens \(--max_tokens\)"):
+        analyze(str(tiny_checkpoint), ["some text"] * 4, top_k=2, device_memory_gb=1e-4)
+
+
+def test_a_loaded_model_cannot_be_streamed(tiny_checkpoint: Path) -> None:
+    model = open_checkpoint(str(tiny_checkpoint)).load()
+    with pytest.raises(UsageError, match="memory=stream"):
+        analyze(model, memory="stream")
+
+
+def test_limit_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10**8 < device_limit() < 10**15
+    assert device_limit(0.25) == 250_000_000
+
+    class Device:
+        @staticmethod
+        def memory_stats() -> dict[str, int]:
+            return {"bytes_limit": 10**10}
+
+    monkeypatch.setattr(plan.jax, "local_devices", lambda: [Device])
+    assert device_limit() == 9 * 10**9
+    assert device_limit(100.0) == 9 * 10**9

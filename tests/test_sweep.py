@@ -1,0 +1,85 @@
+"""The layer-major pass: its numbers do not depend on how the work is divided."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdelta.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.model import residual_stream
+from jaxdelta.sweep import Blocks, Resident, Sweep, Update, Weights
+
+TOKENS = np.random.default_rng(5).integers(0, 256, (6, 70))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    """Layers with and without a window."""
+    options = {
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }
+    return open_checkpoint(str(make_checkpoint(tmp_path_factory.mktemp("windows"), **options)))
+
+
+def passed(weights: Weights, blocks: Blocks | None, dtype: str = "float32") -> tuple[Sweep, list[Update]]:
+    sweep = Sweep(weights, TOKENS, dtype, dtype, blocks)
+    updates = [Update(*map(np.asarray, update)) for update in sweep]
+    sweep.finish_loss()
+    return sweep, updates
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Checkpoint) -> tuple[Sweep, list[Update]]:
+    return passed(checkpoint, Blocks(6, 70))
+
+
+def assert_same(
+    found: tuple[Sweep, list[Update]], wanted: tuple[Sweep, list[Update]], tolerance: float
+) -> None:
+    for update, other in zip([*found[1], found[0].normed], [*wanted[1], wanted[0].normed], strict=True):
+        for part, same in zip(update, other, strict=True):
+            assert np.linalg.norm(part - same) <= tolerance * np.linalg.norm(same)
+    assert found[0].loss == pytest.approx(wanted[0].loss, rel=tolerance or 1e-15)
+    assert found[0].closure_error == pytest.approx(wanted[0].closure_error, rel=0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_blocks_of_windows(
+    checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], windows: int, on_host: bool
+) -> None:
+    assert_same(passed(checkpoint, Blocks(windows, 70, on_host)), whole, 1e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 9, 35, 69])
+def test_blocks_of_queries(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], queries: int) -> None:
+    """A last block that is full, and one that is filled up."""
+    assert_same(passed(checkpoint, Blocks(6, queries)), whole, 1e-6)
+
+
+def test_states_on_the_host_change_no_bit(checkpoint: Checkpoint) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert_same(
+            passed(checkpoint, Blocks(2, 70, True), dtype), passed(checkpoint, Blocks(2, 70), dtype), 0
+        )
+
+
+def test_resident_weights_change_no_bit(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:
+    assert_same(passed(Resident(checkpoint.load()), None), whole, 0)
+
+
+def test_pass_and_scan_agree(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:
+    stream = residual_stream(checkpoint.load(), TOKENS)
+    for i, update in enumerate(whole[1]):
+        for part, same in zip(update, (stream.updates[i], stream.states[i]), strict=True):
+            same = np.asarray(same)[:, 1:].reshape(part.shape)
+            assert np.linalg.norm(part - same) <= 1e-6 * np.linalg.norm(same)
+
+
+def test_shape(checkpoint: Checkpoint) -> None:
+    assert Sweep(checkpoint, TOKENS, blocks=Blocks(2, 70)).shape == (6 * 69, 48)
+    assert Sweep(checkpoint, TOKENS, jnp.bfloat16).blocks == Blocks(6, 70)
