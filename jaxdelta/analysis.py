@@ -4,11 +4,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from jaxdelta import __version__
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
-from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.files import json_path, write_together
 from jaxdelta.measure import LayerFigures, measure
 from jaxdelta.model import Qwen3
@@ -190,7 +190,14 @@ def analyze(
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
     _check_rank(chosen.top_k, min(tokens.count - 1, weights.config.hidden_size), "a layer's update")
-    return _measure(name, weights, tokens, phases, chosen, stages)
+    try:
+        return _measure(name, weights, tokens, phases, chosen, stages)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise JaxDeltaError(
+                f"out of memory ({first_line(error)}); lower --device_memory_gb, or --max_tokens"
+            ) from error
+        raise
 
 
 class Stages:
@@ -288,12 +295,13 @@ def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) 
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
     bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
-    for layer, update in enumerate(bar):
-        if layer == 0:
-            Thread(target=after_first, name="compile", daemon=True).start()
-        yield update
-    yield sweep.normed
-    sweep.finish_loss()
+    with ThreadPoolExecutor(1, "compile") as beside:
+        for layer, update in enumerate(bar):
+            if layer == 0:
+                beside.submit(after_first)
+            yield update
+        yield sweep.normed
+        sweep.finish_loss()
 
 
 def _compile_ahead(sweep: Sweep, phases: tuple[str, ...], top_k: int) -> None:
