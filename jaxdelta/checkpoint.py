@@ -1,8 +1,9 @@
 """Weights on disk -> parameters: safetensors read directly, everything else through PyTorch.
 
 The model's parameter tree carries Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight`
-of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`. Each stacked parameter is filled in one host
-buffer, so loading needs the weights' own size and little more.
+of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`; layers with experts are stacked apart, and
+so are a layer's experts. Each stacked parameter is filled in one host buffer, so loading needs the weights'
+own size and little more.
 """
 
 import dataclasses
@@ -29,6 +30,9 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 LOADERS = ("auto", "safetensors", "torch")
 
+Shape = tuple[int, ...]
+Part = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
+
 # Buffers that old checkpoints carry beside their weights.
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.masked_bias)")
 
@@ -46,21 +50,30 @@ class Checkpoint:
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
-        return self._filled(index, lambda name: jax.device_put(self.source.read(name), may_alias=True))
+        return self._layer(index, self._read)
 
     def abstract_layer(self, index: int) -> nnx.State:
         """The same with shapes in place of weights."""
-        specs = self.source.specs
-        return self._filled(index, lambda name: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype))
+        return self._layer(index, lambda shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
 
-    def _filled(self, index: int, fill: Callable[[str], Any]) -> nnx.State:
-        _, block = nnx.split(abstract_block(self.config))
+    def _layer(self, index: int, fill: Callable[[Shape, list[Part]], Any]) -> nnx.State:
+        block = nnx.state(abstract_block(self.config, sparse=self.config.is_sparse(index)))
         return nnx.from_flat_state(
             [
-                (path, variable.replace(fill(_layer_name(index, path))))
+                (path, variable.replace(fill(variable.shape, list(_layer_parts(index, path, self.config)))))
                 for path, variable in nnx.to_flat_state(block)
             ]
         )
+
+    def _read(self, shape: Shape, parts: list[Part]) -> Array:
+        """A parameter, its parts read straight into one host buffer."""
+        buffer = aligned(shape, self._dtype(parts))
+        for name, place in parts:
+            self.source.read_into(name, buffer[place])
+        return jax.device_put(buffer, may_alias=True)
+
+    def _dtype(self, parts: list[Part]) -> np.dtype:
+        return np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         """The input embeddings of the given tokens; only their rows are read."""
@@ -88,14 +101,10 @@ class Checkpoint:
     def load(self) -> Qwen3:
         """The whole model, each stacked parameter filled in one host buffer."""
         graph, state = nnx.split(abstract_model(self.config))
-        filled = []
-        for path, variable in nnx.to_flat_state(state):
-            parts = list(_names(path, self.config))
-            dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
-            buffer = aligned(variable.shape, dtype)
-            for name, index in parts:
-                buffer[index] = self.source.read(name)
-            filled.append((path, variable.replace(jax.device_put(buffer, may_alias=True))))
+        filled = [
+            (path, variable.replace(self._read(variable.shape, list(_parts(path, self.config)))))
+            for path, variable in nnx.to_flat_state(state)
+        ]
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     @property
@@ -154,25 +163,32 @@ def save_model(model: Qwen3, directory: Path) -> None:
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])
-        for name, index in _names(path, model.config):
-            tensors[name] = np.ascontiguousarray(value[index])
+        for name, place in _parts(path, model.config):
+            tensors[name] = np.ascontiguousarray(value[place])
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
     config = dataclasses.replace(model.config, dtype=str(dtype)).to_dict()
     (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _names(path: tuple[Any, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Hugging Face's name of each tensor within a parameter, and where in the parameter it lies."""
-    if path[0] == "layers":
-        for i in range(config.num_layers):
-            yield _layer_name(i, path[1:]), i
-    else:
-        yield ("" if path[0] == "lm_head" else "model.") + ".".join(path), ...
+def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
+    """The tensors that a parameter consists of, by Hugging Face's names."""
+    if path[0] not in ("layers", "sparse_layers"):
+        yield ("" if path[0] == "lm_head" else "model.") + ".".join(path), ()
+        return
+    for row, index in enumerate(config.layers_of(sparse=path[0] == "sparse_layers")):
+        for name, place in _layer_parts(index, path[1:], config):
+            yield name, (row, *place)
 
 
-def _layer_name(index: int, path: tuple[Any, ...]) -> str:
-    return f"model.layers.{index}." + ".".join(path)
+def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
+    """The same for a parameter of one layer: one tensor, or one for each expert."""
+    prefix = f"model.layers.{index}."
+    if path[:2] != ("mlp", "experts") or config.experts is None:
+        yield prefix + ".".join(path), ()
+        return
+    for expert in range(config.experts.count):
+        yield f"{prefix}mlp.experts.{expert}." + ".".join(path[2:]), (expert,)
 
 
 def _has_own_head(source: Source) -> bool:
@@ -191,9 +207,9 @@ def _has_own_head(source: Source) -> bool:
 def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
     """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
     wanted = {
-        name: variable.shape if index is ... else variable.shape[1:]
+        name: variable.shape[len(place) :]
         for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
-        for name, index in _names(path, config)
+        for name, place in _parts(path, config)
     }
     extra = {name for name in set(found) - set(wanted) if not _DERIVED.fullmatch(name)}
     if config.tie_embeddings:

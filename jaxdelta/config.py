@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 # Keys that change nothing in a forward pass without cache, dropout or generation.
 INERT_KEYS = frozenset(
@@ -27,6 +27,11 @@ MODEL_KEYS = frozenset(
     max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
     num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
     tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()  # noqa: SIM905
+)
+# Of these too, those about the router's auxiliary loss change nothing; and there is no `layer_types`.
+MOE_KEYS = (MODEL_KEYS - {"layer_types"}) | frozenset(
+    """decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
+    num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef""".split()  # noqa: SIM905
 )
 ROPE_KEYS = frozenset(
     """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
@@ -49,12 +54,42 @@ class Rope:
     attention_factor: float = 1.0
     truncate: bool = True
 
+    def to_dict(self) -> dict[str, Any]:
+        """The `rope_parameters` of a config.json."""
+        found: dict[str, Any] = {"rope_theta": self.theta, "rope_type": self.kind}
+        if self.kind != "default":
+            found["factor"] = self.factor
+        if self.kind == "yarn":
+            found |= {
+                "original_max_position_embeddings": self.original_max_positions,
+                "beta_fast": self.beta_fast,
+                "beta_slow": self.beta_slow,
+                "attention_factor": self.attention_factor,
+                "truncate": self.truncate,
+            }
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Mixture of experts (Shazeer et al. 2017): of `count` MLPs each token's router picks `per_token`.
+
+    `layers` are those whose MLP is such a mixture; `renormalise`: the shares of those picked add up to 1.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    renormalise: bool
+    layers: tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What the forward pass of a Qwen3 model depends on, and nothing else.
 
-    `windows[i]` is the number of positions layer i attends to (its own included), None for all of them.
+    `windows[i]` is the number of positions layer i attends to (its own included), None for all of them;
+    `experts` is None where all layers are dense.
     """
 
     vocab_size: int
@@ -71,6 +106,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_positions: int = 32_768
     dtype: str = "float32"
+    experts: Experts | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -80,15 +116,16 @@ class ModelConfig:
             JaxDeltaError: another architecture, unknown keys (all named), unsupported or impossible values.
         """
         _check_architecture(raw)
-        _check_keys("config.json", raw, MODEL_KEYS | INERT_KEYS)
+        moe = raw["model_type"] == "qwen3_moe"
+        _check_keys("config.json", raw, (MOE_KEYS if moe else MODEL_KEYS) | INERT_KEYS)
         config = cls(
             vocab_size=_positive(raw, "vocab_size"),
             hidden_size=_positive(raw, "hidden_size"),
-            intermediate_size=_positive(raw, "intermediate_size"),
+            intermediate_size=_positive(raw, "intermediate_size", 6144 if moe else None),
             num_layers=_positive(raw, "num_hidden_layers"),
             num_heads=_positive(raw, "num_attention_heads"),
-            num_kv_heads=_positive(raw, "num_key_value_heads", default=raw.get("num_attention_heads")),
-            head_dim=_positive(raw, "head_dim", default=128),
+            num_kv_heads=_positive(raw, "num_key_value_heads", 4 if moe else raw.get("num_attention_heads")),
+            head_dim=_head_dim(raw),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),
             windows=_windows(raw),
@@ -96,6 +133,7 @@ class ModelConfig:
             tie_embeddings=_flag(raw, "tie_word_embeddings"),
             max_positions=_positive(raw, "max_position_embeddings", default=32_768),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            experts=_experts(raw) if moe else None,
         )
         config._check_values(raw)
         return config
@@ -119,20 +157,10 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json as transformers 5 writes it; `from_dict` reads it back."""
         window = next((w for w in self.windows if w is not None), None)
-        rope = {"rope_theta": self.rope.theta, "rope_type": self.rope.kind}
-        if self.rope.kind != "default":
-            rope["factor"] = self.rope.factor
-        if self.rope.kind == "yarn":
-            rope |= {
-                "original_max_position_embeddings": self.rope.original_max_positions,
-                "beta_fast": self.rope.beta_fast,
-                "beta_slow": self.rope.beta_slow,
-                "attention_factor": self.rope.attention_factor,
-                "truncate": self.rope.truncate,
-            }
+        model_type = "qwen3_moe" if self.experts else "qwen3"
         return {
-            "architectures": [ARCHITECTURES["qwen3"]],
-            "model_type": "qwen3",
+            "architectures": [ARCHITECTURES[model_type]],
+            "model_type": model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -142,14 +170,27 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_parameters": rope,
+            "rope_parameters": self.rope.to_dict(),
             "use_sliding_window": window is not None,
             "sliding_window": window,
-            "layer_types": ["sliding_attention" if w else "full_attention" for w in self.windows],
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": self.tie_embeddings,
             "max_position_embeddings": self.max_positions,
             "dtype": self.dtype,
+            **self._mlp_dict(),
+        }
+
+    def _mlp_dict(self) -> dict[str, Any]:
+        """The keys that only one of the architectures has."""
+        if self.experts is None:
+            return {"layer_types": ["sliding_attention" if w else "full_attention" for w in self.windows]}
+        return {
+            "num_experts": self.experts.count,
+            "num_experts_per_tok": self.experts.per_token,
+            "moe_intermediate_size": self.experts.intermediate_size,
+            "norm_topk_prob": self.experts.renormalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(self.layers_of(sparse=False)),
         }
 
     def _check_values(self, raw: Mapping[str, Any]) -> None:
@@ -162,34 +203,52 @@ class ModelConfig:
             problems.append(f"head_dim={self.head_dim} is odd, which RoPE cannot rotate")
         if self.dtype not in DTYPE_BYTES:
             problems.append(f"dtype={self.dtype!r} (only {', '.join(DTYPE_BYTES)})")
+        if self.experts and self.experts.per_token > self.experts.count:
+            problems.append(f"{self.experts.per_token} of {self.experts.count} experts a token")
         if problems:
             raise JaxDeltaError("unsupported configuration: " + "; ".join(problems))
 
-    @property
-    def layer_parameters(self) -> int:
-        """Number of parameters of one layer."""
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    def layers_of(self, *, sparse: bool) -> tuple[int, ...]:
+        """The layers of one kind, in their order."""
+        return tuple(i for i in range(self.num_layers) if self.is_sparse(i) == sparse)
+
+    def layer_parameters(self, layer: int = 0) -> int:
+        """Number of parameters of one layer, those of all its experts included."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * self.hidden_size * (q_size + kv_size) + 2 * self.head_dim
         biases = (q_size + 2 * kv_size + self.hidden_size) * self.attention_bias
-        return attention + biases + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return attention + biases + self._mlp_parameters(layer, active=False) + 2 * self.hidden_size
+
+    def _mlp_parameters(self, layer: int, *, active: bool) -> int:
+        """Of one layer's MLP; of its experts either all or, `active`, as many as a token meets."""
+        if self.experts is None or not self.is_sparse(layer):
+            return 3 * self.hidden_size * self.intermediate_size
+        met = self.experts.per_token if active else self.experts.count
+        return self.hidden_size * (self.experts.count + 3 * met * self.experts.intermediate_size)
 
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
         embeddings = (2 - self.tie_embeddings) * self.vocab_size * self.hidden_size
-        return self.num_layers * self.layer_parameters + embeddings + self.hidden_size
+        layers = sum(self.layer_parameters(i) for i in range(self.num_layers))
+        return layers + embeddings + self.hidden_size
 
     @property
     def weight_bytes(self) -> int:
         """Size of all weights in the configuration's dtype, in bytes."""
         return self.parameters * DTYPE_BYTES[self.dtype]
 
-    def layer_flops(self, length: int) -> int:
+    def layer_flops(self, length: int, layer: int = 0) -> int:
         """Floating-point operations of one layer on one stream of `length` tokens (2 per multiply-add).
 
         Scores and weighted values are counted over the full square, as they are computed.
         """
-        weights = self.layer_parameters - 2 * (self.hidden_size + self.head_dim)
+        idle = self._mlp_parameters(layer, active=False) - self._mlp_parameters(layer, active=True)
+        weights = self.layer_parameters(layer) - 2 * (self.hidden_size + self.head_dim) - idle
         attention = 2 * self.num_heads * self.head_dim * length
         return 2 * length * (weights + attention)
 
@@ -237,6 +296,34 @@ def _flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
 def _value(raw: Mapping[str, Any], key: str, default: Any) -> Any:
     """A key that is null counts as absent."""
     return default if raw.get(key) is None else raw[key]
+
+
+def _head_dim(raw: Mapping[str, Any]) -> int:
+    """Where it is absent, transformers takes 128 for a dense model and hidden_size / heads for experts."""
+    default = 128
+    if raw["model_type"] == "qwen3_moe":
+        default = _positive(raw, "hidden_size") // _positive(raw, "num_attention_heads")
+    return _positive(raw, "head_dim", default)
+
+
+def _experts(raw: Mapping[str, Any]) -> Experts | None:
+    """None where no layer has any; defaults are those of transformers' Qwen3MoeConfig."""
+    # transformers 5 writes num_local_experts, every published file says num_experts.
+    key = "num_experts" if raw.get("num_local_experts") is None else "num_local_experts"
+    step, dense = _positive(raw, "decoder_sparse_step", 1), _value(raw, "mlp_only_layers", [])
+    if not isinstance(dense, list | tuple) or any(type(i) is not int for i in dense):
+        raise JaxDeltaError(f"mlp_only_layers must be a list of integers, not {dense!r}")
+    layers = range(step - 1, _positive(raw, "num_hidden_layers"), step)
+    sparse = tuple(i for i in layers if i not in dense)
+    if raw.get(key) == 0 or not sparse:
+        return None
+    return Experts(
+        count=_positive(raw, key, 128),
+        per_token=_positive(raw, "num_experts_per_tok", 8),
+        intermediate_size=_positive(raw, "moe_intermediate_size", 768),
+        renormalise=_flag(raw, "norm_topk_prob"),
+        layers=sparse,
+    )
 
 
 def _rope(raw: Mapping[str, Any]) -> Rope:
@@ -292,6 +379,8 @@ def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     num_layers = _positive(raw, "num_hidden_layers")
     on = _flag(raw, "use_sliding_window") and raw.get("sliding_window", 4096) is not None
     window = _positive(raw, "sliding_window", default=4096) if on else None
+    if raw["model_type"] == "qwen3_moe":  # transformers lets all of its layers slide, or none
+        return (window,) * num_layers
     types = raw.get("layer_types")
     if types is None:
         first = _positive(raw, "max_window_layers", default=28) if raw.get("max_window_layers") != 0 else 0

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxdelta.model import contract
+from jaxdelta.layers import contract
 from jaxdelta.types import AnyArray
 
 VOCAB_SLICE = 4096

@@ -4,7 +4,8 @@
 
 Axes: B batch, T position (S where a position is attended to), D hidden size, K key/value heads, G query
 heads per key/value head, H head size, F MLP size, V vocabulary, L layers. Linear weights lie as Hugging
-Face stores them, (out, in), and the module tree carries Hugging Face's names, so loading is a copy.
+Face stores them, (out, in), and the module tree carries Hugging Face's names, so loading is a copy. A layer
+is dense or sparse (its MLP a mixture of experts); the layers of one kind are stacked.
 
 The residual stream is float32 (or `residual_dtype`); the factors of a product are in `compute_dtype`, its
 sum is float32. Float32 products ask for full precision, since GPUs and TPUs otherwise round the factors.
@@ -13,6 +14,7 @@ sum is float32. Float32 products ask for full precision, since GPUs and TPUs oth
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -23,71 +25,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from jaxdelta.config import ModelConfig
+from jaxdelta.experts import SparseMLP
+from jaxdelta.layers import MLP, Embedding, Linear, RMSNorm, contract
 from jaxdelta.rotary import rotary_angles, rotate
 
 SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
-
-
-def contract(spec: str, x: Array, y: Array) -> Array:
-    """`einsum` of two factors in x's dtype, summed in float32 at full precision."""
-    return jnp.einsum(
-        spec,
-        x,
-        y.astype(x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-class Linear(nnx.Module):
-    """y = W x + b with W (out, in); `stack` puts leading axes (layers) before the weight's own."""
-
-    def __init__(
-        self,
-        size_in: int,
-        size_out: int,
-        *,
-        bias: bool,
-        stack: tuple[int, ...],
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-    ):
-        self.weight = nnx.Param(_normal(rngs, (*stack, size_out, size_in), dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, size_out), dtype)) if bias else None
-
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float32[Array, "*batch O"]:
-        y = contract("...i,oi->...o", x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
-
-
-class Embedding(nnx.Module):
-    """Token embeddings (V, D)."""
-
-    def __init__(self, vocab_size: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
-
-    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        return jnp.take(self.weight[...], tokens, axis=0)
-
-
-class RMSNorm(nnx.Module):
-    """`rms_norm` with a weight."""
-
-    def __init__(self, size: int, eps: float, *, stack: tuple[int, ...] = (), dtype: DTypeLike):
-        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        return rms_norm(x, self.weight[...], self.eps)
-
-
-def rms_norm(
-    x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float
-) -> Float32[Array, "*batch D"]:
-    """x / sqrt(mean x² + eps) · w over the last axis, in float32 (Zhang & Sennrich 2019)."""
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * scale * weight.astype(jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -147,19 +89,6 @@ def _attend(
     return jnp.moveaxis(mixed, 0, 3).reshape(*q.shape[:3], count * block, -1)[:, :, :, :length]
 
 
-class MLP(nnx.Module):
-    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig, **options: Any):
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(hidden, inner, bias=False, **options)
-        self.up_proj = Linear(hidden, inner, bias=False, **options)
-        self.down_proj = Linear(inner, hidden, bias=False, **options)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T D"]:
-        return self.down_proj((jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -180,12 +109,23 @@ class Block(nnx.Module):
     """One layer. `stack=(L,)` holds L layers' weights at once; it is called on a single layer's."""
 
     def __init__(
-        self, config: ModelConfig, *, stack: tuple[int, ...] = (), dtype: DTypeLike, rngs: nnx.Rngs | None
+        self,
+        config: ModelConfig,
+        *,
+        sparse: bool = False,
+        stack: tuple[int, ...] = (),
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
     ):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        self.self_attn = Attention(config, stack=stack, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, stack=stack, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"stack": stack, "dtype": dtype, "rngs": rngs}
+        self.self_attn = Attention(config, **options)
+        self.mlp: MLP | SparseMLP
+        if sparse and config.experts:
+            self.mlp = SparseMLP(config.hidden_size, config.experts, **options)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, **options)
 
     def __call__(
         self, h: Float[Array, "B T D"], context: Context
@@ -204,15 +144,21 @@ def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Ar
 class Qwen3(nnx.Module):
     """A Qwen3 causal language model, its layers' weights stacked along a leading axis.
 
-    Initial weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where
-    it is the embedding.
+    `layers` are the dense layers, `sparse_layers` those with experts, None where there are none. Initial
+    weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where it is
+    the embedding.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None):
         self.config = config
         embedding = partial(Embedding, config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.embed_tokens = embedding()
-        self.layers = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+
+        def stacked(sparse: bool) -> Block | None:
+            stack = (len(config.layers_of(sparse=sparse)),)
+            return Block(config, sparse=sparse, stack=stack, dtype=dtype, rngs=rngs) if stack[0] else None
+
+        self.layers, self.sparse_layers = stacked(sparse=False), stacked(sparse=True)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.lm_head = None if config.tie_embeddings else embedding()
 
@@ -221,6 +167,12 @@ class Qwen3(nnx.Module):
         """The output embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
+    def layer(self, index: int) -> tuple[Any, nnx.State, int]:
+        """The stack that layer `index` belongs to, split, and the layer's place in it."""
+        sparse = self.config.is_sparse(index)
+        graph, weights = nnx.split(self.sparse_layers if sparse else self.layers)
+        return graph, weights, self.config.layers_of(sparse=sparse).index(index)
+
 
 def abstract_model(config: ModelConfig) -> Qwen3:
     """The model with shapes in place of weights."""
@@ -228,9 +180,9 @@ def abstract_model(config: ModelConfig) -> Qwen3:
 
 
 @cache
-def abstract_block(config: ModelConfig) -> Block:
-    """One layer with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=None))
+def abstract_block(config: ModelConfig, *, sparse: bool = False) -> Block:
+    """One layer, with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Block(config, sparse=sparse, dtype=jnp.float32, rngs=None))
 
 
 @jax.tree_util.register_dataclass
@@ -310,18 +262,33 @@ def _scan_layers(
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each."""
-    graph, weights = nnx.split(model.layers)
-    context = block_context(model.config, (h.shape[0], h.shape[1]), compute_dtype)
+    """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each.
 
-    def layer(h: Array, inputs: tuple[Any, Array]) -> tuple[Array, Any]:
-        layer_weights, window = inputs
-        block = nnx.merge(graph, layer_weights)
-        h, attention, mlp = block(h, dataclasses.replace(context, window=window))
-        return h, keep(h, attention, mlp)
+    One scan for each run of layers of one kind.
+    """
+    config = model.config
+    context = block_context(config, (h.shape[0], h.shape[1]), compute_dtype)
+    windows = jnp.asarray(attention_windows(config, h.shape[1]))
+    kept = []
+    for _, run in groupby(range(config.num_layers), config.is_sparse):
+        layers = list(run)
+        graph, weights, first = model.layer(layers[0])
+        inputs = (_rows(weights, first, len(layers)), _rows(windows, layers[0], len(layers)))
 
-    windows = jnp.asarray(attention_windows(model.config, h.shape[1]))
-    return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (weights, windows))
+        def layer(h: Array, inputs: tuple[Any, Array], graph: Any = graph) -> tuple[Array, Any]:
+            layer_weights, window = inputs
+            block = nnx.merge(graph, layer_weights)
+            h, attention, mlp = block(h, dataclasses.replace(context, window=window))
+            return h, keep(h, attention, mlp)
+
+        h, part = jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, inputs)
+        kept.append(part)
+    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+
+def _rows(tree: Any, start: int, count: int) -> Any:
+    """Rows of every array; all of them without a copy."""
+    return jax.tree.map(lambda leaf: leaf[start : start + count], tree)
 
 
 def attention_windows(config: ModelConfig, length: int) -> Int32[np.ndarray, " L"]:
@@ -355,9 +322,3 @@ def causal_mask(positions: Int[Array, " T"], length: int, window: int | Int[Arra
     """visible[t, s]: position t sees the `window` positions s = t, t - 1, ... of `length`."""
     distance = positions[:, None] - jnp.arange(length)[None, :]
     return (distance >= 0) & (distance < window)
-
-
-def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    if rngs is None:  # for shapes alone: tracing a random generator takes longer than all the rest
-        return jnp.zeros(shape, dtype)
-    return nnx.initializers.normal(0.02)(rngs.params(), shape, dtype)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -91,10 +92,10 @@ class Work:
         config, (windows, length) = self.config, self.tokens
         m, n, d = blocks.windows * length, windows * length, config.hidden_size
         state = DTYPE_BYTES[self.residual_dtype] + 4  # the stream, and the sum of updates
-        layer = sum(_bytes(leaf) for leaf in jax.tree.leaves(self.weights.abstract_layer(0)))
+        layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
         embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
         return {
-            "weights": config.num_layers * layer + embeddings if self.resident else 2 * layer,
+            "weights": sum(layers) + embeddings if self.resident else 2 * max(layers),
             # A block's states enter and leave; the others wait, the ones that entered with them.
             "states": (2 * m if blocks.on_host else 2 * n) * d * state,
             "layer": max(self._layer_workspace(blocks), 8 * m * VOCAB_SLICE),
@@ -106,9 +107,22 @@ class Work:
         m, wide = blocks.windows * length, DTYPE_BYTES[self.compute_dtype]
         heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
         scores = 3 * blocks.windows * config.num_heads * blocks.queries * length
-        inside = m * max(heads + 2 * config.hidden_size, 3 * config.intermediate_size)
-        largest = max(leaf.size for leaf in jax.tree.leaves(self.weights.abstract_layer(0)))
+        inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
+        # Of experts one is at work at a time: the axes before a weight's own two do not count.
+        largest = max(math.prod(leaf.shape[-2:]) for leaves in self._layers for leaf in leaves)
         return 4 * (scores + inside + 3 * m * config.hidden_size) + 3 * largest * wide
+
+    def _mlp_width(self) -> int:
+        """Numbers a token has inside the MLP; with experts also its scores and shares."""
+        experts, dense = self.config.experts, self.config.layers_of(sparse=False)
+        widths = [3 * self.config.intermediate_size] if dense else []
+        return max([*widths, *([3 * experts.intermediate_size + 2 * experts.count] if experts else [])])
+
+    @cached_property
+    def _layers(self) -> list[list[Any]]:
+        """Every layer's arrays, as shapes."""
+        count = self.config.num_layers
+        return [jax.tree.leaves(self.weights.abstract_layer(i)) for i in range(count)]
 
 
 def device_limit(gigabytes: float | None = None) -> int:

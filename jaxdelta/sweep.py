@@ -1,7 +1,7 @@
 """The layer-major pass: all tokens go through one layer, which is measured and forgotten, then the next.
 
 Layer L + 1 is read while layer L computes, so a run needs the memory of two layers, and each weight is
-read once. One compiled function serves all layers.
+read once. One compiled function serves all layers, or two where some are dense and some have experts.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.config import ModelConfig
+from jaxdelta.layers import rms_norm
 from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.model import (
     Context,
@@ -28,7 +29,6 @@ from jaxdelta.model import (
     attention_windows,
     block_context,
     query_block,
-    rms_norm,
 )
 from jaxdelta.types import AnyArray
 
@@ -61,13 +61,14 @@ class Resident:
         return self.model.config
 
     def layer(self, index: int) -> nnx.State:
-        return _take(nnx.state(self.model.layers), index)
+        _, weights, place = self.model.layer(index)
+        return _take(weights, place)
 
     def abstract_layer(self, index: int) -> nnx.State:
         def first(leaf: Any) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
-        return jax.tree.map(first, nnx.state(self.model.layers))
+        return jax.tree.map(first, self.model.layer(index)[1])
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         return self.model.embed_tokens(jnp.asarray(ids))
@@ -152,8 +153,13 @@ class Sweep:
         config, shape = self.weights.config, self.tokens[0].shape
         context = block_context(config, shape, self.dtypes[0], self.blocks.queries)
         self._context = jax.device_put(context)
-        graph = nnx.graphdef(abstract_block(config))
-        self._traced = _step.lower(graph, self.weights.abstract_layer(0), *self._abstract_state(), context)
+        layers = [self.weights.abstract_layer(i) for i in range(config.num_layers)]
+        # A layer's dtypes may differ from the others', too.
+        self._kinds = [(config.is_sparse(i), *jax.tree.leaves(layer)) for i, layer in enumerate(layers)]
+        self._traced = {}
+        for kind, layer in dict(zip(self._kinds, layers, strict=True)).items():
+            graph = nnx.graphdef(abstract_block(config, sparse=kind[0]))
+            self._traced[kind] = _step.lower(graph, layer, *self._abstract_state(), context)
 
     def _abstract_state(self) -> tuple[Any, Any]:
         shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
@@ -164,15 +170,16 @@ class Sweep:
         if not hasattr(self, "_traced"):
             self.trace()
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
-            step = self._traced.compile()
+            steps = {kind: traced.compile() for kind, traced in self._traced.items()}
             states = [self._enter(block) for block in self.tokens]
-            for window in attention_windows(config, self.tokens[0].shape[1]):
+            windows = attention_windows(config, self.tokens[0].shape[1])
+            for kind, window in zip(self._kinds, windows, strict=True):
                 with self._timed("wait"):
                     layer = next(layers)
                 entered = [state.h for state in states]
                 context = dataclasses.replace(self._context, window=window)
                 with self._timed("compute"):
-                    update = self._pass(partial(step, layer), states, context)
+                    update = self._pass(partial(steps[kind], layer), states, context)
                 del layer
                 yield update
         self._finish(entered, states)

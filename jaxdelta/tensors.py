@@ -1,6 +1,7 @@
 """Tensors on disk: what a checkpoint's files hold, listed at once and read one by one."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +30,14 @@ class Spec:
 class Source:
     """Tensors that can be listed at once and read one by one; names as in a causal language model.
 
-    `read(name)` reads a tensor, `read(name, start, stop)` those rows of it.
+    `read(name)` reads a tensor, `read(name, start, stop)` those rows of it, and `read_into(name, out)` one
+    into an array of its shape; no further room is taken where the dtypes agree. Experts that are stored
+    fused are listed, and read, one by one.
     """
 
     specs: Mapping[str, Spec]
     read: Callable[..., np.ndarray]
+    read_into: Callable[[str, np.ndarray], None]
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -60,9 +64,31 @@ def open_safetensors(files: list[Path]) -> Source:
     places: dict[str, _Place] = {}
     for file in files:
         for name, place in _places(file):
-            places[_causal_name(name)] = place
+            for part, rows, shape in expert_parts(_causal_name(name), place.shape):
+                places[part] = place.rows(rows, shape)
     specs = {name: Spec(place.shape, place.dtype) for name, place in places.items()}
-    return Source(specs, lambda name, start=0, stop=None: places[name].read(start, stop))
+    return Source(
+        specs,
+        lambda name, start=0, stop=None: places[name].read(start, stop),
+        lambda name, out: places[name].read_into(out),
+    )
+
+
+def expert_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Fused experts, as transformers 5 holds them, by the names they are published under.
+
+    `experts.gate_up_proj` (E, 2 F, D) holds gate_proj over up_proj of every expert, `experts.down_proj`
+    (E, D, F) their down_proj. Yields each part's name, its first row when all but the last axis are one,
+    and its shape; a tensor of another name or form is its own only part.
+    """
+    prefix, _, last = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    if not prefix.endswith(".mlp.experts") or not parts or len(shape) != 3 or shape[1] % len(parts):
+        yield name, 0, shape
+        return
+    rows = shape[1] // len(parts)
+    for i, (expert, part) in enumerate(itertools.product(range(shape[0]), parts)):
+        yield f"{prefix}.{expert}.{part}.weight", i * rows, (rows, shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +101,27 @@ class _Place:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    def rows(self, first: int, shape: tuple[int, ...]) -> "_Place":
+        """The part that begins at row `first`, when all axes but the last are one."""
+        row_bytes = self.shape[-1] * self.dtype.itemsize if first else 0
+        return dataclasses.replace(self, offset=self.offset + first * row_bytes, shape=shape)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         rows = range(*slice(start, stop).indices(self.shape[0]))
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         buffer = aligned((len(rows), *self.shape[1:]), self.dtype)
+        self._fill(buffer, self.offset + rows.start * row_bytes)
+        return buffer
+
+    def read_into(self, out: np.ndarray) -> None:
+        if out.dtype == self.dtype:
+            self._fill(out, self.offset)
+        else:
+            out[...] = self.read()
+
+    def _fill(self, buffer: np.ndarray, first: int) -> None:
         view = buffer.reshape(-1).view(np.uint8).data
-        done, first = 0, self.offset + rows.start * row_bytes
+        done = 0
         try:
             with open(self.file, "rb", buffering=0) as file:
                 while done < len(view):
@@ -90,7 +131,6 @@ class _Place:
                     done += count
         except OSError as error:
             raise JaxDeltaError(f"{self.file}: {self.name} cannot be read ({error.strerror})") from error
-        return buffer
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

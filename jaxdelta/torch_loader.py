@@ -9,7 +9,7 @@ import numpy as np
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, first_line
-from jaxdelta.tensors import Source, Spec, safetensors_files
+from jaxdelta.tensors import Source, Spec, expert_parts, safetensors_files
 
 
 def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
@@ -40,7 +40,10 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return _to_numpy(tensors[name][start:stop])
 
-    return config, Source(specs, read)
+    def read_into(name: str, out: np.ndarray) -> None:
+        out[...] = read(name)
+
+    return config, Source(specs, read, read_into)
 
 
 def _options(directory: Path) -> dict[str, Any]:
@@ -84,7 +87,21 @@ def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
         specs[name] = Spec(tuple(shape), specs[name].dtype)
     for name in report["unexpected_keys"]:
         specs[name] = Spec((), np.dtype(np.float32))
-    return tensors, {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
+    kept = {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
+    return _by_expert(tensors, kept)
+
+
+def _by_expert(tensors: dict[str, Any], specs: dict[str, Spec]) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """Fused experts as views, one for each of the tensors they are published as."""
+    views, found = {}, {}
+    for name, spec in specs.items():
+        for part, first, shape in expert_parts(name, spec.shape):
+            found[part] = Spec(shape, spec.dtype)
+            if part != name:
+                views[part] = tensors[name].flatten(0, 1)[first : first + shape[0]]
+            elif name in tensors:
+                views[part] = tensors[name]
+    return views, found
 
 
 def _dtypes() -> dict[Any, np.dtype]:

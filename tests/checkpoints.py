@@ -41,11 +41,36 @@ def parameters(model: Qwen3) -> dict[str, np.ndarray]:
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value, name = np.asarray(variable[...]), ".".join(path)
-        if path[0] == "layers":
-            found |= {f"model.layers.{i}.{name.removeprefix('layers.')}": row for i, row in enumerate(value)}
+        if path[0] in ("layers", "sparse_layers"):
+            layers = model.config.layers_of(sparse=path[0] == "sparse_layers")
+            for i, row in zip(layers, value, strict=True):
+                found |= by_expert(f"model.layers.{i}." + name.partition(".")[2], row)
         else:
             found["model." * (path[0] != "lm_head") + name] = value
     return found
+
+
+def by_expert(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """A layer's parameter under its name on disk, or under its experts'."""
+    if ".experts." not in name:
+        return {name: value}
+    return {name.replace(".experts.", f".experts.{e}."): row for e, row in enumerate(value)}
+
+
+def fuse_experts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """All experts of a layer in two tensors, as transformers 5 holds them in memory."""
+    import torch
+
+    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in {name.split(".mlp.experts.")[0] for name in set(tensors) - set(fused)}:
+        prefix = f"{layer}.mlp.experts."
+        count = sum(name.startswith(prefix) and name.endswith("down_proj.weight") for name in tensors)
+        gate, up, down = (
+            torch.stack([tensors[f"{prefix}{e}.{part}_proj.weight"] for e in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        fused |= {f"{prefix}gate_up_proj": torch.cat([gate, up], 1), f"{prefix}down_proj": down}
+    return fused
 
 
 def bits(tensor: Any) -> np.ndarray:

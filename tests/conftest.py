@@ -41,14 +41,29 @@ TINY = {
 }
 
 
+# With these among the overrides, the model has experts.
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
 def torch_model(seed: int = 0, **overrides: Any) -> Any:
     """transformers' own Qwen3 with random weights, the norms' and the biases' among them."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    options = TINY | overrides
+    options = TINY | overrides | {"attn_implementation": "eager"}
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(**options, attn_implementation="eager")).eval()
+    if "num_experts" in options:
+        del options["layer_types"]
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**options)).eval()
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -77,7 +92,7 @@ def make_checkpoint() -> Callable[..., Path]:
     """make_checkpoint(directory, **config_overrides): a random Qwen3 saved by transformers, a tokenizer.
 
     `dtype` among the overrides is the weights' dtype, `seed` another draw of them; `max_shard_size` splits
-    the file.
+    the file; `EXPERTS` make it a mixture of experts.
     """
 
     def make(

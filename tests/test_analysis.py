@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from conftest import EXPERTS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -195,14 +197,52 @@ def test_every_figure(tiny_checkpoint: Path, last_state: str, max_tokens: int, p
         assert np.all(np.abs(np.sum(found.directions[i] * row["directions"], axis=1)) > 1 - 1e-4)
 
 
-def test_loss_is_that_of_transformers(tiny_checkpoint: Path, result: Analysis) -> None:
+@pytest.mark.parametrize("kinds", [{}, {"mlp_only_layers": [0, 2]}], ids=["sparse", "mixed"])
+def test_every_figure_of_experts(
+    kinds: dict[str, Any], tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    make_checkpoint(tmp_path, **EXPERTS | kinds)
+    found = run(tmp_path)
+    ids = _byte_ids(tmp_path, SEPARATOR.join(TEXT))
+    states, normed = transformers_states(tmp_path, ids)
+    rows = [plain_row(i, "AABB"[i], states[i], states[i + 1], K) for i in range(4)]
+    for row, wanted in zip(found.per_layer, rows, strict=True):
+        assert_row(row, wanted)
+    assert_row(found.last_layer_normed, plain_row(3, "B", states[3], normed, K))
+    np.testing.assert_allclose(found.singular_values, [row["values"] for row in rows], rtol=1e-4)
+    assert found.run["calibration_loss"] == pytest.approx(transformers_loss(tmp_path, ids), rel=1e-5)
+    assert found.run["closure_error"] < 1e-5
+    tokens = Tokens(np.array([ids], np.int32), np.zeros((1, len(ids)), np.int32))
+    resident = analyze(jaxdelta.load_model(str(tmp_path)), tokens, top_k=K, phases=PHASES)
+    np.testing.assert_allclose(resident.singular_values, found.singular_values, rtol=1e-6)
+    assert resident.run["calibration_loss"] == pytest.approx(found.run["calibration_loss"], rel=1e-6)
+
+
+def test_layers_of_different_dtypes(
+    tiny_checkpoint: Path, result: Analysis, changed: Callable[..., Path]
+) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+    found = run(changed(change))
+    for row, wanted in zip(found.per_layer, result.per_layer, strict=True):
+        assert row["frob"] == pytest.approx(wanted["frob"], rel=0.02)
+    assert found.per_layer[0]["frob"] == pytest.approx(result.per_layer[0]["frob"], rel=1e-6)
+    assert found.per_layer[2]["frob"] != pytest.approx(result.per_layer[2]["frob"], rel=1e-5)
+
+
+def transformers_loss(directory: Path, ids: Sequence[int]) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    ids = torch.tensor([_byte_ids(tiny_checkpoint, SEPARATOR.join(TEXT))])
-    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        loss = model(ids, labels=ids).loss.item()
+        return model(torch.tensor([list(ids)]), labels=torch.tensor([list(ids)])).loss.item()
+
+
+def test_loss_is_that_of_transformers(tiny_checkpoint: Path, result: Analysis) -> None:
+    loss = transformers_loss(tiny_checkpoint, _byte_ids(tiny_checkpoint, SEPARATOR.join(TEXT)))
     assert result.run["calibration_loss"] == pytest.approx(loss, rel=1e-5)
     assert result.run["closure_error"] < 1e-5
 

@@ -13,10 +13,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import EMBEDDING, HEAD, WEIGHTS, assert_same, bits, change_config, on_disk, parameters, write
+from checkpoints import (
+    EMBEDDING,
+    HEAD,
+    WEIGHTS,
+    assert_same,
+    bits,
+    by_expert,
+    change_config,
+    fuse_experts,
+    on_disk,
+    parameters,
+    write,
+)
+from conftest import EXPERTS
 from flax import nnx
 
-from jaxdelta.checkpoint import load_model, open_checkpoint, save_model
+from jaxdelta.checkpoint import Checkpoint, load_model, open_checkpoint, save_model
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model import Qwen3
@@ -71,21 +84,63 @@ def test_layers_of_different_dtypes_keep_their_values(small: Path) -> None:
     assert layer["mlp"]["up_proj"]["weight"].dtype == jnp.bfloat16
 
 
+def layer_tensors(checkpoint: Checkpoint, index: int) -> dict[str, np.ndarray]:
+    found = {}
+    for path, variable in nnx.to_flat_state(checkpoint.layer(index)):
+        found |= by_expert(f"model.layers.{index}." + ".".join(path), np.asarray(variable[...]))
+    return found
+
+
 @pytest.mark.parametrize("shard", ["1GB", "40KB"])
 def test_one_layer_and_some_rows(shard: str, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     make_checkpoint(tmp_path, dtype="bfloat16", max_shard_size=shard)
     checkpoint, wanted = open_checkpoint(str(tmp_path)), on_disk(tmp_path)
     for i in range(4):
-        layer = {
-            f"model.layers.{i}." + ".".join(p): v[...] for p, v in nnx.to_flat_state(checkpoint.layer(i))
-        }
-        assert_same(layer, {name: t for name, t in wanted.items() if name.startswith(f"model.layers.{i}.")})
+        own = {name: t for name, t in wanted.items() if name.startswith(f"model.layers.{i}.")}
+        assert_same(layer_tensors(checkpoint, i), own)
     ids = np.array([[3, 255, 0], [3, 3, 17]], np.int32)
     for name, rows in ((EMBEDDING, checkpoint.embeddings(ids)), (HEAD, checkpoint.head_rows(ids))):
         np.testing.assert_array_equal(bits(rows), bits(wanted[name][ids]))
     np.testing.assert_array_equal(bits(checkpoint.head_slice(200, 256)), bits(wanted[HEAD][200:]))
     np.testing.assert_array_equal(bits(checkpoint.final_norm()), bits(wanted["model.norm.weight"]))
     assert checkpoint.first_bad_tensor() is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("step", [1, 2])
+def test_experts(fused: bool, step: int, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    make_checkpoint(tmp_path, dtype="bfloat16", **EXPERTS | {"decoder_sparse_step": step})
+    wanted = on_disk(tmp_path)
+    assert len([name for name in wanted if ".mlp.experts.5." in name]) == 12 // step
+    if fused:
+        write(tmp_path, fuse_experts(wanted))
+        assert len(on_disk(tmp_path)) < len(wanted) - 12 // step
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert_same(parameters(checkpoint.load()), wanted)
+    layers: dict[str, np.ndarray] = {}
+    for i in range(4):
+        layers |= layer_tensors(checkpoint, i)
+    assert_same(layers, {name: t for name, t in wanted.items() if ".layers." in name})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_expert_of_another_dtype(
+    fused: bool, tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    import torch
+
+    tensors = on_disk(make_checkpoint(tmp_path, dtype="bfloat16", **EXPERTS))
+    for name in (name for name in tensors if name.startswith("model.layers.2.mlp.experts.")):
+        tensors[name] = tensors[name].float() * 1.001
+    write(tmp_path, fuse_experts(tensors) if fused else tensors)
+    wanted = {
+        name: tensor.to(torch.float32) if ".mlp.experts." in name else tensor
+        for name, tensor in tensors.items()
+    }
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert_same(parameters(checkpoint.load()), wanted)
+    assert checkpoint.layer(2)["mlp"]["experts"]["up_proj"]["weight"].dtype == jnp.float32
+    assert checkpoint.layer(1)["mlp"]["experts"]["up_proj"]["weight"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("head", ["absent", "same", "different"])
@@ -131,6 +186,8 @@ def test_buffers_of_old_checkpoints_are_passed_over(small: Path) -> None:
     [
         {"dtype": "bfloat16"},
         {"dtype": "float16", "tie_word_embeddings": True},
+        {"dtype": "bfloat16", **EXPERTS},
+        {**EXPERTS, "mlp_only_layers": [1], "norm_topk_prob": False, "use_sliding_window": True},
         {
             "attention_bias": True,
             "use_sliding_window": True,
@@ -211,6 +268,13 @@ BIG = {
     "head_dim": 64,
     "dtype": "bfloat16",
 }
+BIG_EXPERTS = {
+    **BIG,
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 16,
+    "num_experts": 32,
+    "moe_intermediate_size": 256,
+}
 MEASURE = """
 import resource, sys
 import jax
@@ -228,9 +292,10 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-def test_peak_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("big", [BIG, BIG_EXPERTS], ids=["dense", "experts"])
+def test_peak_memory(big: dict[str, Any], tmp_path: Path) -> None:
     """A whole model takes its own size and little more, a pass over its layers the size of a few of them."""
-    config = ModelConfig.from_dict(BIG)
+    config = ModelConfig.from_dict(big)
     write_holes(config, tmp_path)
     size = config.weight_bytes
     assert size > 350e6
@@ -241,10 +306,11 @@ def test_peak_memory(tmp_path: Path) -> None:
 def write_holes(config: ModelConfig, directory: Path) -> None:
     """A checkpoint of zeros that takes no room on the disk: a header, then a hole."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(Qwen3Config(**config.to_dict())).state_dict()
+        theirs = AutoConfig.for_model(**config.to_dict())
+        tensors = AutoModelForCausalLM.from_config(theirs).state_dict()
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + 2 * tensor.numel()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxdelta.config import ModelConfig, Rope
+from jaxdelta.config import Experts, ModelConfig, Rope
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model import abstract_model
 
@@ -53,6 +53,27 @@ SIZES = {
     "14B": ((5120, 17408, 40, 40, 40, False), 14_768_307_200),
     "32B": ((5120, 25600, 64, 64, 64, False), 32_762_123_264),
 }
+# Of experts: hidden, layers, heads, experts' size.
+EXPERT_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size")
+EXPERT_SIZES = {
+    "30B-A3B": ((2048, 48, 32, 768), 30_532_122_624),
+    "235B-A22B": ((4096, 94, 64, 1536), 235_093_634_560),
+}
+PUBLISHED_EXPERTS = PUBLISHED | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
 
 SMALL: dict[str, Any] = {
     "model_type": "qwen3",
@@ -64,23 +85,26 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+SMALL_EXPERTS = SMALL | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def published(size: str) -> dict[str, Any]:
+    if size in EXPERT_SIZES:
+        return PUBLISHED_EXPERTS | dict(zip(EXPERT_KEYS, EXPERT_SIZES[size][0], strict=True))
     return PUBLISHED | dict(zip(SIZE_KEYS, SIZES[size][0], strict=True))
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *EXPERT_SIZES])
 def test_published_sizes(size: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = ModelConfig.from_dict(published(size))
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(Qwen3Config(**published(size)))
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**published(size)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)))
-    assert count == config.parameters == SIZES[size][1]
+    assert count == config.parameters == (SIZES | EXPERT_SIZES)[size][1]
     assert count == sum(parameter.numel() for parameter in theirs.parameters())
     assert config.weight_bytes == 2 * count
     assert config.rope == Rope(theta=1e6)
@@ -96,6 +120,107 @@ def test_layer_flops_are_those_of_the_products() -> None:
     config = ModelConfig.from_dict(SMALL)
     weights = 48 * 16 * (4 + 2 + 2 + 4) + 3 * 48 * 80
     assert config.layer_flops(10) == 2 * 10 * weights + 2 * 2 * 4 * 16 * 10 * 10
+
+
+def test_flops_of_experts_are_those_a_token_meets() -> None:
+    config = ModelConfig.from_dict(SMALL_EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [1]})
+    attention = 48 * 16 * (4 + 2 + 2 + 4)
+    dense, sparse = attention + 3 * 48 * 80, attention + 48 * 8 + 3 * 3 * 48 * 24
+    squares = 2 * 2 * 4 * 16 * 10 * 10
+    assert config.layer_flops(10, 1) == 2 * 10 * dense + squares
+    assert config.layer_flops(10, 2) == 2 * 10 * sparse + squares
+    assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_topk_prob": True, "moe_intermediate_size": 24, "mlp_only_layers": [1, 7]},
+        {"decoder_sparse_step": 3, "rope_parameters": YARN, "dtype": "bfloat16"},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+        {"use_sliding_window": True, "attention_bias": True, "num_experts": 128, "num_experts_per_tok": 8},
+        {"num_local_experts": 5, "router_aux_loss_coef": 0.1},
+        {"head_dim": None},
+    ],
+)
+def test_experts_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    given = {key: value for key, value in (SMALL_EXPERTS | changes).items() if value is not None}
+    config = ModelConfig.from_dict(given)
+    theirs = Qwen3MoeConfig(**given)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ModelConfig.from_dict(theirs.to_dict()) == config
+    assert ModelConfig.from_dict(Qwen3MoeConfig(**config.to_dict()).to_dict()) == config
+    theirs.save_pretrained(tmp_path)
+    assert ModelConfig.from_file(tmp_path / "config.json") == config
+    assert config.experts is not None
+    assert (config.experts.count, config.experts.per_token) == (
+        theirs.num_experts,
+        theirs.num_experts_per_tok,
+    )
+    assert config.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert set(config.windows) == {theirs.sliding_window}
+
+
+def test_defaults_of_experts() -> None:
+    from transformers import Qwen3MoeConfig
+
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = ModelConfig.from_dict({"model_type": "qwen3_moe", **sizes})
+    assert config == ModelConfig.from_dict(Qwen3MoeConfig(**sizes).to_dict())
+    assert config.experts == Experts(128, 8, 768, False, (0, 1, 2, 3))
+    assert (config.head_dim, config.num_kv_heads, config.intermediate_size) == (8, 4, 6144)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"decoder_sparse_step": 3}, [2]),
+        ({"mlp_only_layers": [0, 2]}, [1, 3]),
+        ({"mlp_only_layers": [1, 9], "decoder_sparse_step": 2}, [3]),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, []),
+        ({"decoder_sparse_step": 5}, []),
+        ({"num_experts": 0}, []),
+    ],
+)
+def test_which_layers_have_experts(changes: dict[str, Any], sparse: list[int]) -> None:
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = ModelConfig.from_dict(SMALL_EXPERTS | changes)
+    with torch.device("meta"):
+        theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL_EXPERTS | changes))
+    assert [i for i in range(4) if config.is_sparse(i)] == sparse
+    assert [i for i, layer in enumerate(theirs.model.layers) if hasattr(layer.mlp, "gate")] == sparse
+    assert config.layers_of(sparse=True) == tuple(sparse)
+    assert sorted((*sparse, *config.layers_of(sparse=False))) == [0, 1, 2, 3]
+    # Without any, it is a dense model.
+    assert (config.experts is None) == (config.to_dict()["model_type"] == "qwen3") == (not sparse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_experts_per_tok": 9}, "9 of 8 experts"),
+        ({"num_experts": -1}, "num_experts must be"),
+        ({"num_experts": None, "num_local_experts": "8"}, "num_local_experts must be"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of integers, not 3"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+        ({"layer_types": ["full_attention"] * 4}, "unknown key in config.json: layer_types"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+    ],
+)
+def test_impossible_experts(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(JaxDeltaError, match=named) as caught:
+        ModelConfig.from_dict(SMALL_EXPERTS | changes)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import EMBEDDING, WEIGHTS, change_config, on_disk, one_line, to_torch_file, write
+from checkpoints import (
+    EMBEDDING,
+    WEIGHTS,
+    change_config,
+    fuse_experts,
+    on_disk,
+    one_line,
+    to_torch_file,
+    write,
+)
+from conftest import EXPERTS
 
 from jaxdelta.checkpoint import load_model, open_checkpoint
 from jaxdelta.errors import UsageError
@@ -30,6 +40,27 @@ def test_all_wrong_tensors_are_named_at_once(loader: str, small: Path) -> None:
         "unexpected: model.layers.0.mlp.gate_up_proj.weight; "
         "wrong shape: model.layers.1.mlp.up_proj.weight is (70, 48), not (80, 48)"
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_wrong_experts_are_named(fused: bool, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    tensors = on_disk(make_checkpoint(tmp_path, **EXPERTS | {"num_experts": 2, "num_hidden_layers": 2}))
+    if fused:
+        tensors = fuse_experts(tensors)
+        down = tensors.pop("model.layers.1.mlp.experts.down_proj")
+        tensors["model.layers.0.mlp.experts.down_proj"] = down.flatten(0, 1)
+        wanted = [f"model.layers.{i}.mlp.experts.{e}.down_proj.weight" for i in (0, 1) for e in (0, 1)]
+        problems = f"missing: {', '.join(wanted)}; unexpected: model.layers.0.mlp.experts.down_proj"
+    else:
+        experts = "model.layers.1.mlp.experts"
+        tensors[f"{experts}.2.up_proj.weight"] = tensors.pop(f"{experts}.0.up_proj.weight")
+        tensors[f"{experts}.1.up_proj.weight"] = tensors[f"{experts}.1.up_proj.weight"][:7]
+        problems = (
+            f"missing: {experts}.0.up_proj.weight; unexpected: {experts}.2.up_proj.weight; "
+            f"wrong shape: {experts}.1.up_proj.weight is (7, 48), not (24, 48)"
+        )
+    write(tmp_path, tensors)
+    assert one_line(load_model, str(tmp_path)).endswith(f"config.json: {problems}")
 
 
 def spoil_nothing_there(directory: Path) -> None:

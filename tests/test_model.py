@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import EXPERTS
 from flax import nnx
 
 from jaxdelta import loss
@@ -86,6 +87,29 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
     },
+    "experts": EXPERTS,
+    "experts, one a token, shares as they are": {
+        **EXPERTS,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 4,
+    },
+    "experts, all of them, tied": {
+        **EXPERTS,
+        "num_experts_per_tok": 6,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+    },
+    "experts, most of which get no token": {
+        **EXPERTS,
+        **SLIDING,
+        "num_experts": 700,
+        "num_experts_per_tok": 1,
+    },
+    "experts in every other layer": {**EXPERTS, **yarn(), "decoder_sparse_step": 2, "num_experts_per_tok": 3},
+    "experts in the second and third layer": {**EXPERTS, "mlp_only_layers": [0, 3], "norm_topk_prob": False},
+    "experts, not one layer": {**EXPERTS, "mlp_only_layers": [0, 1, 2, 3], **SLIDING},
     "old form, yarn": {
         "old": {
             "rope_theta": 20_000,

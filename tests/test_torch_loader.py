@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import assert_same, change_config, on_disk, one_line, parameters, to_torch_file, write
+from conftest import EXPERTS
 
 from jaxdelta.checkpoint import load_model, open_checkpoint
 from jaxdelta.errors import JaxDeltaError
@@ -25,6 +26,13 @@ def test_torch_loader_equals_the_safetensors_loader(
     ids = np.array([[9, 2, 9]], np.int32)
     np.testing.assert_array_equal(by_torch.embeddings(ids), open_checkpoint(str(tmp_path)).embeddings(ids))
     np.testing.assert_array_equal(by_torch.head_slice(99, 200), wanted.head[99:200])
+
+
+@pytest.mark.parametrize("loader", ["auto", "torch"])
+def test_experts(loader: str, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    make_checkpoint(tmp_path, num_hidden_layers=2, **EXPERTS | {"mlp_only_layers": [0]})
+    tensors = to_torch_file(tmp_path)
+    assert_same(parameters(load_model(str(tmp_path), loader=loader)), tensors)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
