@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,10 @@ class Checkpoint:
         return self._layer(index, lambda shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
 
     def _layer(self, index: int, fill: Callable[[Shape, list[Part]], Any]) -> nnx.State:
-        block = nnx.state(abstract_block(self.config, sparse=self.config.is_sparse(index)))
         return nnx.from_flat_state(
             [
                 (path, variable.replace(fill(variable.shape, list(_layer_parts(index, path, self.config)))))
-                for path, variable in nnx.to_flat_state(block)
+                for path, variable in _flat_block(self.config, sparse=self.config.is_sparse(index))
             ]
         )
 
@@ -169,6 +169,11 @@ def save_model(model: Qwen3, directory: Path) -> None:
     dtype = model.embed_tokens.weight[...].dtype
     config = dataclasses.replace(model.config, dtype=str(dtype)).to_dict()
     (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@cache
+def _flat_block(config: ModelConfig, *, sparse: bool) -> list[tuple[Any, Any]]:
+    return list(nnx.to_flat_state(nnx.state(abstract_block(config, sparse=sparse))))
 
 
 def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:

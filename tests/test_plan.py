@@ -1,5 +1,6 @@
 """The memory plan: what it says is what is compiled, and what does not fit is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from jaxdelta import analyze, plan
 from jaxdelta.checkpoint import open_checkpoint
-from jaxdelta.config import ModelConfig
+from jaxdelta.config import Experts, ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model import Qwen3
 from jaxdelta.plan import Work, device_limit
@@ -36,6 +37,9 @@ def config(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int) -> Mod
 
 
 SMALL, LARGE = config(28, 1024, 16, 8, 3072), config(64, 5120, 64, 8, 25_600)
+EXPERTS = dataclasses.replace(
+    config(4, 2048, 32, 4, 6144), experts=Experts(64, 8, 768, renormalise=True, layers=(0, 1, 2, 3))
+)
 
 
 def work(
@@ -51,7 +55,7 @@ def test_the_largest_dense_model_streams_through_8_gb(monkeypatch: pytest.Monkey
     assert found.mode == "stream"
     assert not found.blocks.on_host
     assert found.at_once > 1
-    assert found.parts["weights"] == pytest.approx(2 * 2 * LARGE.layer_parameters)
+    assert found.parts["weights"] == pytest.approx(2 * 2 * LARGE.layer_parameters())
     with pytest.raises(JaxDeltaError, match=r"resident.*too much; .*--memory=stream"):
         work(LARGE, resident=True).plan(8 * GB)
 
@@ -84,11 +88,21 @@ def test_what_is_missing_is_said() -> None:
 @pytest.mark.parametrize(("tokens", "queries"), [((1, 295), 295), ((1, 2047), 128), ((4, 512), 64)])
 def test_a_layers_workspace_is_what_xla_takes(tokens: tuple[int, int], queries: int, dtype: str) -> None:
     """XLA's own count of what the compiled function needs beside its arguments and results."""
-    planned = work(SMALL, tokens, dtype)
+    check_workspace(SMALL, tokens, queries, dtype)
+
+
+@pytest.mark.parametrize("tokens", [(1, 295), (1, 2047)])
+def test_the_workspace_of_experts(tokens: tuple[int, int]) -> None:
+    check_workspace(EXPERTS, tokens, 128, "float32")
+
+
+def check_workspace(model: ModelConfig, tokens: tuple[int, int], queries: int, dtype: str) -> None:
+    planned = work(model, tokens, dtype)
     blocks = Blocks(tokens[0], queries)
     sweep = Sweep(planned.weights, np.zeros(tokens, int), dtype, "float32", blocks)
     sweep.trace()
-    taken = sweep._traced.compile().memory_analysis().temp_size_in_bytes
+    (traced,) = sweep._traced.values()
+    taken = traced.compile().memory_analysis().temp_size_in_bytes
     assert taken <= planned._layer_workspace(blocks) <= 6 * taken
 
 
