@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.float8 import FLOAT8, dequantise, may_be_float8, scale_name, scale_shape
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.model import Qwen3, abstract_block, abstract_model
 from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensors_files
@@ -67,13 +68,38 @@ class Checkpoint:
 
     def _read(self, shape: Shape, parts: list[Part]) -> Array:
         """A parameter, its parts read straight into one host buffer."""
-        buffer = aligned(shape, self._dtype(parts))
-        for name, place in parts:
-            self.source.read_into(name, buffer[place])
+        quantised = {part for part in parts if self.source.specs[part[0]].dtype == FLOAT8}
+        if len(quantised) == len(parts):
+            return self._dequantised(shape, parts)
+        plain = [part for part in parts if part not in quantised]
+        buffer = self._fill(shape, self._dtype(parts), plain)
+        for name, place in quantised:
+            buffer[place] = self._dequantised(buffer[place].shape, [(name, ())])
         return jax.device_put(buffer, may_alias=True)
 
+    def _dequantised(self, shape: Shape, parts: list[Part]) -> Array:
+        """The same for parts in float8, which are multiplied by their scales on the device."""
+        block = self.config.weight_block
+        assert block is not None  # or `_check_dtypes` would have refused the checkpoint
+        scales = [(scale_name(name), place) for name, place in parts]
+        weight, scale = (
+            jax.device_put(self._fill(*what), may_alias=True)
+            for what in (
+                (shape, FLOAT8, parts),
+                (scale_shape(shape, block), np.dtype(np.float32), scales),
+            )
+        )
+        return dequantise(weight, scale, block)
+
+    def _fill(self, shape: Shape, dtype: np.dtype, parts: list[Part]) -> np.ndarray:
+        buffer = aligned(shape, dtype)
+        for name, place in parts:
+            self.source.read_into(name, buffer[place])
+        return buffer
+
     def _dtype(self, parts: list[Part]) -> np.dtype:
-        return np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
+        stored = {self.source.specs[name].dtype for name, _ in parts}
+        return np.result_type(*{np.dtype(np.float32) if dtype == FLOAT8 else dtype for dtype in stored})
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         """The input embeddings of the given tokens; only their rows are read."""
@@ -100,9 +126,11 @@ class Checkpoint:
 
     def load(self) -> Qwen3:
         """The whole model, each stacked parameter filled in one host buffer."""
-        graph, state = nnx.split(abstract_model(self.config))
+        # In memory no weight has scales any more.
+        config = dataclasses.replace(self.config, weight_block=None)
+        graph, state = nnx.split(abstract_model(config))
         filled = [
-            (path, variable.replace(self._read(variable.shape, list(_parts(path, self.config)))))
+            (path, variable.replace(self._read(variable.shape, list(_parts(path, config)))))
             for path, variable in nnx.to_flat_state(state)
         ]
         return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -124,7 +152,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`, `torch` (transformers' PyTorch model and its state dict: .bin files, GGUF,
-            quantised formats), or `auto`: safetensors where there are any.
+            other quantised formats), or `auto`: safetensors where there are any.
 
     Raises:
         JaxDeltaError: whatever is wrong with the directory, its files or their tensors, all names given.
@@ -145,6 +173,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         source = open_safetensors(files)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
+    _check_dtypes(config, source.specs, directory)
     _check_names(config, source.specs, directory)
     return Checkpoint(directory, config, source)
 
@@ -209,6 +238,16 @@ def _has_own_head(source: Source) -> bool:
     return False
 
 
+def _check_dtypes(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
+    """Float8 means something only with scales, and scales belong to the layers' projections."""
+    for name, spec in found.items():
+        if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
+            raise JaxDeltaError(
+                f"{directory}: {name} has dtype F8_E4M3, which jaxdelta reads only in the projections of a "
+                f"checkpoint whose {hub.CONFIG} says how they are quantised; try --loader=torch"
+            )
+
+
 def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
     """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
     wanted = {
@@ -216,6 +255,12 @@ def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path
         for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
         for name, place in _parts(path, config)
     }
+    if config.weight_block:
+        wanted |= {
+            scale_name(name): scale_shape(shape, config.weight_block)
+            for name, shape in wanted.items()
+            if name in found and found[name].dtype == FLOAT8
+        }
     extra = {name for name in set(found) - set(wanted) if not _DERIVED.fullmatch(name)}
     if config.tie_embeddings:
         extra.discard(HEAD)

@@ -25,8 +25,8 @@ INERT_KEYS = frozenset(
 MODEL_KEYS = frozenset(
     """attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types
     max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
-    num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
-    tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()  # noqa: SIM905
+    num_key_value_heads quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta
+    sliding_window tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()  # noqa: SIM905
 )
 # Of these too, those about the router's auxiliary loss change nothing; and there is no `layer_types`.
 MOE_KEYS = (MODEL_KEYS - {"layer_types"}) | frozenset(
@@ -37,6 +37,8 @@ ROPE_KEYS = frozenset(
     """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
     partial_rotary_factor rope_theta rope_type truncate type""".split()  # noqa: SIM905
 )
+FLOAT8_SCHEME = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+FLOAT8_KEYS = frozenset({*FLOAT8_SCHEME, "weight_block_size", "modules_to_not_convert", "dequantize"})
 ROPE_TYPES = ("default", "linear", "yarn")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -89,7 +91,8 @@ class ModelConfig:
     """What the forward pass of a Qwen3 model depends on, and nothing else.
 
     `windows[i]` is the number of positions layer i attends to (its own included), None for all of them;
-    `experts` is None where all layers are dense.
+    `experts` is None where all layers are dense. `weight_block`: rows and columns of the blocks of float8
+    weights that have a scale each; None where weights are stored as they are.
     """
 
     vocab_size: int
@@ -107,6 +110,7 @@ class ModelConfig:
     max_positions: int = 32_768
     dtype: str = "float32"
     experts: Experts | None = None
+    weight_block: tuple[int, int] | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -134,6 +138,7 @@ class ModelConfig:
             max_positions=_positive(raw, "max_position_embeddings", default=32_768),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             experts=_experts(raw) if moe else None,
+            weight_block=_weight_block(raw),
         )
         config._check_values(raw)
         return config
@@ -263,13 +268,27 @@ def _check_architecture(raw: Mapping[str, Any]) -> None:
 
 def _check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> None:
     unknown = sorted(set(raw) - known)
-    if "quantization_config" in unknown:
-        raise JaxDeltaError("the checkpoint is quantised (quantization_config); try --loader=torch")
     if unknown:
         raise JaxDeltaError(
             f"unknown key{'s' * (len(unknown) > 1)} in {where}: {', '.join(unknown)} "
             "(a key that jaxdelta does not know may change what the model computes)"
         )
+
+
+def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Float8 in blocks, as Qwen publishes it; which tensors are stored so, the files say themselves."""
+    scheme = raw.get("quantization_config")
+    if scheme is None:
+        return None
+    given = {"fmt": "e4m3", **scheme} if isinstance(scheme, Mapping) else {}
+    block = given.get("weight_block_size")
+    sizes = block if isinstance(block, list | tuple) and len(block) == 2 else [0, 0]
+    if FLOAT8_SCHEME.items() <= given.items() and all(type(size) is int and size > 0 for size in sizes):
+        _check_keys("quantization_config", given, FLOAT8_KEYS)
+        return sizes[0], sizes[1]
+    raise JaxDeltaError(
+        "the checkpoint is quantised (quantization_config), and not in float8 blocks; try --loader=torch"
+    )
 
 
 def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

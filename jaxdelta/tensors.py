@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from jaxdelta import hub
 from jaxdelta.errors import JaxDeltaError, first_line
 
-DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+DTYPES = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 
 

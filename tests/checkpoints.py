@@ -88,6 +88,47 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         np.testing.assert_array_equal(bits(found[name]), bits(tensor), err_msg=name)
 
 
+FLOAT8_SCHEME = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
+
+def to_float8(directory: Path, scale_dtype: str = "bfloat16", block: tuple[int, int] = (128, 128)) -> None:
+    """Rewrites a checkpoint as Qwen publishes float8: projections in blocks, all else in bfloat16."""
+    import torch
+
+    stored = {}
+    for name, tensor in on_disk(directory).items():
+        if "_proj.weight" not in name:
+            stored[name] = tensor.bfloat16()
+            continue
+        rows, columns = (-(-n // size) for n, size in zip(tensor.shape, block, strict=True))
+        scale = torch.rand(rows, columns).add(0.5).div(300).to(getattr(torch, scale_dtype))
+        spread = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        spread = spread[: tensor.shape[0], : tensor.shape[1]]
+        stored[name] = (tensor.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+    write(directory, stored)
+    scheme = FLOAT8_SCHEME | {"weight_block_size": list(block), "modules_to_not_convert": ["lm_head"]}
+    change_config(directory, quantization_config=scheme, dtype="bfloat16")
+
+
+def dequantised(tensors: dict[str, Any], block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+    """The same tensors in float32, by NumPy, block by block; those without scales as they are."""
+    import torch
+
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    for name in [name for name in found if f"{name}_scale_inv" in tensors]:
+        weight, scale = found[name].float().numpy().copy(), tensors[f"{name}_scale_inv"].float().numpy()
+        for i, j in np.ndindex(*scale.shape):
+            weight[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]] *= scale[i, j]
+        found[name] = torch.from_numpy(weight)
+    return found
+
+
 def to_torch_file(directory: Path, shards: int = 1) -> dict[str, Any]:
     """Rewrites a checkpoint as pytorch_model.bin; returns its tensors."""
     import torch

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from checkpoints import FLOAT8_SCHEME
 
 from jaxdelta.config import Experts, ModelConfig, Rope
 from jaxdelta.errors import JaxDeltaError
@@ -289,6 +290,20 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
         ({"is_causal": False}, "is_causal"),
         ({"num_experts": 8, "mlp_bias": True}, "keys in config.json: mlp_bias, num_experts"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*--loader=torch"),
+        ({"quantization_config": FLOAT8_SCHEME | {"quant_method": "gptq"}}, "quantization_config.*--loader"),
+        ({"quantization_config": FLOAT8_SCHEME | {"fmt": "e5m2"}}, "quantization_config.*--loader"),
+        (
+            {"quantization_config": FLOAT8_SCHEME | {"activation_scheme": "static"}},
+            "quantization_config.*--l",
+        ),
+        ({"quantization_config": FLOAT8_SCHEME | {"weight_block_size": None}}, "quantization_config.*--l"),
+        ({"quantization_config": FLOAT8_SCHEME | {"weight_block_size": [128]}}, "quantization_config.*--l"),
+        (
+            {"quantization_config": FLOAT8_SCHEME | {"weight_block_size": [128, 0]}},
+            "quantization_config.*--l",
+        ),
+        ({"quantization_config": FLOAT8_SCHEME | {"twist": 1}}, "key in quantization_config: twist"),
+        ({"quantization_config": "fp8"}, "quantization_config.*--loader"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": 0}, "hidden_size"),

@@ -159,7 +159,7 @@ def index(text: str) -> Callable[[Path], None]:
         (spoil_offsets, "model.safetensors: is not a whole safetensors file ("),
         (spoil_shape, "model.safetensors: is not a whole safetensors file ("),
         (spoil_dtype, "model.layers.1.mlp.up_proj.weight has dtype I8; jaxdelta reads BF16, F16, F32"),
-        (spoil_float8, "model.norm.weight has dtype F8_E4M3; jaxdelta reads BF16, F16, F32"),
+        (spoil_float8, "model.norm.weight has dtype F8_E4M3, which jaxdelta reads only in the projections"),
         (spoil_shard, "model.safetensors.index.json: names model-2.safetensors, which is missing"),
         (index('{"weight_map": {"a": "x", "b": "y"}}'), "index.json: names x, y, which are missing"),
         (index('{"weight_map": {"model.'), "index.json: cannot be read as an index of shards ("),

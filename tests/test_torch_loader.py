@@ -110,3 +110,5 @@ def test_fp8_is_dequantised(tmp_path: Path, make_checkpoint: Callable[..., Path]
     wanted = {name: stored[name].float() for name in plain}
     found = parameters(load_model(str(tmp_path), loader="torch"))
     assert_same({name: value.astype(np.float32) for name, value in found.items()}, wanted)
+    found = parameters(load_model(str(tmp_path), loader="safetensors"))
+    assert_same({name: value.astype(np.float32) for name, value in found.items()}, wanted)

@@ -1,0 +1,138 @@
+"""Float8 checkpoints: the weights are those that NumPy makes of them, whole or layer by layer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import (
+    assert_same,
+    by_expert,
+    change_config,
+    dequantised,
+    on_disk,
+    one_line,
+    parameters,
+    to_float8,
+    write,
+)
+from conftest import EXPERTS
+from flax import nnx
+
+import jaxdelta
+from jaxdelta.checkpoint import load_model, open_checkpoint, save_model
+from jaxdelta.float8 import dequantise
+
+UP = "model.layers.1.mlp.up_proj.weight"
+# No size is a multiple of 128: hidden 200, MLP 300, queries 144, keys 72.
+UNEVEN = {"hidden_size": 200, "intermediate_size": 300, "head_dim": 36, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def float8(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
+    to_float8(make_checkpoint(tmp_path / "float8", **UNEVEN))
+    return tmp_path / "float8"
+
+
+def test_every_number_in_float8() -> None:
+    everything = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(16, 16)
+    scale = np.array([[1.7, 3e-5]], np.float32)
+    found = dequantise(jax.numpy.asarray(everything), jax.numpy.asarray(scale), (16, 8))
+    wanted = everything.astype(np.float32) * np.repeat(scale, 8, axis=1)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.isnan(found).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scale_dtype", "block"),
+    [
+        ({}, "bfloat16", (128, 128)),
+        ({}, "float32", (64, 128)),
+        ({**EXPERTS, "moe_intermediate_size": 150}, "bfloat16", (128, 128)),
+        ({**EXPERTS, "mlp_only_layers": [0], "tie_word_embeddings": True}, "float32", (128, 128)),
+    ],
+    ids=["dense", "other blocks", "experts", "mixed"],
+)
+def test_equals_numpy(
+    overrides: dict[str, Any],
+    scale_dtype: str,
+    block: tuple[int, int],
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    to_float8(make_checkpoint(tmp_path, **UNEVEN | overrides), scale_dtype, block)
+    wanted = dequantised(on_disk(tmp_path), block)
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert_same(parameters(checkpoint.load()), wanted)
+    for i in range(2):
+        layer, abstract = checkpoint.layer(i), checkpoint.abstract_layer(i)
+        found = {}
+        for path, variable in nnx.to_flat_state(layer):
+            found |= by_expert(f"model.layers.{i}." + ".".join(path), np.asarray(variable[...]))
+        assert_same(found, {n: t for n, t in wanted.items() if n.startswith(f"model.layers.{i}.")})
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), layer)
+        assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract)
+    assert checkpoint.first_bad_tensor() is None
+
+
+def test_modules_that_were_not_converted(float8: Path) -> None:
+    """One layer's projection is plain: it keeps its values beside those that are dequantised."""
+    tensors = on_disk(float8)
+    tensors[UP] = dequantised(tensors)[UP].bfloat16()
+    del tensors[f"{UP}_scale_inv"]
+    write(float8, tensors)
+    wanted = dequantised(tensors)
+    found = parameters(load_model(str(float8)))
+    assert_same(found, wanted | {UP: wanted[UP].float()})
+    assert open_checkpoint(str(float8)).layer(1)["mlp"]["up_proj"]["weight"].dtype == "bfloat16"
+
+
+def test_bfloat16_would_round(float8: Path) -> None:
+    """Why float32: what bfloat16 would lose is far more than the arithmetic does."""
+    weight = np.asarray(parameters(load_model(str(float8)))[UP])
+    lost = weight - weight.astype(ml_dtypes.bfloat16).astype(np.float32)
+    assert 5e-4 < np.linalg.norm(lost) / np.linalg.norm(weight) < 4e-3
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_analysis(experts: dict[str, Any], tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    to_float8(make_checkpoint(tmp_path / "float8", **UNEVEN | experts))
+    plain = make_checkpoint(tmp_path / "plain", **UNEVEN | experts)
+    write(plain, dequantised(on_disk(tmp_path / "float8")))
+    found, wanted = (
+        jaxdelta.analyze(str(tmp_path / name), ["some text to be measured"] * 4, top_k=3)
+        for name in ("float8", "plain")
+    )
+    assert found.per_layer == wanted.per_layer
+    np.testing.assert_array_equal(found.directions, wanted.directions)
+    assert found.run["calibration_loss"] == wanted.run["calibration_loss"]
+
+
+def test_save_writes_what_is_in_memory(float8: Path, tmp_path: Path) -> None:
+    model = load_model(str(float8))
+    save_model(model, tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"))
+    assert again.config == model.config
+    assert_same(parameters(again), dequantised(on_disk(float8)))
+
+
+def test_wrong_scales_are_named(float8: Path) -> None:
+    tensors = on_disk(float8)
+    down = "model.layers.0.mlp.down_proj.weight"
+    del tensors[f"{UP}_scale_inv"]
+    tensors[f"{down}_scale_inv"] = tensors[f"{down}_scale_inv"].T
+    tensors["model.norm.weight_scale_inv"] = tensors["model.norm.weight"][:1]
+    write(float8, tensors)
+    assert one_line(load_model, str(float8)) == (
+        f"{float8}: the weights do not fit config.json: missing: {UP}_scale_inv; "
+        "unexpected: model.norm.weight_scale_inv; "
+        f"wrong shape: {down}_scale_inv is (3, 2), not (2, 3)"
+    )
+
+
+def test_float8_without_its_scheme(float8: Path) -> None:
+    change_config(float8, quantization_config=None)
+    assert "_proj.weight has dtype F8_E4M3, which jaxdelta reads only" in one_line(load_model, str(float8))
