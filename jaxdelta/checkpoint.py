@@ -1,4 +1,4 @@
-"""Weights on disk -> parameters: safetensors read directly, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors read directly, Orbax's, everything else through PyTorch.
 
 The model's parameter tree carries Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight`
 of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`. Each stacked parameter is filled in one host
@@ -6,7 +6,6 @@ buffer, so loading needs the weights' own size and little more.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,6 +70,12 @@ class Checkpoint:
         """The final RMSNorm's weight."""
         return jax.device_put(self.source.read("model.norm.weight"))
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors the model is made of, layer by layer."""
+        parameters = nnx.to_flat_state(nnx.state(abstract_model(self.config)))
+        return sorted((name for path, _ in parameters for name, _ in _names(path, self.config)), key=_natural)
+
     def first_bad_tensor(self) -> str | None:
         """The name of the first tensor that holds a NaN or an infinity, if any."""
         for name in sorted(self.source.specs, key=_natural):
@@ -108,7 +113,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`, `torch` (transformers' PyTorch model and its state dict: .bin files, GGUF,
-            quantised formats), or `auto`: safetensors where there are any.
+            quantised formats), or `auto`: safetensors where there are any, else Orbax's.
 
     Raises:
         JaxDeltaError: whatever is wrong with the directory, its files or their tensors, all names given.
@@ -120,7 +125,12 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
         raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=torch")
-    if loader == "torch" or not files:
+    if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
+        from jaxdelta.orbax_store import open_orbax
+
+        config = ModelConfig.from_file(directory / hub.CONFIG)
+        source = open_orbax(directory / hub.ORBAX)
+    elif loader == "torch" or not files:
         from jaxdelta.torch_loader import torch_source
 
         config, source = torch_source(directory)
@@ -151,8 +161,8 @@ def save_model(model: Qwen3, directory: Path) -> None:
             tensors[name] = np.ascontiguousarray(value[index])
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
-    config = dataclasses.replace(model.config, dtype=str(dtype)).to_dict()
-    (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = dataclasses.replace(model.config, dtype=str(dtype))
+    config.to_file(directory / hub.CONFIG)
 
 
 def _names(path: tuple[Any, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
                 os.replace(temporary[path], path)
     finally:
         _remove(temporary.values())
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to be filled, under a temporary name beside `path`, which it takes when all went well.
+
+    Raises:
+        JaxDeltaError: `path` is there and not an empty directory, or it or what is in it cannot be written.
+    """
+    path = path.absolute()
+    with _plain_errors(path):
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise JaxDeltaError(f"{path}: is there already; remove it, or choose another name")
+        if not path.parent.is_dir():
+            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _refuse_directories(paths: Iterable[Path]) -> None:
