@@ -7,7 +7,8 @@ buffer, so loading needs the weights' own size and little more.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
 
 # Buffers that old checkpoints carry beside their weights.
@@ -83,18 +85,39 @@ class Checkpoint:
                 return name
         return None
 
-    def load(self) -> Qwen3:
-        """The whole model, each stacked parameter filled in one host buffer."""
+    def load(self, sharding: Placement | None = None) -> Qwen3:
+        """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
+
+        Args:
+            sharding: (name, shape) of a parameter -> its sharding; the name is the module tree's, as in
+                `layers.mlp.up_proj.weight`, whose first axis are the layers. None: the default device.
+        """
         graph, state = nnx.split(abstract_model(self.config))
         filled = []
         for path, variable in nnx.to_flat_state(state):
-            parts = list(_names(path, self.config))
-            dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
-            buffer = aligned(variable.shape, dtype)
-            for name, index in parts:
-                buffer[index] = self.source.read(name)
-            filled.append((path, variable.replace(jax.device_put(buffer, may_alias=True))))
+            read = partial(self._read_part, list(_names(path, self.config)), variable.shape)
+            if sharding is None:
+                array = jax.device_put(read((slice(None),) * len(variable.shape)), may_alias=True)
+            else:
+                wanted = sharding(".".join(map(str, path)), variable.shape)
+                array = jax.make_array_from_callback(variable.shape, wanted, read)
+            filled.append((path, variable.replace(array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def _read_part(
+        self, tensors: list[tuple[str, Any]], shape: tuple[int, ...], index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """A part of a parameter that may be stacked: only the layers and rows that it has are read."""
+        wanted = [range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True)]
+        dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in tensors})
+        buffer = aligned(tuple(map(len, wanted)), dtype)
+        for name, layer in tensors:
+            if layer is ...:
+                buffer[:] = self.source.read(name, wanted[0].start, wanted[0].stop)[:, *index[1:]]
+            elif layer in wanted[0]:
+                rows = self.source.read(name, wanted[1].start, wanted[1].stop)
+                buffer[layer - wanted[0].start] = rows[:, *index[2:]]
+        return buffer
 
     @property
     def _head(self) -> str:
@@ -143,12 +166,18 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     return Checkpoint(directory, config, source)
 
 
-def load_model(model: str, *, revision: str | None = None, loader: str = "auto") -> Qwen3:
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    loader: str = "auto",
+    sharding: Placement | None = None,
+) -> Qwen3:
     """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
 
-    Arguments and errors are those of `open_checkpoint`.
+    Arguments and errors are those of `open_checkpoint`, and `sharding` is that of `Checkpoint.load`.
     """
-    return open_checkpoint(model, revision=revision, loader=loader).load()
+    return open_checkpoint(model, revision=revision, loader=loader).load(sharding)
 
 
 def save_model(model: Qwen3, directory: Path) -> None:

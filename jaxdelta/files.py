@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -80,8 +81,20 @@ def new_directory(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException:
+            _remove_while_written(temporary)
+            raise
+
+
+def _remove_while_written(directory: Path) -> None:
+    """Threads that have not heard of the failure may make it anew, for up to some seconds."""
+    absent = 0
+    for _ in range(200):
+        absent = 0 if directory.exists() else absent + 1
+        if absent == 4:
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _refuse_directories(paths: Iterable[Path]) -> None:
