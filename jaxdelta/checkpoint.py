@@ -147,7 +147,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     directory = hub.resolve(model, revision)
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
-        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=torch")
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.orbax_store import open_orbax
 
