@@ -1,4 +1,4 @@
-"""Weights on disk -> parameters: safetensors read directly, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors read directly, Orbax's, everything else through PyTorch.
 
 The model's parameter tree carries Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight`
 of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`. Each stacked parameter is filled in one host
@@ -6,9 +6,9 @@ buffer, so loading needs the weights' own size and little more.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
 
 # Buffers that old checkpoints carry beside their weights.
@@ -78,6 +79,12 @@ class Checkpoint:
         """The final RMSNorm's weight."""
         return jax.device_put(self.source.read("model.norm.weight"))
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors the model is made of, layer by layer."""
+        parameters = nnx.to_flat_state(nnx.state(abstract_model(self.config)))
+        return sorted((name for path, _ in parameters for name, _ in _names(path, self.config)), key=_natural)
+
     def first_bad_tensor(self) -> str | None:
         """The name of the first tensor that holds a NaN or an infinity, if any."""
         for name in sorted(self.source.specs, key=_natural):
@@ -85,18 +92,39 @@ class Checkpoint:
                 return name
         return None
 
-    def load(self) -> Qwen3:
-        """The whole model, each stacked parameter filled in one host buffer."""
+    def load(self, sharding: Placement | None = None) -> Qwen3:
+        """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
+
+        Args:
+            sharding: (name, shape) of a parameter -> its sharding; the name is the module tree's, as in
+                `layers.mlp.up_proj.weight`, whose first axis are the layers. None: the default device.
+        """
         graph, state = nnx.split(abstract_model(self.config))
         filled = []
         for path, variable in nnx.to_flat_state(state):
-            parts = list(_names(path, self.config))
-            dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
-            buffer = aligned(variable.shape, dtype)
-            for name, index in parts:
-                buffer[index] = self.source.read(name)
-            filled.append((path, variable.replace(jax.device_put(buffer, may_alias=True))))
+            read = partial(self._read_part, list(_names(path, self.config)), variable.shape)
+            if sharding is None:
+                array = jax.device_put(read((slice(None),) * len(variable.shape)), may_alias=True)
+            else:
+                wanted = sharding(".".join(map(str, path)), variable.shape)
+                array = jax.make_array_from_callback(variable.shape, wanted, read)
+            filled.append((path, variable.replace(array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def _read_part(
+        self, tensors: list[tuple[str, Any]], shape: tuple[int, ...], index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """A part of a parameter that may be stacked: only the layers and rows that it has are read."""
+        wanted = [range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True)]
+        dtype = np.result_type(*{self.source.specs[name].dtype for name, _ in tensors})
+        buffer = aligned(tuple(map(len, wanted)), dtype)
+        for name, layer in tensors:
+            if layer is ...:
+                buffer[:] = self.source.read(name, wanted[0].start, wanted[0].stop)[:, *index[1:]]
+            elif layer in wanted[0]:
+                rows = self.source.read(name, wanted[1].start, wanted[1].stop)
+                buffer[layer - wanted[0].start] = rows[:, *index[2:]]
+        return buffer
 
     @property
     def _head(self) -> str:
@@ -115,7 +143,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`, `torch` (transformers' PyTorch model and its state dict: .bin files, GGUF,
-            quantised formats), or `auto`: safetensors where there are any.
+            quantised formats), or `auto`: safetensors where there are any, else Orbax's.
 
     Raises:
         JaxDeltaError: whatever is wrong with the directory, its files or their tensors, all names given.
@@ -126,8 +154,13 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     directory = hub.resolve(model, revision)
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
-        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=torch")
-    if loader == "torch" or not files:
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
+    if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
+        from jaxdelta.orbax_store import open_orbax
+
+        config = ModelConfig.from_file(directory / hub.CONFIG)
+        source = open_orbax(directory / hub.ORBAX)
+    elif loader == "torch" or not files:
         from jaxdelta.torch_loader import torch_source
 
         config, source = torch_source(directory)
@@ -140,12 +173,18 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     return Checkpoint(directory, config, source)
 
 
-def load_model(model: str, *, revision: str | None = None, loader: str = "auto") -> Qwen3:
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    loader: str = "auto",
+    sharding: Placement | None = None,
+) -> Qwen3:
     """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
 
-    Arguments and errors are those of `open_checkpoint`.
+    Arguments and errors are those of `open_checkpoint`, and `sharding` is that of `Checkpoint.load`.
     """
-    return open_checkpoint(model, revision=revision, loader=loader).load()
+    return open_checkpoint(model, revision=revision, loader=loader).load(sharding)
 
 
 def save_model(model: Qwen3, directory: Path) -> None:
@@ -158,8 +197,8 @@ def save_model(model: Qwen3, directory: Path) -> None:
             tensors[name] = np.ascontiguousarray(value[index])
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
-    config = dataclasses.replace(model.config, dtype=str(dtype)).to_dict()
-    (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = dataclasses.replace(model.config, dtype=str(dtype))
+    config.to_file(directory / hub.CONFIG)
 
 
 def _names(path: tuple[Any, ...], config: ModelConfig) -> Iterator[tuple[str, Any]]:
