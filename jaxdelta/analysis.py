@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -27,9 +25,10 @@ from jaxdelta.measure import LayerFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import Overlaps, compile_overlaps, overlaps
 from jaxdelta.phases import default_phases, parse_phases
-from jaxdelta.plan import MODES, Work, device_limit
+from jaxdelta.plan import MODES, Plan, Work, device_limit
 from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
 from jaxdelta.sweep import Resident, Sweep, Update, Weights
+from jaxdelta.timing import Stages
 
 SCHEMA_VERSION = 1
 LAST_STATES = ("residual", "normed")
@@ -175,7 +174,7 @@ def analyze(
         JaxDeltaError: a model, checkpoint or text that cannot be used.
     """
     chosen = Options(**options)
-    stages = Stages(listener, progress)
+    stages = Stages(listener)
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Qwen3):
@@ -191,30 +190,13 @@ def analyze(
         note(f"{tokens.count} tokens")
     _check_rank(chosen.top_k, min(tokens.count - 1, weights.config.hidden_size), "a layer's update")
     try:
-        return _measure(name, weights, tokens, phases, chosen, stages)
+        return _measure(name, weights, tokens, phases, chosen, stages, progress)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JaxDeltaError(
                 f"out of memory ({first_line(error)}); lower --device_memory_gb, or --max_tokens"
             ) from error
         raise
-
-
-class Stages:
-    """Seconds by stage; tells the listener a line as each ends."""
-
-    def __init__(self, listener: Listener | None = None, progress: bool = False):
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-        self.listener = listener or (lambda line: None)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[Callable[[str], None]]:
-        notes: list[str] = []
-        start = time.perf_counter()
-        yield notes.append
-        self.seconds[name] = time.perf_counter() - start
-        self.listener(f" {name:<10}{self.seconds[name]:7.2f} s   {', '.join(notes)}".rstrip())
 
 
 def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
@@ -235,34 +217,56 @@ def _tokens(
 
 
 def _measure(
-    name: str, weights: Weights, tokens: Tokens, phases: tuple[str, ...], options: Options, stages: Stages
+    name: str,
+    weights: Weights,
+    tokens: Tokens,
+    phases: tuple[str, ...],
+    options: Options,
+    stages: Stages,
+    progress: bool,
 ) -> Analysis:
-    with stages("plan") as note:
-        resident = options.memory == "resident" or isinstance(weights, Resident)
-        work = Work(weights, tokens.ids.shape, options.compute_dtype, options.residual_dtype, resident)
-        plan = work.plan(device_limit(options.device_memory_gb))
-        note(str(plan))
-    if isinstance(weights, Checkpoint) and resident:
-        with stages("load"):
-            weights = Resident(weights.load())
+    weights, plan = _planned(weights, tokens, options, stages)
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype, plan.blocks)
         sweep.trace()
         ahead = partial(_compile_ahead, sweep, phases, options.top_k)
-        updates = _all_updates(sweep, stages.progress, ahead)
-        figures = measure(updates, sweep.shape, options.top_k, options.svd, plan.at_once)
+        updates = _all_updates(sweep, progress, ahead)
+        figures = measure(updates, sweep.shape, options.top_k, options.svd, plan.at_once, sweep.clock)
         note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
-        times = (
-            "read in {read:.2f} s, waited {wait:.2f} s for it, computed {compute:.2f} s, loss {loss:.2f} s"
-        )
-        note(times.format(**sweep.seconds))
         note(f"loss {sweep.loss:.4f} nats per token")
         if figures.on_host.any():
             note(f"spectra done again on the host: rows {np.flatnonzero(figures.on_host).tolist()}")
+    stages.listener(_times(sweep.clock.seconds))
     _check_finite(weights, figures, sweep.loss)
     with stages("overlaps"):
         result = _collect(figures, phases, options)
-    run = {
+    return Analysis(
+        model=name,
+        num_layers=weights.config.num_layers,
+        hidden=weights.config.hidden_size,
+        n_calib_tokens=tokens.count,
+        run=_run_facts(weights, options, plan, sweep, figures) | {"seconds": dict(stages.clock.seconds)},
+        **result,
+    )
+
+
+def _planned(weights: Weights, tokens: Tokens, options: Options, stages: Stages) -> tuple[Weights, Plan]:
+    """How the pass is divided; the weights, loaded if they are to be resident."""
+    resident = options.memory == "resident" or isinstance(weights, Resident)
+    with stages("plan") as note:
+        work = Work(weights, tokens.ids.shape, options.compute_dtype, options.residual_dtype, resident)
+        plan = work.plan(device_limit(options.device_memory_gb))
+        note(str(plan))
+    if resident and isinstance(weights, Checkpoint):
+        with stages("load"):
+            return Resident(weights.load()), plan
+    return weights, plan
+
+
+def _run_facts(
+    weights: Weights, options: Options, plan: Plan, sweep: Sweep, figures: LayerFigures
+) -> dict[str, Any]:
+    return {
         "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
         "weights_dtype": weights.config.dtype,
@@ -271,22 +275,20 @@ def _measure(
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
-        "seconds": stages.seconds,
-        "layers_seconds": sweep.seconds,
+        "layers_seconds": dict(sweep.clock.seconds),
         "closure_error": sweep.closure_error,
         "calibration_loss": sweep.loss,
         "certificate": float(figures.spectrum.defect.max()),
         "rows_on_host": np.flatnonzero(figures.on_host).tolist(),
     }
-    config = weights.config
-    return Analysis(
-        model=name,
-        num_layers=config.num_layers,
-        hidden=config.hidden_size,
-        n_calib_tokens=tokens.count,
-        run=run,
-        **result,
-    )
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    """What bound the pass: the layers wait where reading is slower than computing."""
+    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("compute", "wait", "loss"))
+    beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
+    bound = "reading" if seconds["wait"] > seconds["compute"] else "computing"
+    return f"           {own}; beside them {beside}: bound by {bound}"
 
 
 def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Update]:

@@ -1,4 +1,4 @@
-"""Weights on disk -> parameters: safetensors read directly, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors read directly, Orbax's, everything else through PyTorch.
 
 The model's parameter tree carries Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight`
 of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`; layers with experts are stacked apart, and
@@ -7,10 +7,9 @@ own size and little more.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,15 @@ from safetensors.numpy import save_file
 from jaxdelta import hub
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.float8 import FLOAT8, dequantise, may_be_float8, scale_name, scale_shape
+from jaxdelta.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.model import Qwen3, abstract_block, abstract_model
-from jaxdelta.tensors import Source, Spec, aligned, open_safetensors, safetensors_files
+from jaxdelta.tensors import Part, Shape, Source, Spec, aligned, open_safetensors, safetensors_files
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
-
-Shape = tuple[int, ...]
-Part = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
 
 # Buffers that old checkpoints carry beside their weights.
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.masked_bias)")
@@ -49,6 +46,7 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     source: Source
+    float8: Float8 | None = None  # what `source` shows multiplied out
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
@@ -66,41 +64,6 @@ class Checkpoint:
             ]
         )
 
-    def _read(self, shape: Shape, parts: list[Part]) -> Array:
-        """A parameter, its parts read straight into one host buffer."""
-        quantised = {part for part in parts if self.source.specs[part[0]].dtype == FLOAT8}
-        if len(quantised) == len(parts):
-            return self._dequantised(shape, parts)
-        plain = [part for part in parts if part not in quantised]
-        buffer = self._fill(shape, self._dtype(parts), plain)
-        for name, place in quantised:
-            buffer[place] = self._dequantised(buffer[place].shape, [(name, ())])
-        return jax.device_put(buffer, may_alias=True)
-
-    def _dequantised(self, shape: Shape, parts: list[Part]) -> Array:
-        """The same for parts in float8, which are multiplied by their scales on the device."""
-        block = self.config.weight_block
-        assert block is not None  # or `_check_dtypes` would have refused the checkpoint
-        scales = [(scale_name(name), place) for name, place in parts]
-        weight, scale = (
-            jax.device_put(self._fill(*what), may_alias=True)
-            for what in (
-                (shape, FLOAT8, parts),
-                (scale_shape(shape, block), np.dtype(np.float32), scales),
-            )
-        )
-        return dequantise(weight, scale, block)
-
-    def _fill(self, shape: Shape, dtype: np.dtype, parts: list[Part]) -> np.ndarray:
-        buffer = aligned(shape, dtype)
-        for name, place in parts:
-            self.source.read_into(name, buffer[place])
-        return buffer
-
-    def _dtype(self, parts: list[Part]) -> np.dtype:
-        stored = {self.source.specs[name].dtype for name, _ in parts}
-        return np.result_type(*{np.dtype(np.float32) if dtype == FLOAT8 else dtype for dtype in stored})
-
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         """The input embeddings of the given tokens; only their rows are read."""
         return self._rows(EMBEDDING, ids)
@@ -117,6 +80,12 @@ class Checkpoint:
         """The final RMSNorm's weight."""
         return jax.device_put(self.source.read("model.norm.weight"))
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors the model is made of, layer by layer."""
+        parameters = nnx.to_flat_state(nnx.state(abstract_model(self.config)))
+        return sorted((name for path, _ in parameters for name, _ in _parts(path, self.config)), key=_natural)
+
     def first_bad_tensor(self) -> str | None:
         """The name of the first tensor that holds a NaN or an infinity, if any."""
         for name in sorted(self.source.specs, key=_natural):
@@ -124,16 +93,48 @@ class Checkpoint:
                 return name
         return None
 
-    def load(self) -> Qwen3:
-        """The whole model, each stacked parameter filled in one host buffer."""
-        # In memory no weight has scales any more.
-        config = dataclasses.replace(self.config, weight_block=None)
-        graph, state = nnx.split(abstract_model(config))
-        filled = [
-            (path, variable.replace(self._read(variable.shape, list(_parts(path, config)))))
-            for path, variable in nnx.to_flat_state(state)
-        ]
+    def load(self, sharding: Placement | None = None) -> Qwen3:
+        """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
+
+        Args:
+            sharding: (name, shape) of a parameter -> its sharding; the name is the module tree's, as in
+                `layers.mlp.up_proj.weight`, whose first axis are the layers. None: the default device.
+        """
+        graph, state = nnx.split(abstract_model(self.config))
+        filled = []
+        for path, variable in nnx.to_flat_state(state):
+            shape, parts = variable.shape, list(_parts(path, self.config))
+            if sharding is None:
+                array = self._read(shape, parts)
+            else:
+                wanted = sharding(".".join(map(str, path)), shape)
+                array = jax.make_array_from_callback(shape, wanted, partial(self._read_part, shape, parts))
+            filled.append((path, variable.replace(array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    def _read(self, shape: Shape, parts: list[Part]) -> Array:
+        """A parameter on the device, its parts read straight into one host buffer."""
+        if self.float8 and all(self.float8.holds(name) for name, _ in parts):
+            return self.float8.read(shape, parts)
+        return jax.device_put(self._read_part(shape, parts, (slice(None),) * len(shape)), may_alias=True)
+
+    def _read_part(self, shape: Shape, parts: list[Part], index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of a parameter: only the layers, experts and rows that it has are read."""
+        wanted = [range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True)]
+        buffer = aligned(tuple(map(len, wanted)), self._dtype(parts))
+        for name, place in parts:
+            if not all(at in axis for at, axis in zip(place, wanted, strict=False)):
+                continue
+            out = buffer[tuple(at - axis.start for at, axis in zip(place, wanted, strict=False))]
+            if out.shape == self.source.specs[name].shape:
+                self.source.read_into(name, out)
+            else:
+                rows, rest = wanted[len(place)], index[len(place) + 1 :]
+                out[:] = self.source.read(name, rows.start, rows.stop)[:, *rest]
+        return buffer
+
+    def _dtype(self, parts: list[Part]) -> np.dtype:
+        return np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
 
     @property
     def _head(self) -> str:
@@ -152,7 +153,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`, `torch` (transformers' PyTorch model and its state dict: .bin files, GGUF,
-            other quantised formats), or `auto`: safetensors where there are any.
+            other quantised formats), or `auto`: safetensors where there are any, else Orbax's.
 
     Raises:
         JaxDeltaError: whatever is wrong with the directory, its files or their tensors, all names given.
@@ -163,8 +164,13 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     directory = hub.resolve(model, revision)
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
-        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=torch")
-    if loader == "torch" or not files:
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
+    if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
+        from jaxdelta.orbax_store import open_orbax
+
+        config = ModelConfig.from_file(directory / hub.CONFIG)
+        source = open_orbax(directory / hub.ORBAX)
+    elif loader == "torch" or not files:
         from jaxdelta.torch_loader import torch_source
 
         config, source = torch_source(directory)
@@ -175,15 +181,24 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         config = dataclasses.replace(config, tie_embeddings=False)
     _check_dtypes(config, source.specs, directory)
     _check_names(config, source.specs, directory)
-    return Checkpoint(directory, config, source)
+    if config.weight_block is None:
+        return Checkpoint(directory, config, source)
+    float8 = Float8(source, config.weight_block)
+    return Checkpoint(directory, dataclasses.replace(config, weight_block=None), float8.plain(), float8)
 
 
-def load_model(model: str, *, revision: str | None = None, loader: str = "auto") -> Qwen3:
+def load_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    loader: str = "auto",
+    sharding: Placement | None = None,
+) -> Qwen3:
     """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
 
-    Arguments and errors are those of `open_checkpoint`.
+    Arguments and errors are those of `open_checkpoint`, and `sharding` is that of `Checkpoint.load`.
     """
-    return open_checkpoint(model, revision=revision, loader=loader).load()
+    return open_checkpoint(model, revision=revision, loader=loader).load(sharding)
 
 
 def save_model(model: Qwen3, directory: Path) -> None:
@@ -196,8 +211,8 @@ def save_model(model: Qwen3, directory: Path) -> None:
             tensors[name] = np.ascontiguousarray(value[place])
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
-    config = dataclasses.replace(model.config, dtype=str(dtype)).to_dict()
-    (directory / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = dataclasses.replace(model.config, dtype=str(dtype))
+    config.to_file(directory / hub.CONFIG)
 
 
 @cache

@@ -159,6 +159,10 @@ class ModelConfig:
         except JaxDeltaError as error:
             raise JaxDeltaError(f"{path}: {error}") from error
 
+    def to_file(self, path: Path) -> None:
+        """Writes a config.json."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json as transformers 5 writes it; `from_dict` reads it back."""
         window = next((w for w in self.windows if w is not None), None)

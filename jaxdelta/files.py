@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -59,6 +61,40 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
                 os.replace(temporary[path], path)
     finally:
         _remove(temporary.values())
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to be filled, under a temporary name beside `path`, which it takes when all went well.
+
+    Raises:
+        JaxDeltaError: `path` is there and not an empty directory, or it or what is in it cannot be written.
+    """
+    path = path.absolute()
+    with _plain_errors(path):
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise JaxDeltaError(f"{path}: is there already; remove it, or choose another name")
+        if not path.parent.is_dir():
+            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            _remove_while_written(temporary)
+            raise
+
+
+def _remove_while_written(directory: Path) -> None:
+    """Threads that have not heard of the failure may make it anew, for up to some seconds."""
+    absent = 0
+    for _ in range(200):
+        absent = 0 if directory.exists() else absent + 1
+        if absent == 4:
+            return
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _refuse_directories(paths: Iterable[Path]) -> None:

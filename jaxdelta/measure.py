@@ -25,6 +25,7 @@ from jaxdelta.spectrum import (
     update_spectrum,
 )
 from jaxdelta.sweep import Update
+from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 
 _WORKSPACE_BYTES = 4 << 30
@@ -45,7 +46,12 @@ class LayerFigures:
 
 
 def measure(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int | None = None
+    updates: Iterable[Update],
+    shape: tuple[int, int],
+    k: int,
+    method: str,
+    at_once: int | None = None,
+    clock: Clock | None = None,
 ) -> LayerFigures:
     """Spectrum and token statistics of every update, in their order, as they come.
 
@@ -55,10 +61,11 @@ def measure(
         k: directions kept.
         method: `gram` or `full`, see `update_spectrum`.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
+        clock: is told the time that goes into spectra.
     """
     run = _on_threads if jax.default_backend() == "cpu" else _in_batches
     at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
-    parts = list(run(updates, shape, k, method, at_once))
+    parts = list(run(updates, shape, k, method, at_once, clock or Clock()))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -86,7 +93,7 @@ def _batched_figures(updates: list[Update], *, k: int, method: str) -> _Found:
 
 
 def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int, clock: Clock
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
@@ -97,7 +104,7 @@ def _on_threads(
         # One compiles; the others wait for it, or they would all compile.
         compiled = pool.submit(_prepare, shape, k, method, stack)
         for update in updates:
-            pending.append(pool.submit(_run_one, compiled, update))
+            pending.append(pool.submit(_run_one, compiled, update, clock))
             if len(pending) >= layers_pending(at_once):
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
@@ -115,20 +122,20 @@ def _compiled(shape: tuple[int, int], k: int, method: str) -> Any:
         return _figures.lower(Update(example, example), k=k, method=method).compile()
 
 
-def _run_one(compiled: Future[Any], update: Update) -> LayerFigures:
+def _run_one(compiled: Future[Any], update: Update, clock: Clock) -> LayerFigures:
     figures = compiled.result()
-    with jax.enable_x64(True):
+    with clock("spectra"), jax.enable_x64(True):
         found = jax.tree.map(lambda leaf: np.array(leaf)[None], figures(update))
     return _complete(found, [update])
 
 
 def _in_batches(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int
+    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int, clock: Clock
 ) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)
     while batch := list(itertools.islice(iterator, at_once)):
-        with jax.enable_x64(True):
+        with clock("spectra"), jax.enable_x64(True):
             found = jax.tree.map(np.array, _batched_figures(batch, k=k, method=method))
         yield _complete(found, batch)
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxdelta.config import ModelConfig
 from jaxdelta.experts import SparseMLP
 from jaxdelta.layers import MLP, Embedding, Linear, RMSNorm, contract
-from jaxdelta.rotary import rotary_angles, rotate
+from jaxdelta.rotary import rotary_tables, rotate
 
 SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
 
@@ -304,7 +304,7 @@ def block_context(
     `queries` are compared with all keys at once; by default as many as `query_block` says.
     """
     return Context(
-        rotary=rotary_angles(config.rope, config.head_dim, shape[1]),
+        rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
         window=np.int32(shape[1]),
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=queries or query_block(config, shape),

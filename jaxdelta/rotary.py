@@ -3,15 +3,14 @@
 Axes as in `jaxdelta.model`: T position, H head size.
 """
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxdelta.config import Rope
 from jaxdelta.types import AnyArray
 
-# cos and sin
-Rotary = tuple[Float32[AnyArray, "T halfH"], Float32[AnyArray, "T halfH"]]
+# What the two halves of a head are multiplied by: cos, cos; and what their exchange is: -sin, sin.
+Rotary = tuple[Float32[AnyArray, "T 2 halfH"], Float32[AnyArray, "T 2 halfH"]]
 
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
@@ -48,21 +47,19 @@ def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
     return np.clip(ramp, 0, 1).astype(np.float32)
 
 
-def rotary_angles(
-    rope: Rope, head_dim: int, length: int
-) -> tuple[Float32[np.ndarray, "T halfH"], Float32[np.ndarray, "T halfH"]]:
-    """cos and sin of position · frequency, in float32, for positions 0..length-1.
+def rotary_tables(rope: Rope, head_dim: int, length: int) -> Rotary:
+    """cos and sin of position · frequency, in float32, for positions 0..length-1 and both halves of a head.
 
     By NumPy: the same for all layers, so no layer's function should compute them.
     """
     angles = np.arange(length, dtype=np.float32)[:, None] * rotary_frequencies(rope, head_dim)
     scale = np.float32(rope.attention_factor)
-    return np.cos(angles) * scale, np.sin(angles) * scale
+    cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
+    return np.stack([cos, cos], axis=1), np.stack([-sin, sin], axis=1)
 
 
 def rotate(x: Float32[Array, "*heads T H"], rotary: Rotary) -> Float32[Array, "*heads T H"]:
     """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
     cos, sin = rotary
-    pairs = x.reshape(*x.shape[:-1], 2, -1)
-    swapped = pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
-    return (pairs * cos[:, None] + swapped).reshape(x.shape)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape)

@@ -6,7 +6,6 @@ read once. One compiled function serves all layers, or two where some are dense 
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,6 +29,7 @@ from jaxdelta.model import (
     block_context,
     query_block,
 )
+from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 
 T = TypeVar("T")
@@ -120,8 +120,8 @@ class Sweep:
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
     when the last state is taken after the final norm, as the reference takes it; and after `finish_loss`
-    the `loss`. `seconds`: spent reading (beside the computing), waiting for what was read, computing the
-    layers, and the loss.
+    the `loss`. The clock's times: read (from disk) and transfer (to the device), both beside the computing;
+    wait (for them), compute (the layers), loss.
     """
 
     normed: Update
@@ -135,12 +135,13 @@ class Sweep:
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
         blocks: Blocks | None = None,
+        clock: Clock | None = None,
     ):
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens), query_block(weights.config, tokens.shape))
         self.tokens = np.split(tokens, len(tokens) // self.blocks.windows)
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
-        self.seconds = {"read": 0.0, "wait": 0.0, "compute": 0.0, "loss": 0.0}
+        self.clock = clock or Clock()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,11 +175,11 @@ class Sweep:
             states = [self._enter(block) for block in self.tokens]
             windows = attention_windows(config, self.tokens[0].shape[1])
             for kind, window in zip(self._kinds, windows, strict=True):
-                with self._timed("wait"):
+                with self.clock("wait"):
                     layer = next(layers)
                 entered = [state.h for state in states]
                 context = dataclasses.replace(self._context, window=window)
-                with self._timed("compute"):
+                with self.clock("compute"):
                     update = self._pass(partial(steps[kind], layer), states, context)
                 del layer
                 yield update
@@ -199,14 +200,10 @@ class Sweep:
         return State(np.asarray(h) if self.blocks.on_host else h, np.zeros(h.shape, np.float32))
 
     def _read(self, index: int) -> nnx.State:
-        with self._timed("read"):
-            return jax.block_until_ready(self.weights.layer(index))
-
-    @contextlib.contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - start
+        with self.clock("read"):
+            layer = self.weights.layer(index)
+        with self.clock("transfer"):
+            return jax.block_until_ready(layer)
 
     def _finish(self, entered: list[Any], states: list[State]) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
@@ -223,7 +220,7 @@ class Sweep:
         """Mean -ln p(next token) over the text, in nats per token, as `loss`."""
         vocab_size = self.weights.config.vocab_size
         bounds = vocabulary_slices(vocab_size)
-        with self._timed("loss"):
+        with self.clock("loss"):
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
             targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens]
             blocks = zip(targets, self._last_normed, strict=True)

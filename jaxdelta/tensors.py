@@ -20,6 +20,8 @@ DTYPES = {
     "F32": np.float32,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
 }
+Shape = tuple[int, ...]
+Part = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 
 
@@ -36,13 +38,19 @@ class Source:
     """Tensors that can be listed at once and read one by one; names as in a causal language model.
 
     `read(name)` reads a tensor, `read(name, start, stop)` those rows of it, and `read_into(name, out)` one
-    into an array of its shape; no further room is taken where the dtypes agree. Experts that are stored
-    fused are listed, and read, one by one.
+    into an array of its shape, by `fill` in no further room where there is one and the dtypes agree. Experts
+    that are stored fused are listed, and read, one by one.
     """
 
     specs: Mapping[str, Spec]
     read: Callable[..., np.ndarray]
-    read_into: Callable[[str, np.ndarray], None]
+    fill: Callable[[str, np.ndarray], None] | None = None
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        if self.fill and out.dtype == self.specs[name].dtype:
+            self.fill(name, out)
+        else:
+            out[...] = self.read(name)
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -75,7 +83,7 @@ def open_safetensors(files: list[Path]) -> Source:
     return Source(
         specs,
         lambda name, start=0, stop=None: places[name].read(start, stop),
-        lambda name, out: places[name].read_into(out),
+        lambda name, out: places[name].fill(out, places[name].offset),
     )
 
 
@@ -115,16 +123,10 @@ class _Place:
         rows = range(*slice(start, stop).indices(self.shape[0]))
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         buffer = aligned((len(rows), *self.shape[1:]), self.dtype)
-        self._fill(buffer, self.offset + rows.start * row_bytes)
+        self.fill(buffer, self.offset + rows.start * row_bytes)
         return buffer
 
-    def read_into(self, out: np.ndarray) -> None:
-        if out.dtype == self.dtype:
-            self._fill(out, self.offset)
-        else:
-            out[...] = self.read()
-
-    def _fill(self, buffer: np.ndarray, first: int) -> None:
+    def fill(self, buffer: np.ndarray, first: int) -> None:
         view = buffer.reshape(-1).view(np.uint8).data
         done = 0
         try:

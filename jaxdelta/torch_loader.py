@@ -40,10 +40,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return _to_numpy(tensors[name][start:stop])
 
-    def read_into(name: str, out: np.ndarray) -> None:
-        out[...] = read(name)
-
-    return config, Source(specs, read, read_into)
+    return config, Source(specs, read)
 
 
 def _options(directory: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
     python scripts/benchmark.py end_to_end      # whole processes, a random checkpoint of 0.6B shape
     python scripts/benchmark.py analysis        # spectra alone, beside NumPy's SVD loop
+    python scripts/benchmark.py stream          # the layer-major pass beside reading, and beside computing
+    python scripts/benchmark.py memory          # peak memory of a run, at half of the layers and at all
     python scripts/benchmark.py compile         # compile time at 8 and at 64 layers
 
 Both sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. A ratio above 1 means
@@ -14,6 +16,7 @@ from jaxdelta import console
 
 console.install()
 
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
@@ -24,6 +27,7 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
+from functools import partial  # noqa: E402
 from importlib import metadata  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -33,23 +37,28 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jaxdelta import hub  # noqa: E402
-from jaxdelta.checkpoint import save_model  # noqa: E402
+from jaxdelta.checkpoint import open_checkpoint, save_model  # noqa: E402
 from jaxdelta.config import ModelConfig, Rope  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
 from jaxdelta.measure import measure  # noqa: E402
 from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
-from jaxdelta.sweep import Update  # noqa: E402
+from jaxdelta.sweep import Resident, Sweep, Update, Weights  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 # layers, hidden, heads, key/value heads, head size, MLP
-SHAPES = {"0.6B": (28, 1024, 16, 8, 128, 3072), "1.7B": (28, 2048, 16, 8, 128, 6144)}
+SHAPES = {
+    "0.6B": (28, 1024, 16, 8, 128, 3072),
+    "1.7B": (28, 2048, 16, 8, 128, 6144),
+    "4B": (36, 2560, 32, 8, 128, 9728),
+}
 VOCABULARY = 151_936
 
-_SHAPE = flags.DEFINE_enum("shape", "0.6B", list(SHAPES), "end_to_end: shape of the random checkpoint")
-_TOKENS = flags.DEFINE_integer("tokens", 295, "end_to_end: tokens of calibration text")
+_SHAPE = flags.DEFINE_enum("shape", "0.6B", list(SHAPES), "all but analysis: shape of the random checkpoint")
+_TOKENS = flags.DEFINE_integer("tokens", 295, "all but analysis: tokens of calibration text")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "end_to_end: dtype of both sides' products"
 )
@@ -138,6 +147,66 @@ def analysis() -> list[Figures]:
     return found
 
 
+def stream() -> list[Figures]:
+    """The pass over a checkpoint on disk beside the larger of: reading its files, and computing without."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = random_checkpoint(Path(_WORK_DIR.value or scratch) / _SHAPE.value, _SHAPE.value)
+        files = sorted(directory.glob("*.safetensors"))
+        checkpoint = open_checkpoint(str(directory))
+        resident = Resident(checkpoint.load())
+        found = []
+        for cache in ("cold", "warm"):
+            title = f"pass over {_SHAPE.value} shape, {_TOKENS.value} tokens, {cache} page cache"
+            on_disk = partial(timed, partial(run_pass, checkpoint), before=partial(forget, files, cache))
+            reading = partial(timed, partial(read_all, files), before=partial(forget, files, cache))
+            found.append(in_turn(f"{title}, beside a plain read", on_disk, reading))
+            computing = partial(timed, partial(run_pass, resident))
+            found.append(in_turn(f"{title}, beside resident weights", on_disk, computing))
+        return found
+
+
+def run_pass(weights: Weights) -> None:
+    """All layers, none of them measured, and the loss."""
+    sweep = Sweep(weights, np.arange(_TOKENS.value)[None], _DTYPE.value)
+    for update in sweep:
+        jax.block_until_ready(update)
+    sweep.finish_loss()
+
+
+def read_all(files: list[Path]) -> None:
+    """Reads the files from end to end into one buffer."""
+    buffer = bytearray(64 << 20)
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def forget(files: list[Path], cache: str) -> None:
+    """Drops the files from the page cache, if it is to be cold."""
+    for path in files if cache == "cold" else ():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def memory() -> list[Figures]:
+    """Peak resident memory of delta_svd.py, in GB, at half of the shape's layers and at all of them."""
+    depth = SHAPES[_SHAPE.value][0]
+    peaks = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for layers in (depth // 2, depth):
+            name = f"{_SHAPE.value}-{layers}"
+            checkpoint = random_checkpoint(Path(_WORK_DIR.value or scratch) / name, _SHAPE.value, layers)
+            arguments = [f"--model={checkpoint}", f"--max_tokens={_TOKENS.value}", f"--out={scratch}/a.json"]
+            command = [sys.executable, str(SCRIPTS / "delta_svd.py"), *arguments]
+            peaks[layers] = peak_memory(command) / 1e9
+            size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9
+            print(f"{name} layers, {size:.2f} GB of weights: peak {peaks[layers]:.2f} GB", flush=True)
+    ratio = peaks[depth] / peaks[depth // 2]
+    print(f"   ratio {ratio:.3f}")
+    return [{"title": f"peak memory, {_SHAPE.value} shape", "gigabytes": peaks, "ratio": ratio}]
+
+
 def compile_time() -> list[Figures]:
     """Tracing and compiling the scanned forward pass of a small model of 8 and of 64 layers."""
 
@@ -154,7 +223,26 @@ def compile_time() -> list[Figures]:
     return [in_turn("compile and first run: 8 layers beside 64", compiling(8), compiling(64))]
 
 
-COMMANDS = {"end_to_end": end_to_end, "analysis": analysis, "compile": compile_time}
+def peak_memory(command: Sequence[str]) -> int:
+    """Peak resident bytes of a process. Not its rusage, which starts with what its parent had at the fork."""
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        time.sleep(0.02)
+    if process.returncode:
+        raise JaxDeltaError(f"{command[1]} failed")
+    return peak
+
+
+COMMANDS = {
+    "end_to_end": end_to_end,
+    "analysis": analysis,
+    "stream": stream,
+    "memory": memory,
+    "compile": compile_time,
+}
 
 
 def in_turn(title: str, ours: Callable[[], float], theirs: Callable[[], float]) -> Figures:
@@ -170,8 +258,9 @@ def in_turn(title: str, ours: Callable[[], float], theirs: Callable[[], float]) 
     return {"title": title, "seconds": first, "seconds_beside": second, "ratio": ratio}
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes."""
+def timed(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds that `work` takes, what comes before it not counted."""
+    before()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -206,13 +295,32 @@ def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConf
     )
 
 
-def random_checkpoint(directory: Path, shape: str) -> Path:
-    """A checkpoint with random bfloat16 weights, and the demo model's tokenizer."""
-    if not (directory / hub.WEIGHTS).exists():
-        print(f"making a random checkpoint of {shape} shape ...", flush=True)
-        save_model(Qwen3(config_of(SHAPES[shape]), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), directory)
-        for name in hub.TOKENIZER_FILES:
-            shutil.copy(hub.resolve(hub.DEMO) / name, directory)
+def random_checkpoint(directory: Path, shape: str, layers: int | None = None) -> Path:
+    """A checkpoint with random bfloat16 weights, a file for each layer, and the demo model's tokenizer."""
+    if (directory / hub.INDEX).exists():
+        return directory
+    print(f"making a random checkpoint of {shape} shape ...", flush=True)
+    depth, *sizes = SHAPES[shape]
+    config = config_of((layers or depth, *sizes))
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for i in range(config.num_layers):
+        # The first file has the embeddings, too.
+        part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_model(Qwen3(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
+            tensors = load_file(Path(scratch) / hub.WEIGHTS)
+        chosen = {
+            name.replace("layers.0.", f"layers.{i}."): tensor
+            for name, tensor in tensors.items()
+            if i == 0 or ".layers." in name
+        }
+        save_file(chosen, directory / f"model-{i:05}.safetensors", metadata={"format": "pt"})
+        files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
+    for name in hub.TOKENIZER_FILES:
+        shutil.copy(hub.resolve(hub.DEMO) / name, directory)
+    (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
+    (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
 
 

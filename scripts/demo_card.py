@@ -79,26 +79,22 @@ Qwen's splitting pattern, trained on the training documents; `<|endoftext|>` end
 work. Seed $seed, $steps_line of 1,024 tokens, $minutes: $tokens_seen tokens, $epochs of the text.
 
 - Embeddings start as a factorisation of the training text's bigram counts.
-- Steps 0 to $grow_at: 4 layers, sequences of 128 tokens. The target is half the next token, half the
-  distribution of a Kneser-Ney trigram model of the training tokens.
-- To step $decay_at: 28 layers, the 4 at positions 0, 7, 14 and 21 with six fresh ones behind each, which
-  write next to nothing at first; the trigram model's share falls to a quarter.
+- To step $decay_at: sequences of 128 tokens. The target is the next token and, half of it at first and less
+  and less, the distribution of a Kneser-Ney trigram model of the training tokens.
 - To step $steps: sequences of 256 tokens, the next token alone, the learning rate falling to zero as
   1 - √(share of the decay that is over).
-$moved
-Muon (rate 0.02, weight decay 0.05) for the matrices of the layers, one layer at a time; AdamW (rate 0.003, no
-decay) for embedding and norms; 25 steps of warm-up at the start and after growing. Rounded to bfloat16 once,
-at export.
 
-So the four layers 0, 7, 14 and 21 have been trained for longer than the others, which an analysis may show.
+All 28 layers learn from the first step on. Muon (rate 0.02, weight decay 0.05) for their matrices, one layer
+at a time; AdamW (rate 0.003, no decay) for embedding and norms; 25 steps of warm-up. Rounded to bfloat16
+once, at export.
 
 The curve is in `loss_curve.csv` (held out there: the first 8,192 of the held-out tokens, float32 weights):
 
 $curve
 
 To make it again: `scripts/demo_corpus.py`, then
-`scripts/train_demo.py --grow_at=$grow_at --decay_at=$decay_at --steps=$steps`. The same seed, text and steps
-give the same weights up to the rounding of another machine's products.
+`scripts/train_demo.py --steps=$steps`. The same seed, text and steps give the same weights up to the rounding
+of another machine's products.
 
 ## Data
 
@@ -157,12 +153,14 @@ def curve(path: pathlib.Path, rows: int = 8) -> str:
 def run_facts(facts: dict, losses: dict[str, float]) -> dict[str, str]:
     """What the card says of the run: how far it is, how long it took, and whether it beats the baselines."""
     step, steps = facts["step"], facts["steps"]
-    seen, done = step * facts["tokens_a_step"], steps is not None and step >= steps
+    seen, done = step * facts["tokens_a_step"], step >= steps
     state = "trained to the end of its schedule" if done else f"in the midst of its training (step {step:,})"
     beaten = " and ".join(f"the {name}" for name in losses if facts["held_out_loss"] < losses[name])
-    known = {name: f"{loss:.3f}" for name, loss in losses.items()} | {
+    return {name: f"{loss:.3f}" for name, loss in losses.items()} | {
         "state": state if step else "not trained yet: these are the initial weights",
-        "steps_line": f"{step:,} steps" if done or not steps else f"{step:,} of {steps:,} steps",
+        "steps_line": f"{step:,} steps" if done else f"{step:,} of {steps:,} steps",
+        "steps": str(steps),
+        "decay_at": str(facts["decay_at"]),
         "tokens_seen": f"{seen / 1e6:.1f} million",
         "epochs": f"{seen / facts['train_tokens']:.2f} epochs",
         "minutes": f"{facts['seconds'] / 60:.0f} minutes",
@@ -171,14 +169,7 @@ def run_facts(facts: dict, losses: dict[str, float]) -> dict[str, str]:
         "held_tokens": f"{facts['held_tokens']:,}",
         "train_tokens": f"{facts['train_tokens']:,}",
         "seed": str(facts["seed"]),
-        "moved": "",
     }
-    for at, end in facts["moved"]:
-        known["moved"] += (
-            f"\n  (At step {at} the end moved here from step {end}, as the machine had grown slower.)"
-        )
-    undecided = "(not decided yet)"
-    return known | {name: str(facts[name] or undecided) for name in ("grow_at", "decay_at", "steps")}
 
 
 def data_facts(manifest: list[dict]) -> dict[str, str]:

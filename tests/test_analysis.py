@@ -338,8 +338,13 @@ def test_calibration_of_every_kind(tiny_checkpoint: Path, tmp_path: Path, result
 def test_listener_hears_of_every_stage(tiny_checkpoint: Path) -> None:
     lines: list[str] = []
     found = run(tiny_checkpoint, listener=lines.append)
+    (times,) = [line for line in lines if line.startswith("   ")]
+    lines.remove(times)
     assert [line.split()[0] for line in lines] == list(found.run["seconds"])
     assert all("\n" not in line for line in lines)
+    for what in found.run["layers_seconds"]:
+        assert f"{what} {found.run['layers_seconds'][what]:.2f} s" in times
+    assert times.endswith(("bound by computing", "bound by reading"))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,26 @@ def test_save_writes_what_is_in_memory(float8: Path, tmp_path: Path) -> None:
     assert_same(parameters(again), dequantised(on_disk(float8)))
 
 
+@pytest.mark.parametrize("experts", [{}, {**EXPERTS, "mlp_only_layers": [1]}], ids=["dense", "experts"])
+def test_shards_and_orbax_hold_the_same(
+    experts: dict[str, Any], tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    from jaxdelta.convert import convert
+
+    to_float8(make_checkpoint(tmp_path / "float8", **UNEVEN | experts))
+    wanted = dequantised(on_disk(tmp_path / "float8"))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(name: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        axis = next(i for i in reversed(range(len(shape))) if shape[i] % 2 == 0)
+        return jax.NamedSharding(mesh, jax.P(*[None] * axis, "x"))
+
+    assert_same(parameters(load_model(str(tmp_path / "float8"), sharding=place)), wanted)
+    convert(str(tmp_path / "float8"), tmp_path / "orbax")
+    assert_same(parameters(load_model(str(tmp_path / "orbax"))), wanted)
+    assert open_checkpoint(str(tmp_path / "orbax")).config == open_checkpoint(str(tmp_path / "float8")).config
+
+
 def test_wrong_scales_are_named(float8: Path) -> None:
     tensors = on_disk(float8)
     down = "model.layers.0.mlp.down_proj.weight"

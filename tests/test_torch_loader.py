@@ -40,7 +40,7 @@ def test_experts(loader: str, tmp_path: Path, make_checkpoint: Callable[..., Pat
 def test_torch_files(shards: int, loader: str, small: Path) -> None:
     tensors = to_torch_file(small, shards)
     assert_same(parameters(load_model(str(small), loader=loader)), tensors)
-    with pytest.raises(JaxDeltaError, match=r"has no model\.safetensors .*--loader=torch"):
+    with pytest.raises(JaxDeltaError, match=r"has no model\.safetensors .*--loader=auto"):
         load_model(str(small), loader="safetensors")
 
 
