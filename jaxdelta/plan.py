@@ -95,7 +95,8 @@ class Work:
         layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
         embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
         return {
-            "weights": sum(layers) + embeddings if self.resident else 2 * max(layers),
+            # A resident model's layers lie in stacks: the one at work is a copy.
+            "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
             # A block's states enter and leave; the others wait, the ones that entered with them.
             "states": (2 * m if blocks.on_host else 2 * n) * d * state,
             "layer": max(self._layer_workspace(blocks), 8 * m * VOCAB_SLICE),
