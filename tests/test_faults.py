@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,6 +109,10 @@ def test_a_state_that_overflows_in_a_layer(model: Path) -> None:
 
 
 def test_an_interruption_while_reading_ahead(model: Path, before_layer: At) -> None:
-    before_layer(_thread.interrupt_main)
+    def interrupt() -> None:
+        time.sleep(2)  # until the main thread waits for this one
+        _thread.interrupt_main()
+
+    before_layer(interrupt)
     with pytest.raises(KeyboardInterrupt):
         analyze(str(model), TEXT)
