@@ -83,8 +83,7 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """The tensors the model is made of, layer by layer."""
-        parameters = nnx.to_flat_state(nnx.state(abstract_model(self.config)))
-        return sorted((name for path, _ in parameters for name, _ in _parts(path, self.config)), key=_natural)
+        return sorted(_shapes(self.config), key=_natural)
 
     def first_bad_tensor(self) -> str | None:
         """The name of the first tensor that holds a NaN or an infinity, if any."""
@@ -230,6 +229,15 @@ def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
             yield name, (row, *place)
 
 
+def _shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors that a model is made of, by Hugging Face's names."""
+    return {
+        name: variable.shape[len(place) :]
+        for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
+        for name, place in _parts(path, config)
+    }
+
+
 def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
     """The same for a parameter of one layer: one tensor, or one for each expert."""
     prefix = f"model.layers.{index}."
@@ -265,11 +273,7 @@ def _check_dtypes(config: ModelConfig, found: Mapping[str, Spec], directory: Pat
 
 def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
     """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
-    wanted = {
-        name: variable.shape[len(place) :]
-        for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
-        for name, place in _parts(path, config)
-    }
+    wanted = _shapes(config)
     if config.weight_block:
         wanted |= {
             scale_name(name): scale_shape(shape, config.weight_block)

@@ -80,7 +80,7 @@ class _Found(NamedTuple):
 def _figures(update: Update, *, k: int, method: str) -> _Found:
     """Spectrum and token products of one update."""
     products = token_products(update.delta, update.h)
-    # Some solvers never return from a NaN; the products keep it, for `_on_host` to see.
+    # Some solvers never return from a NaN; the products keep it, for `_complete` to see.
     delta = jnp.where(jnp.isfinite(products[0].sum()), update.delta, 0)
     return _Found(update_spectrum(delta, k, method), products)
 
@@ -97,7 +97,7 @@ def _on_threads(
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
-    One layer's matrices are too small to share out well. As many updates wait as there are threads.
+    One layer's matrices are too small to share out well.
     """
     pending: list[Future[LayerFigures]] = []
     with ThreadPoolExecutor(at_once, "spectra") as pool, contextlib.ExitStack() as stack:
@@ -140,6 +140,11 @@ def _in_batches(
         yield _complete(found, batch)
 
 
+def update_bytes(n: int, d: int) -> int:
+    """A layer's Update: two float32 matrices."""
+    return 8 * n * d
+
+
 def spectrum_bytes(n: int, d: int) -> int:
     """A layer's float64 workspace: δ twice, the Gram matrix, three of its size in the solver."""
     return 8 * (2 * n * d + 4 * min(n, d) ** 2)
@@ -150,7 +155,7 @@ def layers_at_once(n: int, d: int, free: int) -> int:
     if jax.default_backend() == "cpu":
         return os.cpu_count() or 1
     # Each of them with its own Update, while those of the next batch arrive.
-    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * 8 * n * d))
+    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * update_bytes(n, d)))
 
 
 def layers_pending(at_once: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxdelta.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.loss import VOCAB_SLICE
-from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes
+from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
 from jaxdelta.model import MIN_QUERY_BLOCK, query_block
 from jaxdelta.sweep import Blocks, Weights
 
@@ -70,7 +70,9 @@ class Work:
             left = limit - sum(parts.values())
             shape = self.tokens[0] * (self.tokens[1] - 1), self.config.hidden_size
             at_once = layers_at_once(*shape, left)
-            parts["spectra"] = at_once * spectrum_bytes(*shape) + layers_pending(at_once) * _pair(*shape)
+            parts["spectra"] = at_once * spectrum_bytes(*shape) + layers_pending(at_once) * update_bytes(
+                *shape
+            )
             plan = Plan("resident" if self.resident else "stream", blocks, at_once, parts, limit)
             if plan.total <= limit:
                 return plan
@@ -131,11 +133,6 @@ def device_limit(gigabytes: float | None = None) -> int:
     stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min(USABLE * memory, math.inf if gigabytes is None else gigabytes * 1e9))
-
-
-def _pair(n: int, d: int) -> int:
-    """A layer's Update: two float32 matrices."""
-    return 8 * n * d
 
 
 def _bytes(leaf: Any) -> int:

@@ -135,13 +135,12 @@ class Sweep:
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
         blocks: Blocks | None = None,
-        clock: Clock | None = None,
     ):
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens), query_block(weights.config, tokens.shape))
         self.tokens = np.split(tokens, len(tokens) // self.blocks.windows)
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
-        self.clock = clock or Clock()
+        self.clock = Clock()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -172,7 +171,7 @@ class Sweep:
             self.trace()
         with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
-            states = [self._enter(block) for block in self.tokens]
+            states = [State(h, np.zeros(h.shape, np.float32)) for h in map(self._enter, self.tokens)]
             windows = attention_windows(config, self.tokens[0].shape[1])
             for kind, window in zip(self._kinds, windows, strict=True):
                 with self.clock("wait"):
@@ -195,9 +194,10 @@ class Sweep:
         jax.block_until_ready(states)
         return _join(updates)
 
-    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> State:
+    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[AnyArray, "B T D"]:
+        """The state that enters the first layer."""
         h = self.weights.embeddings(tokens).astype(self.dtypes[1])
-        return State(np.asarray(h) if self.blocks.on_host else h, np.zeros(h.shape, np.float32))
+        return np.asarray(h) if self.blocks.on_host else h
 
     def _read(self, index: int) -> nnx.State:
         with self.clock("read"):
@@ -207,7 +207,7 @@ class Sweep:
 
     def _finish(self, entered: list[Any], states: list[State]) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
-        firsts = (self._enter(block).h for block in self.tokens)
+        firsts = map(self._enter, self.tokens)
         found = [
             _final_norm(first, before, *state, weight, eps=eps)
             for first, before, state in zip(firsts, entered, states, strict=True)
