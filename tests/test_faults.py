@@ -4,6 +4,7 @@ import _thread
 import errno
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,5 +115,10 @@ def test_an_interruption_while_reading_ahead(model: Path, before_layer: At) -> N
         _thread.interrupt_main()
 
     before_layer(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        analyze(str(model), TEXT)
+    # A shell starts what runs in the background with SIGINT ignored, and Python leaves it so.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            analyze(str(model), TEXT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
