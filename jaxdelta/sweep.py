@@ -169,9 +169,13 @@ class Sweep:
         config = self.weights.config
         if not hasattr(self, "_traced"):
             self.trace()
-        with contextlib.closing(read_ahead(self._read, config.num_layers)) as layers:
+        with (
+            contextlib.closing(read_ahead(self._read, config.num_layers)) as layers,
+            ThreadPoolExecutor(1, "enter") as beside,
+        ):
+            entering = beside.submit(lambda: list(map(self._enter, self.tokens)))
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
-            states = [State(h, np.zeros(h.shape, np.float32)) for h in map(self._enter, self.tokens)]
+            states = [State(h, np.zeros(h.shape, np.float32)) for h in entering.result()]
             windows = attention_windows(config, self.tokens[0].shape[1])
             for kind, window in zip(self._kinds, windows, strict=True):
                 with self.clock("wait"):
