@@ -9,11 +9,12 @@ certificate. All functions here must be traced with 64-bit types on.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Bool, Float, Float64
 
 from jaxdelta.types import AnyArray
 
@@ -37,25 +38,6 @@ class Spectrum:
     defect: Float64[AnyArray, "*layers"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenStatistics:
-    """Means and population deviations over tokens of the reference's per-token figures.
-
-    With δ_i the update of token i and h_i the state it is added to: token_norm ‖δ_i‖; h_norm ‖h_i‖;
-    rel_step ‖δ_i‖/max(‖h_i‖, 1e-8); cos_delta_h c_i = <δ_i, h_i>/max(‖δ_i‖‖h_i‖, 1e-8); parallel_frac |c_i|.
-    """
-
-    frob: Float64[np.ndarray, " layers"]
-    token_norm_mean: Float64[np.ndarray, " layers"]
-    token_norm_std: Float64[np.ndarray, " layers"]
-    h_norm_mean: Float64[np.ndarray, " layers"]
-    rel_step_mean: Float64[np.ndarray, " layers"]
-    rel_step_std: Float64[np.ndarray, " layers"]
-    parallel_frac: Float64[np.ndarray, " layers"]
-    cos_delta_h_mean: Float64[np.ndarray, " layers"]
-
-
 def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") -> Spectrum:
     """Singular values and top-k right singular vectors of δ = U diag(σ) Vᵀ.
 
@@ -63,87 +45,147 @@ def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") ->
     A direction's sign is the one with <v, Σ_i δ_i> > 0, or, where that is too small to be stable, the one
     that makes its largest entry positive. A zero δ has zero directions.
     """
+    return decompose(delta, k, method)[0]
+
+
+def decompose(
+    delta: Float[Array, "n d"], k: int, method: str = "gram"
+) -> tuple[Spectrum, Float64[Array, "n r"]]:
+    """`update_spectrum`, and the tokens' coordinates δV = U diag(σ) along all right singular vectors.
+
+    The coordinates' signs are not the directions'.
+    """
     x = delta.astype(jnp.float64)
-    values, vectors = (_by_gram if method == "gram" else _by_svd)(x, k)
+    values, vectors, coordinates = (_by_gram if method == "gram" else _by_svd)(x, k)
     directions = _orient(vectors, values[:k], x)
-    return Spectrum(values, directions, _defect(x, values, directions))
+    return Spectrum(values, directions, _defect(x, values, directions)), coordinates
 
 
 def token_products(
     delta: Float[Array, "n d"], h: Float[Array, "n d"]
 ) -> tuple[Float64[Array, " n"], Float64[Array, " n"], Float64[Array, " n"]]:
-    """Each token's <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i>: all that its statistics need."""
+    """Each token's <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i>: all that `token_statistics` need."""
     delta, h = delta.astype(jnp.float64), h.astype(jnp.float64)
     return jnp.sum(delta * delta, axis=-1), jnp.sum(h * h, axis=-1), jnp.sum(delta * h, axis=-1)
 
 
 def token_statistics(
-    delta_delta: Float64[np.ndarray, "layers n"],
-    h_h: Float64[np.ndarray, "layers n"],
-    delta_h: Float64[np.ndarray, "layers n"],
-) -> TokenStatistics:
-    """The reference's statistics of the tokens with these `token_products`; see TokenStatistics.
+    products: tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]],
+    weights: Float64[np.ndarray, "draws n"],
+) -> dict[str, Float64[np.ndarray, " draws"]]:
+    """The reference's statistics of tokens with these `token_products`, each token counted w_i times.
 
-    On the host: three numbers a token are nothing, and compiling this took longer than all other figures.
+    frob: √Σ w_i‖δ_i‖². Means, and population deviations, of token_norm ‖δ_i‖; h_norm ‖h_i‖; rel_step
+    ‖δ_i‖/max(‖h_i‖, 1e-8); cos_delta_h c_i = <δ_i, h_i>/max(‖δ_i‖‖h_i‖, 1e-8); parallel_frac |c_i|. On the
+    host: three numbers a token are nothing, and compiling this took longer than all other figures.
     """
+    delta_delta, h_h, delta_h = products
     delta_norm, h_norm = np.sqrt(delta_delta), np.sqrt(h_h)
     step = delta_norm / np.maximum(h_norm, 1e-8)
     cosine = delta_h / np.maximum(delta_norm * h_norm, 1e-8)
-    return TokenStatistics(
-        frob=np.sqrt(delta_delta.sum(axis=-1)),
-        token_norm_mean=delta_norm.mean(axis=-1),
-        token_norm_std=delta_norm.std(axis=-1),
-        h_norm_mean=h_norm.mean(axis=-1),
-        rel_step_mean=step.mean(axis=-1),
-        rel_step_std=step.std(axis=-1),
-        parallel_frac=np.abs(cosine).mean(axis=-1),
-        cos_delta_h_mean=cosine.mean(axis=-1),
-    )
+    total = weights.sum(axis=-1)
+
+    def mean(figure: np.ndarray) -> Any:
+        return weights @ figure / total
+
+    def deviation(figure: np.ndarray) -> Any:
+        middle = figure.mean()  # near the mean, so that nothing cancels
+        return np.sqrt(np.maximum(mean(np.square(figure - middle)) - np.square(mean(figure - middle)), 0))
+
+    return {
+        "frob": np.sqrt(weights @ delta_delta),
+        "token_norm_mean": mean(delta_norm),
+        "token_norm_std": deviation(delta_norm),
+        "h_norm_mean": mean(h_norm),
+        "rel_step_mean": mean(step),
+        "rel_step_std": deviation(step),
+        "parallel_frac": mean(np.abs(cosine)),
+        "cos_delta_h_mean": mean(cosine),
+    }
 
 
-def energy_shares(singular_values: Float[np.ndarray, " r"]) -> Float64[np.ndarray, " r"]:
+def energy_shares(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets r"]:
     """p_i = σ_i²/Σσ², the share of ‖δ‖_F² along each direction; zero for a zero spectrum."""
     energy = np.square(np.asarray(singular_values, np.float64))
-    return energy / max(energy.sum(), np.finfo(np.float64).tiny)
+    return _shares(energy)
 
 
-def effective_rank(singular_values: Float[np.ndarray, " r"]) -> float:
+def effective_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """exp(-Σ p ln p) over p > 1e-12, p = σ²/Σσ²: the matrix-based entropy rank; 0 for a zero spectrum.
 
     Giraldo et al. 2014; Skean et al. 2025 (arXiv 2502.02013). Not Roy & Vetterli's, whose p is σ/Σσ.
     """
-    p = energy_shares(singular_values)
-    p = p[p > 1e-12]
-    return float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0
+    return _perplexity(energy_shares(singular_values))
+
+
+def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
+    """exp(-Σ p ln p), p = σ/Σσ: Roy & Vetterli's effective rank (EUSIPCO 2007; RankMe, arXiv 2210.02885).
+
+    Over the σ that `numerical_rank` counts: a thousand that are rounding would move the fourth digit.
+    """
+    values = np.asarray(singular_values, np.float64)
+    return _perplexity(_shares(np.where(_resolved(values), values, 0)), floor=0.0)
+
+
+def participation_ratio(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
+    """(Σσ²)²/Σσ⁴ (Gao et al. 2017); 0 for a zero spectrum."""
+    return _inverse(np.square(energy_shares(singular_values)).sum(axis=-1))
+
+
+def stable_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
+    """‖δ‖_F²/‖δ‖_2² (Rudelson & Vershynin 2007); 0 for a zero spectrum."""
+    return _inverse(energy_shares(singular_values).max(axis=-1))
+
+
+def _shares(parts: Float64[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets r"]:
+    return parts / np.maximum(parts.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def _perplexity(p: Float64[np.ndarray, "*sets r"], floor: float = 1e-12) -> Any:
+    """exp of the entropy of all p above the floor; 0 where all are 0."""
+    counted = np.where(p > floor, p, 1)
+    return np.where(p.any(axis=-1), np.exp(-np.sum(counted * np.log(counted), axis=-1)), 0.0)
+
+
+def _inverse(x: Any) -> Any:
+    return np.where(x > 0, 1 / np.where(x > 0, x, 1), 0.0)
 
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
     """How many singular values stand above float32's resolution, σ > ε σ_1."""
-    values = np.asarray(singular_values)
-    return int(np.sum(values > np.finfo(np.float32).eps * values[0]))
+    return int(np.sum(_resolved(np.asarray(singular_values))))
 
 
-def host_spectrum(delta: Float[np.ndarray, "n d"], k: int) -> Spectrum:
-    """`update_spectrum` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
+def _resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
+    return singular_values > np.finfo(np.float32).eps * singular_values.max(axis=-1, keepdims=True)
+
+
+def host_decompose(delta: Float[np.ndarray, "n d"], k: int) -> tuple[Spectrum, Float64[Array, "n r"]]:
+    """`decompose` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
     x = np.asarray(delta, np.float64)
-    _, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
+    left, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
     directions = _orient(vectors[:k], values[:k], jnp.asarray(x))
-    return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions))
+    return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions)), left * values
 
 
-def _by_gram(x: Float64[Array, "n d"], k: int) -> tuple[Float64[Array, " r"], Float64[Array, "k d"]]:
+Decomposition = tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n r"]]
+
+
+def _by_gram(x: Float64[Array, "n d"], k: int) -> Decomposition:
     n, d = x.shape
     # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
     y = x if n <= d else jax.lax.optimization_barrier(x.T)
     vectors, energies = jax.lax.linalg.eigh(gram(y), symmetrize_input=False)
-    values = jnp.sqrt(jnp.maximum(energies[::-1], 0))
-    top = vectors[:, ::-1][:, :k]
-    return values, (jnp.linalg.qr(product(y.T, top))[0] if n <= d else top).T
+    vectors, values = vectors[:, ::-1], jnp.sqrt(jnp.maximum(energies[::-1], 0))
+    top = vectors[:, :k]
+    if n > d:
+        return values, top.T, product(x, vectors)
+    return values, jnp.linalg.qr(product(y.T, top))[0].T, vectors * values
 
 
-def _by_svd(x: Float64[Array, "n d"], k: int) -> tuple[Float64[Array, " r"], Float64[Array, "k d"]]:
-    _, values, vectors = jnp.linalg.svd(x, full_matrices=False)
-    return values, vectors[:k]
+def _by_svd(x: Float64[Array, "n d"], k: int) -> Decomposition:
+    left, values, vectors = jnp.linalg.svd(x, full_matrices=False)
+    return values, vectors[:k], left * values
 
 
 def _orient(
@@ -180,6 +222,6 @@ def gram(x: Float[Array, "m d"]) -> Float[Array, "m m"]:
     return jnp.block([[gram(top), corner.T], [corner, gram(bottom)]])
 
 
-def product(x: Array, y: Array) -> Array:
+def product(x: AnyArray, y: AnyArray) -> Array:
     """x y at full precision, which accelerators give only when asked."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
