@@ -4,150 +4,262 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 
-from jaxdelta.spectrum import (
-    CERTIFIED,
-    Spectrum,
-    TokenStatistics,
-    host_spectrum,
-    token_products,
-    token_statistics,
-    update_spectrum,
-)
+from jaxdelta import figures
+from jaxdelta.figures import Crossed, Found, Groups, Selection
+from jaxdelta.spectrum import CERTIFIED
 from jaxdelta.sweep import Update
 from jaxdelta.timing import Clock
-from jaxdelta.types import AnyArray
+from jaxdelta.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View, without_sinks
+
+CROSSED = (RAW, MASKED)  # the views whose layers are compared
 
 _WORKSPACE_BYTES = 4 << 30
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerFigures:
-    """What is measured of a layer; its arrays have a leading axis of layers.
+class Design:
+    """What is measured of every layer: `k` directions of each view, and, with `groups`, what resampling and
+    the layers' comparison need. `method`: `gram` or `full`, see `update_spectrum`."""
 
-    `on_host` marks the spectra that failed their certificate and were computed again by NumPy.
+    k: int
+    method: str = "gram"
+    views: tuple[View, ...] = (RAW,)
+    sink_factor: float = DEFAULT_SINK_FACTOR
+    groups: Groups | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the raw view is measured, and nothing beside it."""
+        return self.views == (RAW,) and self.groups is None
+
+    def selection(self, view: View) -> Selection | None:
+        """The view as numbers; None where it is the only one."""
+        return None if self.plain else Selection.of(view)
+
+    def basis_size(self, n: int, d: int) -> int:
+        """How many directions are computed: see `resampling` for why they are twice as many."""
+        return min(2 * self.k if self.groups else self.k, n, d)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewFigures:
+    """`Found` of one view of one layer, on the host, and which tokens it kept.
+
+    `on_host`: the spectrum failed its certificate and was computed again by NumPy.
     """
 
-    spectrum: Spectrum
-    tokens: TokenStatistics
-    finite: Bool[AnyArray, "*layers"]
-    on_host: Bool[AnyArray, "*layers"]
+    found: Found
+    k: int
+    kept: Bool[np.ndarray, " n"]
+    on_host: bool = False
+    crossed: Crossed | None = None
+
+    @property
+    def singular_values(self) -> Float64[np.ndarray, " r"]:
+        """All of them, descending."""
+        return np.asarray(self.found.spectrum.singular_values)
+
+    @property
+    def directions(self) -> Float64[np.ndarray, "k d"]:
+        """The first k right singular vectors."""
+        return self.basis[: self.k]
+
+    @property
+    def basis(self) -> Float64[np.ndarray, "c d"]:
+        """Those, and as many again where resampling needs them."""
+        return np.asarray(self.found.spectrum.directions)
+
+    @property
+    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The `token_products` of the tokens kept."""
+        first, second, third = (np.asarray(part)[self.kept] for part in self.found.products)
+        return first, second, third
+
+    @property
+    def defect(self) -> float:
+        """The spectrum's certificate."""
+        return float(self.found.spectrum.defect)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no token's figures overflowed."""
+        return all(bool(np.isfinite(part).all()) for part in self.found.products)
+
+
+class LayerFigures(NamedTuple):
+    """A layer's figures by view, and, unless the design is plain, Σ over its tokens of `state_products`."""
+
+    views: dict[View, ViewFigures]
+    ledger: dict[str, float] | None
 
 
 def measure(
     updates: Iterable[Update],
     shape: tuple[int, int],
-    k: int,
-    method: str,
+    design: Design,
     at_once: int | None = None,
     clock: Clock | None = None,
-) -> LayerFigures:
-    """Spectrum and token statistics of every update, in their order, as they come.
+) -> list[LayerFigures]:
+    """The figures of every update, in their order, as they come.
 
     Args:
-        updates: δ and h of each layer.
+        updates: what each layer wrote.
         shape: (n, d) of all of them: compiling begins before the first one comes.
-        k: directions kept.
-        method: `gram` or `full`, see `update_spectrum`.
+        design: what is measured.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
         clock: is told the time that goes into spectra.
     """
     run = _on_threads if jax.default_backend() == "cpu" else _in_batches
     at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
-    parts = list(run(updates, shape, k, method, at_once, clock or Clock()))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-class _Found(NamedTuple):
-    """What the device finds of an update."""
-
-    spectrum: Spectrum
-    products: tuple[AnyArray, AnyArray, AnyArray]
-
-
-@partial(jax.jit, static_argnames=("k", "method"))
-def _figures(update: Update, *, k: int, method: str) -> _Found:
-    """Spectrum and token products of one update."""
-    products = token_products(update.delta, update.h)
-    # Some solvers never return from a NaN; the products keep it, for `_complete` to see.
-    delta = jnp.where(jnp.isfinite(products[0].sum()), update.delta, 0)
-    return _Found(update_spectrum(delta, k, method), products)
-
-
-@partial(jax.jit, static_argnames=("k", "method"))
-def _batched_figures(updates: list[Update], *, k: int, method: str) -> _Found:
-    """`_figures` of several updates, stacked."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *updates)
-    return jax.vmap(partial(_figures, k=k, method=method))(stacked)
+    return list(run(updates, shape, design, at_once, clock or Clock()))
 
 
 def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int, clock: Clock
+    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
     One layer's matrices are too small to share out well.
     """
     pending: list[Future[LayerFigures]] = []
+
+    def run_one(update: Update) -> LayerFigures:
+        compiled.result()
+        with clock("spectra"), jax.enable_x64(True):
+            return _measured([update], design, _one_by_one)[0]
+
     with ThreadPoolExecutor(at_once, "spectra") as pool, contextlib.ExitStack() as stack:
         # One compiles; the others wait for it, or they would all compile.
-        compiled = pool.submit(_prepare, shape, k, method, stack)
+        compiled = pool.submit(_prepare, shape, design, stack)
         for update in updates:
-            pending.append(pool.submit(_run_one, compiled, update, clock))
+            pending.append(pool.submit(run_one, update))
             if len(pending) >= layers_pending(at_once):
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
 
 
-def _prepare(shape: tuple[int, int], k: int, method: str, stack: contextlib.ExitStack) -> Any:
-    stack.enter_context(_single_threaded_blas())
-    return _compiled(shape, k, method)
-
-
-@cache
-def _compiled(shape: tuple[int, int], k: int, method: str) -> Any:
-    example: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    with jax.enable_x64(True):
-        return _figures.lower(Update(example, example), k=k, method=method).compile()
-
-
-def _run_one(compiled: Future[Any], update: Update, clock: Clock) -> LayerFigures:
-    figures = compiled.result()
-    with clock("spectra"), jax.enable_x64(True):
-        found = jax.tree.map(lambda leaf: np.array(leaf)[None], figures(update))
-    return _complete(found, [update])
-
-
 def _in_batches(
-    updates: Iterable[Update], shape: tuple[int, int], k: int, method: str, at_once: int, clock: Clock
+    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
 ) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)
     while batch := list(itertools.islice(iterator, at_once)):
         with clock("spectra"), jax.enable_x64(True):
-            found = jax.tree.map(np.array, _batched_figures(batch, k=k, method=method))
-        yield _complete(found, batch)
+            yield from _measured(batch, design, _together)
+
+
+# call(function, arguments by layer, arguments of all layers, static arguments of all): the results by layer
+Caller = Callable[..., list[Any]]
+Arguments = Sequence[tuple[Any, ...]]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _single(function: Callable[..., Any], own: Any, common: Any, static: Any) -> Any:
+    return function(*own, *common, *static)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _batched(function: Callable[..., Any], each: Any, common: Any, static: Any) -> Any:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return jax.vmap(lambda own: function(*own, *common, *static))(stacked)
+
+
+def _one_by_one(
+    function: Callable[..., Any], each: Arguments, common: Any = (), static: Any = ()
+) -> list[Any]:
+    return [jax.tree.map(np.array, _single(function, own, common, static)) for own in each]
+
+
+def _together(function: Callable[..., Any], each: Arguments, common: Any = (), static: Any = ()) -> list[Any]:
+    found = jax.tree.map(np.array, _batched(function, list(each), common, static))
+    # np.asarray: a row of a vector is a NumPy scalar, no array.
+    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), found) for row in range(len(each))]
+
+
+def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack) -> None:
+    """Limits BLAS, and compiles what `_one_by_one` will call."""
+    stack.enter_context(_single_threaded_blas())
+    matrix: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    update = Update(matrix, matrix, matrix)
+    with jax.enable_x64(True):
+        kept = np.ones(shape[0])
+        common = (design.selection(RAW), design.groups)
+        size, factor_size = design.basis_size(*shape), figures.factor_shape(*shape)
+        _single.lower(figures.view_figures, (update, kept), common, (size, design.method)).compile()
+        if not design.plain:
+            _single.lower(figures.state_products, (update,), (), ()).compile()
+        if design.groups:
+            basis = jax.ShapeDtypeStruct((size, shape[1]), jnp.float64)
+            factor = factor_size and jax.ShapeDtypeStruct(factor_size, jnp.float32)
+            _single.lower(figures.crossed, (update, kept, basis, factor), common, ()).compile()
+
+
+def _measured(batch: list[Update], design: Design, call: Caller) -> list[LayerFigures]:
+    """The figures of a batch of layers."""
+    if design.plain:
+        kept = [np.ones(len(update.h), bool) for update in batch]
+        return [LayerFigures({RAW: found}, None) for found in _view(batch, kept, RAW, design, call)]
+    states = call(figures.state_products, [(update,) for update in batch])
+    without = [
+        without_sinks(np.sqrt(state["entering"]), np.sqrt(state["leaving"]), design.sink_factor)
+        for state in states
+    ]
+    layers: list[dict[View, ViewFigures]] = [{} for _ in batch]
+    for view in design.views:
+        kept = [mask if view.masked else np.ones_like(mask) for mask in without]
+        unmasked = view._replace(masked=False)
+        if unmasked in layers[0] and all(mask.all() for mask in kept):  # No sinks: it is the same view.
+            found = [layer[unmasked] for layer in layers]
+        else:
+            found = _view(batch, kept, view, design, call)
+        for layer, one in zip(layers, found, strict=True):
+            layer[view] = one
+    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
+        ledgers = [{name: float(rows.sum()) for name, rows in state.items()} for state in states]
+    return list(map(LayerFigures, layers, ledgers))
+
+
+def _view(
+    batch: list[Update], kept: list[np.ndarray], view: View, design: Design, call: Caller
+) -> list[ViewFigures]:
+    """A view of every layer of a batch; spectra whose certificate failed are computed again by NumPy."""
+    selection = design.selection(view)
+    own = [(update, mask.astype(np.float64)) for update, mask in zip(batch, kept, strict=True)]
+    size = design.basis_size(*batch[0].h.shape)
+    found = call(figures.view_figures, own, (selection, design.groups), (size, design.method))
+    on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
+    for row in np.flatnonzero(on_host):
+        again = figures.host_figures(*own[row], selection, design.groups, size)
+        found[row] = jax.tree.map(np.array, again)
+    compared: list[Crossed | None] = [None] * len(batch)
+    if design.groups and view in CROSSED:
+        each = [(*pair, one.spectrum.directions, one.factor) for pair, one in zip(own, found, strict=True)]
+        compared = call(figures.crossed, each, (selection, design.groups))
+    return [
+        ViewFigures(one, design.k, mask, failed, cross)
+        for one, mask, failed, cross in zip(found, kept, on_host, compared, strict=True)
+    ]
 
 
 def update_bytes(n: int, d: int) -> int:
-    """A layer's Update: two float32 matrices."""
-    return 8 * n * d
+    """A layer's Update: three float32 matrices."""
+    return 12 * n * d
 
 
 def spectrum_bytes(n: int, d: int) -> int:
-    """A layer's float64 workspace: δ twice, the Gram matrix, three of its size in the solver."""
-    return 8 * (2 * n * d + 4 * min(n, d) ** 2)
+    """A layer's float64 workspace: δ twice, the Gram matrix, three of its size in the solver, one more."""
+    return 8 * (2 * n * d + 5 * min(n, d) ** 2)
 
 
 def layers_at_once(n: int, d: int, free: int) -> int:
@@ -161,19 +273,6 @@ def layers_at_once(n: int, d: int, free: int) -> int:
 def layers_pending(at_once: int) -> int:
     """How many layers' Updates are in memory at most."""
     return 2 * at_once + 1
-
-
-def _complete(found: _Found, updates: list[Update]) -> LayerFigures:
-    """The layers' figures, with the spectra whose certificate failed computed again by NumPy."""
-    spectrum, on_host = found.spectrum, ~(found.spectrum.defect <= CERTIFIED)  # also where it is NaN
-    for row in np.flatnonzero(on_host):
-        with jax.enable_x64(True):
-            again = host_spectrum(np.asarray(updates[row].delta), spectrum.directions.shape[1])
-        for mended, value in zip(jax.tree.leaves(spectrum), jax.tree.leaves(again), strict=True):
-            mended[row] = value
-    finite = np.all([np.isfinite(part).all(axis=-1) for part in found.products], axis=0)
-    statistics = token_statistics(*(np.where(finite[:, None], part, 0) for part in found.products))
-    return LayerFigures(spectrum, statistics, finite, on_host)
 
 
 @contextlib.contextmanager

@@ -90,10 +90,16 @@ class Resident:
 
 
 class Update(NamedTuple):
-    """What a layer wrote (`delta`) into the state that entered it (`h`), for all tokens but the first."""
+    """What a layer's attention and MLP wrote into the state that entered it, for all tokens but the first."""
 
-    delta: Float32[Array, "n d"]
+    attention: Float32[Array, "n d"]
+    mlp: Float32[Array, "n d"]
     h: Float32[Array, "n d"]
+
+    @property
+    def delta(self) -> Float32[AnyArray, "n d"]:
+        """The whole update δ."""
+        return self.attention + self.mlp
 
 
 class Blocks(NamedTuple):
@@ -119,7 +125,8 @@ class Sweep:
     """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
-    when the last state is taken after the final norm, as the reference takes it; and after `finish_loss`
+    when the last state is taken after the final norm, as the reference takes it (what the norm changes is
+    counted as the MLP's); and after `finish_loss`
     the `loss`. The clock's times: read (from disk) and transfer (to the device), both beside the computing;
     wait (for them), compute (the layers), loss.
     """
@@ -186,7 +193,7 @@ class Sweep:
                     update = self._pass(partial(steps[kind], layer), states, context)
                 del layer
                 yield update
-        self._finish(entered, states)
+        self._finish(entered, states, update.attention)
 
     def _pass(self, step: Callable[..., Any], states: list[State], context: Context) -> Update:
         """Takes all states through a layer; ends when they are computed, so that the layer can go."""
@@ -209,15 +216,16 @@ class Sweep:
         with self.clock("transfer"):
             return jax.block_until_ready(layer)
 
-    def _finish(self, entered: list[Any], states: list[State]) -> None:
+    def _finish(self, entered: list[Any], states: list[State], attention: Array) -> None:
         weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
         firsts = map(self._enter, self.tokens)
         found = [
             _final_norm(first, before, *state, weight, eps=eps)
             for first, before, state in zip(firsts, entered, states, strict=True)
         ]
-        self._last_normed, updates, missing, energies = zip(*found, strict=True)
-        self.normed = _join(updates)
+        self._last_normed, wrote, missing, energies = zip(*found, strict=True)
+        delta, h = _join(wrote)
+        self.normed = Update(attention, delta - attention, h)
         self.closure_error = float(np.sqrt(np.sum(missing) / np.sum(energies)))
 
     def finish_loss(self) -> None:
@@ -260,13 +268,12 @@ def _step(
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
     """One layer on all tokens: the new state, the sum of all updates so far, and the layer's own."""
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
-    delta = attention + mlp
-    return new, written + delta, _without_first_token(delta, h)
+    update = Update(*map(_without_first_token, (attention, mlp, h.astype(jnp.float32))))
+    return new, written + (attention + mlp), update
 
 
-def _without_first_token(delta: Float32[Array, "B T D"], h: Float[Array, "B T D"]) -> Update:
-    rows = (-1, delta.shape[-1])
-    return Update(delta[:, 1:].reshape(rows), h[:, 1:].astype(jnp.float32).reshape(rows))
+def _without_first_token(x: Float32[Array, "B T D"]) -> Float32[Array, "n D"]:
+    return x[:, 1:].reshape(-1, x.shape[-1])
 
 
 def _owned(state: AnyArray) -> Array:
@@ -274,19 +281,20 @@ def _owned(state: AnyArray) -> Array:
     return state if isinstance(state, jax.Array) else jax.device_put(state, may_alias=False)
 
 
-def _join(updates: Sequence[Update]) -> Update:
-    return updates[0] if len(updates) == 1 else Update(*map(jnp.concatenate, zip(*updates, strict=True)))
+def _join(blocks: Sequence[Any]) -> Any:
+    """The blocks' arrays as one."""
+    return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
 
 
 @partial(jax.jit, static_argnames="eps")
 def _final_norm(
     first: Array, entered: Array, last: Array, written: Array, weight: Array, *, eps: float
-) -> tuple[Array, Update, Array, Array]:
-    """The last state after the final norm; the last layer's Update with it; ‖h_0 + Σδ - h_N‖² and ‖h_N‖²."""
+) -> tuple[Array, tuple[Array, Array], Array, Array]:
+    """The last state after the final norm; the last layer's δ with it, h; ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
     normed = rms_norm(last, weight, eps)
-    update = _without_first_token(normed - entered.astype(jnp.float32), entered)
-    first, last = first.astype(jnp.float32), last.astype(jnp.float32)
-    return normed, update, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
+    first, entered, last = (state.astype(jnp.float32) for state in (first, entered, last))
+    wrote = _without_first_token(normed - entered), _without_first_token(entered)
+    return normed, wrote, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
 
 
 @jax.jit

@@ -1,0 +1,137 @@
+"""Figures of many layers: the same side by side on threads, in batches, and by NumPy where a solver fails."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from updates import WIDE, K, tokens, update
+
+from jaxdelta import figures, measure
+from jaxdelta.figures import FACTOR_ROWS, Groups, Selection
+from jaxdelta.measure import CROSSED, Design, LayerFigures
+from jaxdelta.rows import Sample, layer_row
+from jaxdelta.spectrum import CERTIFIED
+from jaxdelta.sweep import Update
+from jaxdelta.views import MASKED, RAW, View
+
+SINKS = {5: 30.0, 40: 100.0}
+OF = Sample.of(tokens(WIDE[0]), 20, seed=5)
+VIEWS = (RAW, MASKED, View(centred=True), View("attention", masked=True))
+DESIGN = Design(K, views=VIEWS, groups=OF.groups)
+# Only the third layer has sinks.
+UPDATES = [update(WIDE, seed, SINKS if seed == 2 else None) for seed in range(5)]
+
+
+def measured(at_once: int, updates: Sequence[Update] = UPDATES) -> list[LayerFigures]:
+    return measure.measure((jax.tree.map(jnp.asarray, wrote) for wrote in updates), WIDE, DESIGN, at_once)
+
+
+@pytest.fixture(scope="module")
+def on_threads() -> list[LayerFigures]:
+    return measured(2)
+
+
+def assert_close(found: Any, wanted: Any, tolerance: float) -> None:
+    """Of all entries of two rows."""
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted.keys() - {"closure"}:
+            assert_close(found[name], wanted[name], tolerance)
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_close(one, other, tolerance)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-9)
+    else:
+        assert found == wanted
+
+
+def assert_same(found: list[LayerFigures], wanted: list[LayerFigures], tolerance: float = 1e-6) -> None:
+    """The rows, the directions, and what relations between layers need."""
+    for one, other in zip(found, wanted, strict=True):
+        rows = (layer_row(0, "A", layer, OF, K, WIDE[1]) for layer in (one, other))
+        assert_close(*rows, tolerance)
+        for view, figure in one.views.items():
+            same = other.views[view]
+            np.testing.assert_array_equal(figure.kept, same.kept)
+            np.testing.assert_allclose(figure.directions, same.directions, rtol=0, atol=tolerance)
+            assert (figure.crossed is None) == (same.crossed is None) == (view not in CROSSED)
+            if figure.crossed is not None and same.crossed is not None:
+                np.testing.assert_allclose(figure.crossed.factor, same.crossed.factor, atol=1e-5)
+                np.testing.assert_allclose(
+                    figure.crossed.coupling, same.crossed.coupling, rtol=1e-4, atol=1e-3
+                )
+
+
+def test_layers_come_in_their_order(on_threads: list[LayerFigures]) -> None:
+    for wrote, layer in zip(UPDATES, on_threads, strict=True):
+        delta = (wrote.attention + wrote.mlp).astype(np.float64)
+        assert layer.ledger["update"] == pytest.approx(np.sum(delta**2), rel=1e-9)
+        values = np.linalg.svd(delta, compute_uv=False)
+        np.testing.assert_allclose(layer.views[RAW].singular_values, values, rtol=1e-9)
+    assert [layer.views[MASKED] is layer.views[RAW] for layer in on_threads] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert all(0 <= figure.defect < CERTIFIED for layer in on_threads for figure in layer.views.values())
+
+
+def test_batches_give_the_same(on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert_same(measured(5), on_threads)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_spectra_that_fail_are_done_again_with_all_figures(
+    backend: str, on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(measure, "CERTIFIED", -1.0)
+    again = measured(2, UPDATES[1:3])
+    assert all(figure.on_host for layer in again for figure in layer.views.values())
+    assert not any(figure.on_host for layer in on_threads for figure in layer.views.values())
+    assert_same(again, on_threads[1:3])
+
+
+# What relations between layers need
+
+
+def crossed(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, figures.Crossed]:
+    """Of a view with centre and mask; δ as it is there, and two directions."""
+    wrote, (n, d) = update(shape), shape
+    kept = np.ones(n)
+    kept[7] = 0
+    membership = (np.arange(n) % 3 == np.arange(3)[:, None]).astype(np.float64)
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(d, 2)))[0].T
+    common = (Selection.of(View("mlp", centred=True)), Groups(membership, np.zeros((0, 2, 3))))
+    with jax.enable_x64(True):
+        [view] = measure._one_by_one(figures.view_figures, [(wrote, kept)], common, (2, "gram"))
+        each = [(wrote, kept, directions, view.factor)]
+        [found] = measure._one_by_one(figures.crossed, each, common)
+    mlp = wrote.mlp.astype(np.float64)
+    rows = kept[:, None] * (mlp - mlp[kept > 0].mean(axis=0))
+    for group, coupling in zip(membership, found.coupling, strict=True):
+        wanted = directions @ (rows[group > 0].T @ rows[group > 0])
+        np.testing.assert_allclose(coupling, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    return rows, np.linalg.svd(rows, compute_uv=False), found
+
+
+def test_the_factor_of_a_short_update_is_itself() -> None:
+    rows, _, found = crossed(WIDE)
+    np.testing.assert_allclose(found.factor, rows, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(540, 520), (520, 48)], ids=["cut", "all of it"])
+def test_the_factor_of_a_long_update_is_its_leading_directions(shape: tuple[int, int]) -> None:
+    rows, values, found = crossed(shape)
+    assert found.factor.shape == (min(FACTOR_ROWS, *shape), shape[1])
+    left = rows.T @ rows - found.factor.T.astype(np.float64) @ found.factor
+    beyond = values[FACTOR_ROWS] ** 2 if len(values) > FACTOR_ROWS else 0.0
+    assert np.linalg.norm(left, 2) == pytest.approx(beyond, abs=1e-6 * values[0] ** 2)
