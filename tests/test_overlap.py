@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdelta import overlap
-from jaxdelta.overlap import SHARED_RANK, Overlaps, overlaps
+from jaxdelta import subspaces
+from jaxdelta.overlap import Overlaps, overlaps
+from jaxdelta.subspaces import SHARED_RANK, one_blas_thread
 
 
 def random_directions(layers: int, k: int, d: int, seed: int = 0, shared: float = 0.0) -> np.ndarray:
@@ -21,12 +22,13 @@ def masks(phases: str) -> np.ndarray:
     return np.array([[phase == name for phase in phases] for name in dict.fromkeys(phases)])
 
 
+@one_blas_thread
 def plain(directions: np.ndarray, members: np.ndarray) -> Overlaps:
     """The definitions, one by one; capture by an SVD of the stacked directions."""
     layers, _, d = directions.shape
     first = directions[:, 0].astype(np.float64)
     cosines = np.array([[first[i] @ first[j] for j in range(layers)] for i in range(layers)])
-    intra, cross, capture = [], [], []
+    intra, cross, capture, alone, rank, dimensions = [], [], [], [], [], []
     for inside in members:
         own, others = np.flatnonzero(inside), np.flatnonzero(~inside)
         pairs = [abs(cosines[i, j]) for i in own for j in own if i < j]
@@ -36,7 +38,23 @@ def plain(directions: np.ndarray, members: np.ndarray) -> Overlaps:
         stack = directions[own].reshape(-1, d).astype(np.float64)
         basis = np.linalg.svd(stack, full_matrices=False)[2][:SHARED_RANK]
         capture.append([np.sum((basis @ v) ** 2) for v in first])
-    return Overlaps(cosines, np.array(intra), np.array(cross), np.array(capture))
+        alone.append([without(directions, own, layer) for layer in range(layers)])
+        share = np.linalg.svd(first[own], compute_uv=False) ** 2
+        share = share[share > 1e-12 * max(share[0], 1e-12)] / max(share.sum(), 1e-12)
+        rank.append(np.exp(-np.sum(share * np.log(share))) if share.size else 0.0)
+        dimensions.append(next((i for i, held in enumerate(np.cumsum(share), 1) if held >= 0.9 - 1e-12), 0))
+    return Overlaps(cosines, *map(np.array, (intra, cross, capture, alone, rank, dimensions)))
+
+
+def without(directions: np.ndarray, own: np.ndarray, layer: int) -> float:
+    """Leave-one-out capture of a layer's v by the phase of the layers `own`."""
+    others = [other for other in own if other != layer]
+    if not others:
+        return np.nan
+    stack = directions[others].reshape(-1, directions.shape[2]).astype(np.float64)
+    _, values, basis = np.linalg.svd(stack, full_matrices=False)
+    present = values[:SHARED_RANK] > 1e-6 * values[0]
+    return np.sum((basis[: len(present)][present] @ directions[layer, 0]) ** 2)
 
 
 def assert_same(found: Overlaps, wanted: Overlaps, members: np.ndarray, atol: float = 1e-10) -> None:
@@ -44,6 +62,9 @@ def assert_same(found: Overlaps, wanted: Overlaps, members: np.ndarray, atol: fl
     np.testing.assert_allclose(found.intra_cos_mean, wanted.intra_cos_mean, rtol=0, atol=atol)
     np.testing.assert_allclose(found.cross_cos_mean, wanted.cross_cos_mean, rtol=0, atol=atol)
     np.testing.assert_allclose(found.capture[members], wanted.capture[members], rtol=0, atol=atol)
+    np.testing.assert_allclose(found.leave_one_out, wanted.leave_one_out, rtol=0, atol=atol)
+    np.testing.assert_allclose(found.stacked_rank, wanted.stacked_rank, rtol=1e-9, atol=1e-9)
+    assert np.array_equal(found.dimensions_90, wanted.dimensions_90)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +174,17 @@ def test_any_phases(phases: list[str], seed: int, shared: float) -> None:
 
 
 def test_products_are_float64_on_a_gpu() -> None:
-    arguments = jax.ShapeDtypeStruct((5, 4, 30), np.float64), jax.ShapeDtypeStruct((2, 5), np.bool_)
+    stack = jax.ShapeDtypeStruct((20, 30), np.float64)
+    factor, coefficients = (
+        jax.ShapeDtypeStruct((7, 30), np.float32),
+        jax.ShapeDtypeStruct((20, 8), np.float64),
+    )
     with jax.enable_x64(True):
-        text = jax.export.export(overlap._overlaps, platforms=["cuda"])(*arguments).mlir_module()
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) >= 2
-    assert all("HIGHEST" in line and "f64>" in line for line in products)
-    assert "f32" not in text
+        for function, arguments in (
+            (subspaces._gram, (stack,)),
+            (subspaces._energy_along, (factor, stack, coefficients)),
+        ):
+            text = jax.export.export(function, platforms=["cuda"])(*arguments).mlir_module()
+            products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+            assert products
+            assert all("HIGHEST" in line and "f64>" in line for line in products)

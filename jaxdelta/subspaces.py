@@ -1,0 +1,130 @@
+"""What the layers of a phase share: leading subspaces of their stacked directions, with and without a layer.
+
+Axes: N layers, k directions a layer, d hidden size, P phases; a phase of n layers stacks m = n·k directions.
+
+A basis of the stack S (m, d) is kept as its coefficients A (m, r): B = AᵀS. Then ‖B v‖² of a stacked v needs
+only the inner products SSᵀ, and nothing of size d. Those come from the device; the algebra of the small
+blocks that follows is NumPy's, on the host: it takes less time than compiling it did.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+
+from jaxdelta.spectrum import gram, product
+from jaxdelta.types import AnyArray
+
+SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
+
+# Blocks this small are no work for several threads: beside another busy process they took fifty times longer.
+one_blas_thread = threadpoolctl.threadpool_limits.wrap(limits=1, user_api="blas")
+
+
+class Shared(NamedTuple):
+    """A phase's layers, their rows among all N·k directions, and coefficients of its leading subspaces.
+
+    `whole` stacks all its layers; `without[i]` all but the i-th, whose rows are zero. Columns are zero
+    where a stack has fewer than r dimensions.
+    """
+
+    layers: Int[np.ndarray, " n"]
+    rows: Int[np.ndarray, " m"]
+    whole: Float64[np.ndarray, "m r"]
+    without: Float64[np.ndarray, "n m r"]
+
+
+def inner_products(directions: Float[AnyArray, "N k d"]) -> Float64[np.ndarray, "M M"]:
+    """Of all M = N·k directions, in float64 on the device."""
+    layers, k, d = directions.shape
+    with jax.enable_x64(True):
+        return np.asarray(_gram(jnp.asarray(directions, jnp.float64).reshape(layers * k, d)))
+
+
+def compile_products(shape: tuple[int, int, int]) -> None:
+    """Compiles `inner_products` for directions of a shape (N, k, d)."""
+    layers, k, d = shape
+    with jax.enable_x64(True):
+        _gram.lower(jax.ShapeDtypeStruct((layers * k, d), jnp.float64)).compile()
+
+
+_gram = jax.jit(gram)
+
+
+def shared_subspaces(
+    products: Float64[np.ndarray, "M M"], members: Bool[np.ndarray, "P N"], most: int = SHARED_RANK
+) -> list[Shared]:
+    """Every phase's leading subspaces, at most `most` dimensions each."""
+    k = len(products) // members.shape[1]
+    return [_shared(products, np.flatnonzero(inside), k, most) for inside in members]
+
+
+def _shared(products: Float64[np.ndarray, "M M"], layers: Int[np.ndarray, " n"], k: int, most: int) -> Shared:
+    n, m = len(layers), len(layers) * k
+    rows = (layers[:, None] * k + np.arange(k)).ravel()
+    block = products[np.ix_(rows, rows)]
+    whole = _leading(block, most)
+    without = np.zeros((n, *whole.shape))
+    for i in range(n):
+        others = np.delete(np.arange(m), slice(i * k, (i + 1) * k))
+        basis = _leading(block[np.ix_(others, others)], most)
+        without[i, others, : basis.shape[1]] = basis
+    return Shared(layers, rows, whole, without)
+
+
+def _leading(block: Float64[np.ndarray, "m m"], most: int) -> Float64[np.ndarray, "m r"]:
+    """U diag(λ)^-1/2 of the leading λ of SSᵀ = U diag(λ) Uᵀ: coefficients of the top right singular vectors.
+
+    A λ below 1e-12 of the first is rounding, and its column is zero.
+    """
+    energies, vectors = np.linalg.eigh(block)
+    energies, vectors = energies[-most:], vectors[:, -most:]
+    present = energies > 1e-12 * energies[-1:]
+    return vectors * np.where(present, 1 / np.sqrt(np.where(present, energies, 1)), 0)
+
+
+@one_blas_thread
+def alignment_index(
+    directions: Float[AnyArray, "N k d"],
+    members: Bool[np.ndarray, "P N"],
+    factors: Sequence[Float32[AnyArray, "R d"]],
+    singular_values: Float[np.ndarray, "N s"],
+) -> Float64[np.ndarray, "P N"]:
+    """How much of what r dimensions can hold of a layer's update the phase's other layers' r dimensions hold.
+
+    tr(B C Bᵀ) / Σ_{i≤r} λ_i(C) with C = FᵀF, B (r, d) the leading subspace, r ≤ 8, of the phase without the
+    layer, and λ = σ² (Elsayed et al. 2016). NaN where it is undefined: for layers that are not of the phase,
+    alone in it, zero, or among zero layers only.
+
+    Args:
+        directions: orthonormal within each layer.
+        members: which layers belong to which phase.
+        factors: every layer's F; its update's rows, or any with the same FᵀF.
+        singular_values: of every F, descending.
+    """
+    layers, k, d = directions.shape
+    found = np.full(members.shape, np.nan)
+    energies = np.square(np.asarray(singular_values, np.float64))
+    with jax.enable_x64(True):
+        stack = jnp.asarray(directions, jnp.float64).reshape(layers * k, d)
+        for p, phase in enumerate(shared_subspaces(inner_products(directions), members)):
+            for layer, basis in zip(phase.layers, phase.without, strict=True):
+                coefficients = np.zeros((layers * k, SHARED_RANK))
+                coefficients[phase.rows, : basis.shape[1]] = basis
+                held = float(_energy_along(jnp.asarray(factors[layer]), stack, jnp.asarray(coefficients)))
+                most = energies[layer, : np.count_nonzero(basis.any(axis=0))].sum()
+                found[p, layer] = held / most if most > 0 else np.nan
+    return found
+
+
+@jax.jit
+def _energy_along(
+    factor: Float32[Array, "R d"], stack: Float64[Array, "M d"], coefficients: Float64[Array, "M r"]
+) -> Float64[Array, ""]:
+    """‖F Bᵀ‖² for B = AᵀS."""
+    basis = product(coefficients.T, stack)
+    return jnp.sum(jnp.square(product(factor.astype(jnp.float64), basis.T)))
