@@ -18,13 +18,13 @@ ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"
 # Keys that change nothing in a forward pass without cache, dropout or generation.
 INERT_KEYS = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    bos_token_id chunk_size_feed_forward eos_token_id id2label initializer_range is_encoder_decoder label2id
-    output_attentions output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
+    bos_token_id chunk_size_feed_forward eos_token_id id2label is_encoder_decoder label2id output_attentions
+    output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
     transformers_version unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905
 )
 MODEL_KEYS = frozenset(
-    """attention_bias dtype head_dim hidden_act hidden_size intermediate_size layer_types
-    max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
+    """attention_bias dtype head_dim hidden_act hidden_size initializer_range intermediate_size
+    layer_types max_position_embeddings max_window_layers model_type num_attention_heads num_hidden_layers
     num_key_value_heads quantization_config rms_norm_eps rope_parameters rope_scaling rope_theta
     sliding_window tie_word_embeddings torch_dtype use_sliding_window vocab_size""".split()  # noqa: SIM905
 )
@@ -88,11 +88,12 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass of a Qwen3 model depends on, and nothing else.
+    """What the forward pass of a Qwen3 model depends on, and nothing else but `initializer_range`.
 
     `windows[i]` is the number of positions layer i attends to (its own included), None for all of them;
     `experts` is None where all layers are dense. `weight_block`: rows and columns of the blocks of float8
-    weights that have a scale each; None where weights are stored as they are.
+    weights that have a scale each; None where weights are stored as they are. `initializer_range`: the
+    standard deviation of the weights before training.
     """
 
     vocab_size: int
@@ -111,6 +112,7 @@ class ModelConfig:
     dtype: str = "float32"
     experts: Experts | None = None
     weight_block: tuple[int, int] | None = None
+    initializer_range: float = 0.02
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
@@ -139,6 +141,7 @@ class ModelConfig:
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             experts=_experts(raw) if moe else None,
             weight_block=_weight_block(raw),
+            initializer_range=_number(raw, "initializer_range", 0.02),
         )
         config._check_values(raw)
         return config
@@ -178,6 +181,7 @@ class ModelConfig:
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
+            "initializer_range": self.initializer_range,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": self.rope.to_dict(),
             "use_sliding_window": window is not None,
