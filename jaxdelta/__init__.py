@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxdelta.analysis import Analysis, analyze
+    from jaxdelta.analysis import analyze
     from jaxdelta.checkpoint import load_model
     from jaxdelta.model import residual_stream
+    from jaxdelta.result import Analysis
 
 _HOMES = {
-    "Analysis": "jaxdelta.analysis",
+    "Analysis": "jaxdelta.result",
     "analyze": "jaxdelta.analysis",
     "load_model": "jaxdelta.checkpoint",
     "residual_stream": "jaxdelta.model",

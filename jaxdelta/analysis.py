@@ -1,7 +1,6 @@
-"""analyze(): the whole way from a checkpoint and a text to the figures; Analysis: the result, its files."""
+"""analyze(): the whole way from a checkpoint and a text to an Analysis."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,28 +10,32 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from jaxdelta import __version__
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
+from jaxdelta.control import CONTROLS, controlled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
-from jaxdelta.files import json_path, write_together
-from jaxdelta.measure import LayerFigures, measure
+from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
-from jaxdelta.overlap import Overlaps, compile_overlaps, overlaps
+from jaxdelta.overlap import overlaps, principal_angles
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import MODES, Plan, Work, device_limit
-from jaxdelta.spectrum import METHODS, TokenStatistics, effective_rank, energy_shares, numerical_rank
+from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
+from jaxdelta.result import Analysis
+from jaxdelta.rows import Sample, layer_row
+from jaxdelta.spectrum import METHODS, numerical_rank
+from jaxdelta.subspaces import compile_products
 from jaxdelta.sweep import Resident, Sweep, Update, Weights
 from jaxdelta.timing import Stages
+from jaxdelta.verdict import verdicts
+from jaxdelta.views import DEFAULT_SINK_FACTOR, DEFAULT_VIEWS, RAW, View, parse_views
 
-SCHEMA_VERSION = 1
 LAST_STATES = ("residual", "normed")
 DTYPES = ("float32", "bfloat16")
+MIN_DRAWS = 20  # of a resampling, below which its quantiles mean nothing
+FEW_DOCUMENTS = 10
 VERSIONED = ("jax", "jaxlib", "flax", "numpy")
 
 Listener = Callable[[str], None]
@@ -57,7 +60,12 @@ class Options:
     loader: str = "auto"
     memory: str = "auto"
     device_memory_gb: float | None = None
+    views: str = DEFAULT_VIEWS
+    sink_factor: float = DEFAULT_SINK_FACTOR
+    bootstrap: int = 200
+    null_draws: int = 200
     seed: int = 0
+    control: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -67,89 +75,32 @@ class Options:
             "residual_dtype": DTYPES,
             "loader": LOADERS,
             "memory": MODES,
+            "control": (None, *CONTROLS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise UsageError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}"
+                )
         if self.top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {self.top_k}")
         if self.max_tokens < 2:
             raise UsageError(f"max_tokens must be at least 2, not {self.max_tokens}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
         if self.device_memory_gb is not None and not self.device_memory_gb > 0:
             raise UsageError(f"device_memory_gb must be above 0, not {self.device_memory_gb}")
+        if not self.sink_factor > 1:
+            raise UsageError(f"sink_factor must be above 1, not {self.sink_factor}")
+        for name in ("bootstrap", "null_draws"):
+            if not (value := getattr(self, name)) == 0 and value < MIN_DRAWS:
+                raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
+        parse_views(self.views)
 
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """The figures of one run: the JSON's entries by their names, then the arrays of the safetensors file.
-
-    `per_layer[L]` holds layer L's figures as the reference names them. `last_layer_normed` and
-    `last_layer_residual` are the last layer's row with the last state after and before the final norm.
-    """
-
-    model: str
-    num_layers: int
-    hidden: int
-    n_calib_tokens: int
-    per_layer: list[dict[str, Any]]
-    top1_cos_adjacent: list[float]
-    phase_overlap: list[dict[str, Any]]
-    block_capture: list[dict[str, Any]]
-    last_layer_normed: dict[str, Any]
-    last_layer_residual: dict[str, Any]
-    run: dict[str, Any]
-    directions: Float32[np.ndarray, "N k d"] = dataclasses.field(repr=False)
-    singular_values: Float32[np.ndarray, "N r"] = dataclasses.field(repr=False)
-    top1_cos: Float32[np.ndarray, "N N"] = dataclasses.field(repr=False)
-    schema_version: int = SCHEMA_VERSION
-
-    ARRAYS = ("directions", "singular_values", "top1_cos")
-
-    def save(self, path: str | Path) -> list[Path]:
-        """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither.
-
-        Raises:
-            UsageError: the name does not end in .json.
-            JaxDeltaError: a file cannot be written.
-        """
-        path = json_path(path)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        arrays = {name: np.ascontiguousarray(fields.pop(name)) for name in self.ARRAYS}
-        # The JSON is renamed last: where it is, the arrays are.
-        files = {
-            path.with_suffix(".safetensors"): save(arrays, {"schema_version": str(self.schema_version)}),
-            path: (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode(),
-        }
-        write_together(files)
-        return [path, path.with_suffix(".safetensors")]
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Analysis":
-        """Reads what `save` wrote.
-
-        Raises:
-            JaxDeltaError: a file is missing or damaged, or was written by a newer version.
-        """
-        path = Path(path)
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            version = fields.get("schema_version", 0)
-            if version > SCHEMA_VERSION:
-                raise JaxDeltaError(
-                    f"{path}: has schema_version {version}, this jaxdelta reads up to {SCHEMA_VERSION}"
-                )
-            arrays: dict[str, Any] = load_file(path.with_suffix(".safetensors"))
-            return cls(**fields, **arrays)
-        except OSError as error:
-            raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
-        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
-            raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
-
-    def to_frame(self) -> Any:
-        """The rows of `per_layer` as a pandas DataFrame indexed by layer; pandas is imported only here."""
-        import pandas
-
-        return pandas.DataFrame(self.per_layer).set_index("L")
+    @property
+    def resampled(self) -> bool:
+        """Whether there are intervals or nulls: else only the figures themselves are computed."""
+        return self.bootstrap > 0 or self.null_draws > 0
 
 
 def analyze(
@@ -158,6 +109,7 @@ def analyze(
     *,
     listener: Listener | None = None,
     progress: bool = False,
+    before: Callable[..., None] | None = None,
     **options: Any,
 ) -> Analysis:
     """Runs a model over a calibration text and measures what each layer writes into the residual stream.
@@ -167,6 +119,7 @@ def analyze(
         calibration: a .txt or .json file, documents, or Tokens; by default the prompts of the package.
         listener: told a line as each stage ends.
         progress: show a bar over the layers where standard error is a terminal.
+        before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
         **options: the fields of Options.
 
     Raises:
@@ -189,6 +142,8 @@ def analyze(
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
     _check_rank(chosen.top_k, min(tokens.count - 1, weights.config.hidden_size), "a layer's update")
+    if before:
+        before(weights.config, tokens, phases, chosen)
     try:
         return _measure(name, weights, tokens, phases, chosen, stages, progress)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -226,28 +181,54 @@ def _measure(
     progress: bool,
 ) -> Analysis:
     weights, plan = _planned(weights, tokens, options, stages)
+    weights, tokens = controlled(weights, tokens, options.control, options.seed)
+    if options.control:
+        stages.listener(f" control: {options.control} (seed {options.seed})")
+    sample = Sample.of(tokens, options.bootstrap, options.seed)
+    design = Design(
+        options.top_k,
+        options.svd,
+        parse_views(options.views),
+        options.sink_factor,
+        sample.groups if options.resampled else None,
+    )
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype, plan.blocks)
         sweep.trace()
-        ahead = partial(_compile_ahead, sweep, phases, options.top_k)
-        updates = _all_updates(sweep, progress, ahead)
-        figures = measure(updates, sweep.shape, options.top_k, options.svd, plan.at_once, sweep.clock)
-        note(f"closure {sweep.closure_error:.1e}, certificate {figures.spectrum.defect.max():.1e}")
+        updates = _all_updates(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
+        layers = measure(updates, sweep.shape, design, plan.at_once, sweep.clock)
+        spectra = _Spectra.of(layers)
+        note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
-        if figures.on_host.any():
-            note(f"spectra done again on the host: rows {np.flatnonzero(figures.on_host).tolist()}")
+        if spectra.on_host:
+            note(f"spectra done again on the host: rows {spectra.on_host}")
     stages.listener(_times(sweep.clock.seconds))
-    _check_finite(weights, figures, sweep.loss)
+    _check_finite(weights, layers, sweep.loss)
     with stages("overlaps"):
-        result = _collect(figures, phases, options)
+        result = _collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
     return Analysis(
         model=name,
         num_layers=weights.config.num_layers,
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
-        run=_run_facts(weights, options, plan, sweep, figures) | {"seconds": dict(stages.clock.seconds)},
+        run=_run_facts(weights, options, plan, sweep, spectra, sample)
+        | {"seconds": dict(stages.clock.seconds)},
         **result,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spectra:
+    """The largest defect of all spectra, and the rows of which NumPy had to do some again."""
+
+    certificate: float
+    on_host: list[int]
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerFigures]) -> "_Spectra":
+        defects = [found.defect for layer in layers for found in layer.views.values()]
+        again = [any(found.on_host for found in layer.views.values()) for layer in layers]
+        return cls(max(defects), np.flatnonzero(again).tolist())
 
 
 def _planned(weights: Weights, tokens: Tokens, options: Options, stages: Stages) -> tuple[Weights, Plan]:
@@ -264,8 +245,9 @@ def _planned(weights: Weights, tokens: Tokens, options: Options, stages: Stages)
 
 
 def _run_facts(
-    weights: Weights, options: Options, plan: Plan, sweep: Sweep, figures: LayerFigures
+    weights: Weights, options: Options, plan: Plan, sweep: Sweep, spectra: _Spectra, sample: Sample
 ) -> dict[str, Any]:
+    documents = len(np.unique(sample.tokens.documents[:, 1:]))
     return {
         "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
@@ -278,8 +260,10 @@ def _run_facts(
         "layers_seconds": dict(sweep.clock.seconds),
         "closure_error": sweep.closure_error,
         "calibration_loss": sweep.loss,
-        "certificate": float(figures.spectrum.defect.max()),
-        "rows_on_host": np.flatnonzero(figures.on_host).tolist(),
+        "certificate": spectra.certificate,
+        "rows_on_host": spectra.on_host,
+        "documents": documents,
+        "few_documents": documents < FEW_DOCUMENTS,
     }
 
 
@@ -306,10 +290,11 @@ def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) 
         sweep.finish_loss()
 
 
-def _compile_ahead(sweep: Sweep, phases: tuple[str, ...], top_k: int) -> None:
+def _compile_ahead(sweep: Sweep, top_k: int) -> None:
     """Compiles, while the layers compute, what comes after them."""
     sweep.compile_rest()
-    compile_overlaps((len(phases), top_k, sweep.weights.config.hidden_size), len(set(phases)))
+    config = sweep.weights.config
+    compile_products((config.num_layers, top_k, config.hidden_size))
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:
@@ -317,73 +302,65 @@ def _check_rank(top_k: int, rank: int, what: str) -> None:
         raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")
 
 
-def _check_finite(weights: Weights, figures: LayerFigures, loss: float) -> None:
-    if figures.finite.all() and np.isfinite(loss):
+def _check_finite(weights: Weights, layers: Sequence[LayerFigures], loss: float) -> None:
+    bad = [row for row, layer in enumerate(layers) if not all(f.finite for f in layer.views.values())]
+    if not bad and np.isfinite(loss):
         return
     if name := weights.first_bad_tensor():
         raise JaxDeltaError(f"the weights hold a NaN or an infinity: {name}")
-    where = f"layer {int(np.argmin(figures.finite))}" if not figures.finite.all() else "the loss"
+    where = f"layer {bad[0]}" if bad else "the loss"
     raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
 
 
-def _collect(figures: LayerFigures, phases: tuple[str, ...], options: Options) -> dict[str, Any]:
-    """The Analysis' fields that follow from the layers' figures."""
-    count = len(phases)
-    residual, normed = count - 1, count
-    rows = [_row(figures, row, min(row, count - 1), phases, options.top_k) for row in range(count + 1)]
-    chosen = [*range(count - 1), normed if options.last_state == "normed" else residual]
-    names = list(dict.fromkeys(phases))
-    members = np.array([[phase == name for phase in phases] for name in names])
-    found = overlaps(figures.spectrum.directions[chosen], members)
+def _collect(
+    layers: list[LayerFigures], phases: Phases, sample: Sample, options: Options, hidden: int
+) -> dict[str, Any]:
+    """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""
+    *plain, normed = layers
+    chosen = [*plain[:-1], normed if options.last_state == "normed" else plain[-1]]
+    last = len(plain) - 1
+    for index, layer in enumerate(layers):
+        rank = numerical_rank(layer.views[RAW].singular_values)
+        _check_rank(options.top_k, rank or options.top_k, f"layer {min(index, last)}'s update")
+
+    def row(index: int, figures: LayerFigures) -> dict[str, Any]:
+        return layer_row(index, phases.of_layer[index], figures, sample, options.top_k, hidden)
+
+    raw = _view(chosen, RAW)
+    directions = stacked_directions(raw)
+    angles = principal_angles(directions)
+    found = overlaps(directions, phases.members)
     return {
-        "per_layer": [rows[row] for row in chosen],
-        "top1_cos_adjacent": np.diagonal(found.top1_cos, 1).tolist(),
-        "phase_overlap": _phase_table(names, members, found),
-        "block_capture": _capture_table(names, members, found),
-        "last_layer_normed": rows[normed],
-        "last_layer_residual": rows[residual],
-        "directions": figures.spectrum.directions[chosen].astype(np.float32),
-        "singular_values": figures.spectrum.singular_values[chosen].astype(np.float32),
+        "per_layer": [row(index, figures) for index, figures in enumerate(chosen)],
+        "last_layer_normed": row(last, normed),
+        "last_layer_residual": row(last, plain[-1]),
+        **reference_tables(found, phases),
+        **_related(chosen, phases, sample, options),
+        "directions": directions.astype(np.float32),
+        "singular_values": np.stack([figures.singular_values for figures in raw]).astype(np.float32),
         "top1_cos": found.top1_cos.astype(np.float32),
+        "principal_cosines": angles.cosines.astype(np.float32),
+        "projection_distance": angles.projection_distance.astype(np.float32),
+        "grassmann_distance": angles.grassmann_distance.astype(np.float32),
     }
 
 
-def _row(figures: LayerFigures, row: int, layer: int, phases: tuple[str, ...], k: int) -> dict[str, Any]:
-    values = np.asarray(figures.spectrum.singular_values[row])
-    rank = numerical_rank(values)
-    if rank:
-        _check_rank(k, rank, f"layer {layer}'s update")
-    shares = energy_shares(values)
-    tokens = {
-        f.name: float(getattr(figures.tokens, f.name)[row]) for f in dataclasses.fields(TokenStatistics)
-    }
-    return {
-        "L": layer,
-        "phase": phases[layer],
-        **tokens,
-        "top_singvals": values[:k].tolist(),
-        "eff_rank": effective_rank(values),
-        **{f"top{m}_frac": float(shares[:m].sum()) for m in (1, 3, 10)},
-        **({} if rank else {"note": "zero update: it has no directions"}),
-    }
+def _related(
+    layers: Sequence[LayerFigures], phases: Phases, sample: Sample, options: Options
+) -> dict[str, Any]:
+    """What relates the layers, with and without sinks; and the verdict, without sinks if they were masked."""
+    if not options.resampled:
+        return {}
+    overlap: dict[str, dict[str, Any]] = {}
+    related: dict[tuple[int, ...], dict[str, Any]] = {}
+    for view in (view for view in CROSSED if view in layers[0].views):
+        figures = _view(layers, view)
+        same = tuple(map(id, figures))  # without sinks, the masked view is the raw one
+        if same not in related:
+            related[same] = relate(figures, phases, sample, options.null_draws, options.seed)
+        overlap[view.name] = related[same]
+    return {"overlap": overlap, "verdict": verdicts(related[same])}
 
 
-def _phase_table(names: list[str], members: np.ndarray, found: Overlaps) -> list[dict[str, Any]]:
-    return [
-        {
-            "phase": name,
-            "layers": int(members[p].sum()),
-            "intra_cos_mean": float(found.intra_cos_mean[p]),
-            "cross_cos_mean": float(found.cross_cos_mean[p]),
-        }
-        for p, name in enumerate(names)
-    ]
-
-
-def _capture_table(names: list[str], members: np.ndarray, found: Overlaps) -> list[dict[str, Any]]:
-    return [
-        {"phase": name, "L": int(layer), "capture": float(found.capture[p, layer])}
-        for p, name in enumerate(names)
-        if members[p].sum() > 1
-        for layer in np.flatnonzero(members[p])
-    ]
+def _view(layers: Sequence[LayerFigures], view: View) -> list[ViewFigures]:
+    return [layer.views[view] for layer in layers]

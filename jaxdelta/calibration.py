@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,22 @@ Encoder = Callable[[str], tuple[list[int], list[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids and, for each, the index of the document it begins in."""
+    """Token ids and, for each, the index of the document it begins in and, if known, its text."""
 
     ids: Int32[np.ndarray, "B T"]
     documents: Int32[np.ndarray, "B T"]
+    texts: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def count(self) -> int:
         """Number of tokens."""
         return self.ids.size
+
+    def text(self, window: int, position: int) -> str:
+        """A token's text, or else its id in angle brackets."""
+        if self.texts is None:
+            return f"<{self.ids[window, position]}>"
+        return self.texts[window][position]
 
 
 def load_documents(path: str | Path | None = None) -> list[str]:
@@ -83,6 +91,7 @@ def tokenize(
             f"the calibration text is not Unicode (half a character at {error.start})"
         ) from error
     ids, offsets = encode(text)
+    pieces = [text[start:end] for start, end in pairwise([*offsets, len(text)])][:max_tokens]
     ids, offsets = ids[:max_tokens], offsets[:max_tokens]
     if len(ids) < 2:
         raise JaxDeltaError(
@@ -95,7 +104,7 @@ def tokenize(
         )
     starts = np.cumsum([0] + [len(document) + len(SEPARATOR) for document in documents[:-1]])
     owners = np.searchsorted(starts, np.asarray(offsets), side="right") - 1
-    return Tokens(np.asarray([ids], np.int32), owners[None].astype(np.int32))
+    return Tokens(np.asarray([ids], np.int32), owners[None].astype(np.int32), (tuple(pieces),))
 
 
 def load_encoder(directory: Path) -> Encoder:

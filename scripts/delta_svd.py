@@ -2,7 +2,7 @@
 
     python scripts/delta_svd.py --model=demo --out=demo.json
 
-The demo model takes six seconds on two cores, most of them compiling; its calibration loss is 5.10 nats per
+The demo model takes ten seconds on two cores, most of them compiling; its calibration loss is 5.10 nats per
 token. Writes demo.json and demo.safetensors; see README.md for every figure.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta import analysis, checkpoint, files, plan, spectrum  # noqa: E402
+from jaxdelta import analysis, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
 DEFAULTS = analysis.Options()
@@ -25,7 +25,9 @@ _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors is writ
 _CALIBRATION = flags.DEFINE_string(
     "calibration", None, "text to run the model on: .txt, or .json with a list of texts (default: 25 prompts)"
 )
-
+_COMPARE = flags.DEFINE_string(
+    "compare_control", None, "the JSON of a control's run, whose figures are set beside this run's"
+)
 _QUIET = flags.DEFINE_bool("quiet", False, "no progress, no tables: the files alone")
 
 flags.DEFINE_string("revision", DEFAULTS.revision, "branch, tag or commit of a hub id")
@@ -52,7 +54,16 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "device_memory_gb", DEFAULTS.device_memory_gb, "cap on the device's memory, in 10^9 bytes (default: all)"
 )
+flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
+flags.DEFINE_float(
+    "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"
+)
+flags.DEFINE_integer("bootstrap", DEFAULTS.bootstrap, "draws of documents for intervals; 0: no intervals")
+flags.DEFINE_integer("null_draws", DEFAULTS.null_draws, "random draws for nulls; 0: no nulls")
 flags.DEFINE_integer("seed", DEFAULTS.seed, "seed of everything random")
+flags.DEFINE_enum(
+    "control", DEFAULTS.control, control.CONTROLS, "instead of the real run: other weights, or another text"
+)
 
 OPTION_FLAGS = tuple(vars(DEFAULTS))
 
@@ -60,12 +71,17 @@ OPTION_FLAGS = tuple(vars(DEFAULTS))
 def main() -> None:
     out = Path(_OUT.value).expanduser()
     files.check_output(out)
+    file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()
+    beside = file and comparison.load_control(file)
+    check = partial(comparison.check_control, beside) if beside else None
     options = {name: flags.FLAGS[name].value for name in OPTION_FLAGS}
     say = (lambda line: None) if _QUIET.value else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value, _CALIBRATION.value, listener=say, progress=not _QUIET.value, **options
+        _MODEL.value, _CALIBRATION.value, listener=say, progress=not _QUIET.value, before=check, **options
     )
+    if file and beside:
+        result = comparison.compare_control(result, beside, file.name)
     written = result.save(out)  # before the tables: whoever reads them may stop reading
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")

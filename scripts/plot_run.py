@@ -13,8 +13,8 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta.analysis import Analysis  # noqa: E402
 from jaxdelta.errors import JaxDeltaError, UsageError  # noqa: E402
+from jaxdelta.result import Analysis  # noqa: E402
 
 _RUN = flags.DEFINE_string("run", None, "the JSON that delta_svd.py wrote")
 _OUT = flags.DEFINE_string("out", None, "the picture: .png, .pdf or .svg")

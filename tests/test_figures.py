@@ -8,7 +8,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jaxdelta.analysis import Analysis, analyze
+from jaxdelta.analysis import analyze
+from jaxdelta.result import Analysis
 
 matplotlib.use("Agg")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxdelta.analysis import Analysis
+from jaxdelta.result import Analysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

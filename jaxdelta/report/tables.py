@@ -2,17 +2,33 @@
 
 from collections.abc import Iterator
 
-from jaxdelta.analysis import Analysis
+from jaxdelta.report import trust
+from jaxdelta.result import Analysis
 
 
 def tables(analysis: Analysis) -> str:
-    """All tables of a run: a line per layer, adjacent cosines, phases, captures, checks."""
-    sections = (layer_table, adjacent_table, phase_table, capture_table, checks)
-    return "\n\n".join("\n".join(section(analysis)) for section in sections)
+    """All tables of a run: the reference's; views, sinks, chance, a control's; verdict, checks."""
+    sections = (
+        layer_table,
+        adjacent_table,
+        phase_table,
+        capture_table,
+        trust.view_table,
+        trust.ledger_table,
+        trust.owner_table,
+        trust.chance_table,
+        control_table,
+        trust.verdict_table,
+        checks,
+    )
+    texts = ("\n".join(section(analysis)) for section in sections)
+    return "\n\n".join(text for text in texts if text)
 
 
 def layer_table(analysis: Analysis) -> Iterator[str]:
     """One line a layer: mean state and update norms, relative step, mean |cos(δ, h)|, effective rank."""
+    if name := analysis.run["flags"].get("control"):
+        yield f" control: {name} (seed {analysis.run['flags']['seed']}); not the model's own figures"
     for row in analysis.per_layer:
         yield (
             f" L={row['L']:>2} phase={row['phase']:>4} ||h||={row['h_norm_mean']:7.1f} "
@@ -43,6 +59,30 @@ def capture_table(analysis: Analysis) -> Iterator[str]:
     yield "=== Block-shared subspace (rank-8) capture fraction per layer ==="
     for row in analysis.block_capture:
         yield f" phase={row['phase']:>4} L={row['L']:>2} v1 captured by block top-8: {row['capture']:.4f}"
+
+
+def control_table(analysis: Analysis) -> Iterator[str]:
+    """Each layer's and each phase's figures, and after the bar the control's, where there is one."""
+    control = analysis.control
+    if control is None:
+        return
+    losses = f"{analysis.run['calibration_loss']:.4f} | {control['calibration_loss']:.4f}"
+    yield f"=== Beside the control: {control['name']} (seed {control['seed']}) ==="
+    yield f" run | control; loss {losses} nats per token"
+    yield f" {'':4} {'eff_rank':>17} {'top1_frac':>15} {'rel_step':>19} {'|cos| to next':>15}"
+    neighbours = zip(analysis.top1_cos_adjacent, control["top1_cos_adjacent"], strict=True)
+    for row, other in zip(analysis.per_layer, control["per_layer"], strict=True):
+        cosines = next(neighbours, None)
+        yield (
+            f" L={row['L']:>2} {row['eff_rank']:7.2f} | {other['eff_rank']:7.2f} "
+            f"{row['top1_frac']:6.4f} | {other['top1_frac']:6.4f} "
+            f"{row['rel_step_mean']:8.4f} | {other['rel_step_mean']:8.4f} "
+            + (f"{abs(cosines[0]):6.4f} | {abs(cosines[1]):6.4f}" if cosines else "")
+        ).rstrip()
+    yield f" {'phase':>5} {'intra_cos_mean':>15} {'cross_cos_mean':>15}"
+    for row, other in zip(analysis.phase_overlap, control["phase_overlap"], strict=True):
+        means = (f"{row[key]:6.4f} | {other[key]:6.4f}" for key in ("intra_cos_mean", "cross_cos_mean"))
+        yield f" {row['phase']:>5} {' '.join(means)}"
 
 
 def checks(analysis: Analysis) -> Iterator[str]:
