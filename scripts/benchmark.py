@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py end_to_end      # whole processes, a random checkpoint of 0.6B shape
     python scripts/benchmark.py analysis        # spectra alone, beside NumPy's SVD loop
+    python scripts/benchmark.py trust           # what views, intervals and nulls cost
     python scripts/benchmark.py stream          # the layer-major pass beside reading, and beside computing
     python scripts/benchmark.py memory          # peak memory of a run, at half of the layers and at all
     python scripts/benchmark.py compile         # compile time at 8 and at 64 layers
@@ -40,12 +41,17 @@ from flax import nnx  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from jaxdelta import hub  # noqa: E402
+from jaxdelta.calibration import Tokens  # noqa: E402
 from jaxdelta.checkpoint import open_checkpoint, save_model  # noqa: E402
 from jaxdelta.config import ModelConfig, Rope  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
-from jaxdelta.measure import measure  # noqa: E402
+from jaxdelta.measure import Design, measure  # noqa: E402
 from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
+from jaxdelta.phases import default_phases  # noqa: E402
+from jaxdelta.relations import Phases, relate  # noqa: E402
+from jaxdelta.rows import Sample, layer_row  # noqa: E402
 from jaxdelta.sweep import Resident, Sweep, Update, Weights  # noqa: E402
+from jaxdelta.views import ALL, RAW  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -80,6 +86,9 @@ _RESULTS = flags.DEFINE_string("results", None, "a JSON file to keep the figures
 
 Figures = dict[str, Any]
 
+# The reference's figures and no more.
+PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0")
+
 
 def main(command: str) -> None:
     forced = [os.environ.pop(name, None) for name in OPENBLAS]
@@ -97,7 +106,7 @@ def end_to_end() -> list[Figures]:
         work = Path(_WORK_DIR.value or scratch)
         checkpoint = random_checkpoint(work / _SHAPE.value, _SHAPE.value)
         common = [f"--model={checkpoint}", f"--max_tokens={_TOKENS.value}", "--last_state=normed"]
-        ours = [*common, f"--compute_dtype={_DTYPE.value}", f"--out={scratch}/jaxdelta.json"]
+        ours = [*common, *PLAIN, f"--compute_dtype={_DTYPE.value}", f"--out={scratch}/jaxdelta.json"]
         theirs = [*common, f"--dtype={_DTYPE.value}", "--device=cpu", f"--out={scratch}/reference.json"]
         title = (
             f"end to end, {_SHAPE.value} shape, {_TOKENS.value} tokens, {_DTYPE.value}, {_CACHE.value} cache"
@@ -134,17 +143,81 @@ def analysis() -> list[Figures]:
         generator = np.random.default_rng(0)
         tail = np.arange(1, d + 1, dtype=np.float32) ** -0.5
         arrays = [generator.standard_normal((n, d), np.float32) * tail for _ in range(layers)]
-        updates = [Update(jnp.asarray(delta), jnp.asarray(delta)) for delta in arrays]
+        nothing = jnp.zeros((n, d), jnp.float32)
+        updates = [Update(jnp.asarray(delta), nothing, jnp.asarray(delta)) for delta in arrays]
         found.append(
             in_turn(
                 f"analysis, {n} tokens, hidden {d}, {layers} layers",
-                lambda updates=updates: timed(lambda: measure(updates, updates[0].delta.shape, 8, "gram")),
+                lambda updates=updates, shape=(n, d): timed(lambda: measure(updates, shape, Design(8))),
                 lambda arrays=arrays: timed(
                     lambda: [np.linalg.svd(delta, full_matrices=False) for delta in arrays]
                 ),
             )
         )
     return found
+
+
+def trust() -> list[Figures]:
+    """What views, intervals, nulls and overlaps cost: beside spectra alone, and of the whole process."""
+    found = []
+    for size in _SIZES.value:
+        n, d, layers = (int(number) for number in size.split("x"))
+        updates = [random_update(n, d, seed) for seed in range(layers)]
+        tokens = Tokens(
+            np.zeros((1, n + 1), np.int32), np.arange(n + 1, dtype=np.int32)[None] * 25 // (n + 1)
+        )
+        sample = Sample.of(tokens, 200, 0)
+        views = tuple(ALL.values())
+        plain = partial(measure, updates, (n, d), Design(8))
+        everything = partial(measure, updates, (n, d), Design(8, views=views))
+        trusted = partial(measured_and_related, updates, (n, d), sample)
+        title = f"{n} tokens, hidden {d}, {layers} layers"
+        found.append(
+            in_turn(
+                f"{len(views)} views beside one, {title}", partial(timed, everything), partial(timed, plain)
+            )
+        )
+        found.append(
+            in_turn(
+                f"intervals, nulls and overlaps beside the spectra of {len(views)} views, {title}",
+                partial(timed, trusted),
+                partial(timed, everything),
+            )
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = random_checkpoint(Path(_WORK_DIR.value or scratch) / _SHAPE.value, _SHAPE.value)
+        os.environ["XDG_CACHE_HOME"] = scratch
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = str(_CACHE.value == "warm")
+        common = [f"--model={checkpoint}", f"--max_tokens={_TOKENS.value}", f"--out={scratch}/a.json"]
+        title = f"a default run beside a plain one, {_SHAPE.value} shape, {_TOKENS.value} tokens"
+        default, plain_run = common, [*common, *PLAIN]
+        found.append(
+            in_turn(
+                f"{title}, {_CACHE.value} cache",
+                lambda: run_script("delta_svd.py", default),
+                lambda: run_script("delta_svd.py", plain_run),
+            )
+        )
+    return found
+
+
+def random_update(n: int, d: int, seed: int) -> Update:
+    """Updates with a covariance spectrum i⁻¹."""
+    generator = np.random.default_rng(seed)
+    tail = np.arange(1, d + 1, dtype=np.float32) ** -0.5
+    parts = (jnp.asarray(generator.standard_normal((n, d), np.float32) * tail) for _ in range(3))
+    return Update(*parts)
+
+
+def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: Sample) -> None:
+    """All views with all that resampling needs, every layer's row, and what relates the layers."""
+    design = Design(8, views=tuple(ALL.values()), groups=sample.groups)
+    layers = measure(updates, shape, design)
+    phases = Phases(default_phases(len(updates)))
+    for index, layer in enumerate(layers):
+        layer_row(index, phases.of_layer[index], layer, sample, 8, shape[1])
+    # As in a run, where the masked view of a text without sinks is the raw one.
+    relate([layer.views[RAW] for layer in layers], phases, sample, 200, 0)
 
 
 def stream() -> list[Figures]:
@@ -239,6 +312,7 @@ def peak_memory(command: Sequence[str]) -> int:
 COMMANDS = {
     "end_to_end": end_to_end,
     "analysis": analysis,
+    "trust": trust,
     "stream": stream,
     "memory": memory,
     "compile": compile_time,
