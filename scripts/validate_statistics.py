@@ -1,7 +1,7 @@
 """Plants known truth, runs the package's own functions on it, and prints what came of it beside what should.
 
     python scripts/validate_statistics.py                           # about five minutes on two cores
-    python scripts/validate_statistics.py --out=docs/validation.md  # also puts the table into that file
+    python scripts/validate_statistics.py --table=docs/validation.md  # also puts the table into that file
     python scripts/validate_statistics.py --quick                   # few data sets, wide tolerances
 
 No model is needed: updates are made as arrays. Exit status 1 if a line of the table fails.
@@ -44,7 +44,9 @@ from jaxdelta.views import MASKED, RAW  # noqa: E402
 _QUICK = flags.DEFINE_bool(
     "quick", False, "few data sets, wide tolerances: a check that all of it still runs"
 )
-_OUT = flags.DEFINE_string("out", None, "a Markdown file; its table is replaced, or the table is all of it")
+_TABLE = flags.DEFINE_string(
+    "table", None, "a Markdown file; its table is replaced, or the table is all of it"
+)
 _ONLY = flags.DEFINE_list("only", [], "names of checks: coverage, phases, subspaces, sinks, nulls, ranks")
 
 DOCUMENTS, TOKENS, HIDDEN, TOP = 25, 300, 32, 4
@@ -78,8 +80,8 @@ def main() -> None:
     checks = [line for check in chosen.values() for line in check(_QUICK.value)]
     table = markdown(checks)
     print(table)
-    if _OUT.value:
-        write(Path(_OUT.value), table)
+    if _TABLE.value:
+        write(Path(_TABLE.value), table)
     if failed := sum(not line.passed for line in checks):
         raise JaxDeltaError(f"{failed} of {len(checks)} lines fail")
 

@@ -19,7 +19,7 @@ validation = load_script("validate_statistics")
 
 def test_every_quick_check_passes(tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    result = run_script("validate_statistics", "--quick", f"--out={table}")
+    result = run_script("validate_statistics", "--quick", f"--table={table}")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = table.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 + 16 + 2 + 3 + 4 + 3 + 1
