@@ -137,20 +137,18 @@ def _adjacent(
     cosines = np.abs(np.diagonal(found.top1_cos, 1))
     defined = present[1:] & present[:-1]
     isotropic = isotropic_p_value(cosines, d)
-    matched = p_value(cosines, nulls.adjacent) if nulls else None
-    adjusted = np.ones_like(cosines)
-    if matched is not None:
-        adjusted[defined] = benjamini_hochberg(matched[defined])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, cosine in enumerate(cosines):
-        row: dict[str, Any] = {"L": i, "abs_cos": float(cosine)}
         if not defined[i]:
             rows.append({"L": i, "abs_cos": None, "note": "zero update: it has no directions"})
             continue
-        row |= bounds.interval(cosine, "adjacent", i) | {"isotropic_p": float(isotropic[i])}
-        if nulls is not None and matched is not None:
-            row |= _beside(cosine, nulls.adjacent[i]) | {"null_q": float(adjusted[i])}
-        rows.append(row)
+        figure = {"abs_cos": float(cosine), **bounds.interval(cosine, "adjacent", i)}
+        chance = {"isotropic_p": float(isotropic[i])}
+        if nulls is not None:
+            chance |= _beside(cosine, nulls.adjacent[i])
+        rows.append({"L": i, **figure, **chance})
+    if nulls is not None:
+        _adjust([row for row, there in zip(rows, defined, strict=True) if there])
     return rows
 
 
@@ -200,9 +198,7 @@ def _layers(
                 row[name]["isotropic_mean"] = float(getattr(nulls.isotropic, name)[p].mean())
         rows.append(row | {"alignment_index": _number(aligned[p, layer])})
     if nulls:
-        adjusted = benjamini_hochberg(np.array([row["leave_one_out"]["null_p"] for row in rows]))
-        for row, q in zip(rows, adjusted, strict=True):
-            row["leave_one_out"]["null_q"] = float(q)
+        _adjust([row["leave_one_out"] for row in rows])
     return rows
 
 
@@ -241,6 +237,13 @@ def _beside(value: float, null: Float64[np.ndarray, " m"]) -> dict[str, float]:
         "null_p": float(p_value(value, null)),
         "excess": float(value) - mean,
     }
+
+
+def _adjust(figures: list[dict[str, Any]]) -> None:
+    """Adds to each its p-value adjusted over all of them (Benjamini & Hochberg)."""
+    adjusted = benjamini_hochberg(np.array([figure["null_p"] for figure in figures]))
+    for figure, q in zip(figures, adjusted, strict=True):
+        figure["null_q"] = float(q)
 
 
 def _together(phases: Phases) -> list[tuple[int, int]]:
