@@ -27,7 +27,7 @@ from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
 from jaxdelta.subspaces import compile_products
-from jaxdelta.sweep import Resident, Sweep, Update, Weights
+from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
 from jaxdelta.views import DEFAULT_SINK_FACTOR, DEFAULT_VIEWS, RAW, View, parse_views
@@ -193,10 +193,10 @@ def _measure(
         sample.groups if options.resampled else None,
     )
     with stages("layers") as note:
-        sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype, plan.blocks)
+        sweep = Sweep(weights, tokens, options.compute_dtype, options.residual_dtype, plan.blocks)
         sweep.trace()
-        updates = _all_updates(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
-        layers = measure(updates, sweep.shape, design, plan.at_once, sweep.clock)
+        passing = _with_loss(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
+        layers = measure(passing, sweep.shape, design, plan.at_once, sweep.clock)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -275,18 +275,17 @@ def _times(seconds: Mapping[str, float]) -> str:
     return f"           {own}; beside them {beside}: bound by {bound}"
 
 
-def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Update]:
-    """Every layer's update, then the last layer's in the reference's convention; then the loss is computed:
-    here and not later, because the last spectra are still being computed beside it."""
+def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Iterator[Wrote]]:
+    """Every layer; then the loss is computed: here and not later, because the last spectra are still being
+    computed beside it."""
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
     bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
     with ThreadPoolExecutor(1, "compile") as beside:
-        for layer, update in enumerate(bar):
+        for layer, blocks in enumerate(bar):
+            yield blocks
             if layer == 0:
                 beside.submit(after_first)
-            yield update
-        yield sweep.normed
         sweep.finish_loss()
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 
@@ -31,6 +31,13 @@ class Tokens:
     def count(self) -> int:
         """Number of tokens."""
         return self.ids.size
+
+    @property
+    def counted(self) -> Bool[np.ndarray, "B T"]:
+        """The tokens that figures are taken of: the first of each window is left out, as in the reference."""
+        counted = np.ones(self.ids.shape, bool)
+        counted[:, 0] = False
+        return counted
 
     def text(self, window: int, position: int) -> str:
         """A token's text, or else its id in angle brackets."""

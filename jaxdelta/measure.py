@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64
 from jaxdelta import figures
 from jaxdelta.figures import Crossed, Found, Groups, Selection
 from jaxdelta.spectrum import CERTIFIED
-from jaxdelta.sweep import Update
+from jaxdelta.sweep import Update, Wrote, joined
 from jaxdelta.timing import Clock
 from jaxdelta.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View, without_sinks
 
@@ -105,24 +105,24 @@ class LayerFigures(NamedTuple):
 
 
 def measure(
-    updates: Iterable[Update],
+    layers: Iterable[Iterable[Wrote]],
     shape: tuple[int, int],
     design: Design,
     at_once: int | None = None,
     clock: Clock | None = None,
 ) -> list[LayerFigures]:
-    """The figures of every update, in their order, as they come.
+    """The figures of every layer, in their order, as they come, and of the last one normed.
 
     Args:
-        updates: what each layer wrote.
-        shape: (n, d) of all of them: compiling begins before the first one comes.
+        layers: what each wrote, block by block.
+        shape: (n, d) of a layer's update: compiling begins before the first one comes.
         design: what is measured.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
         clock: is told the time that goes into spectra.
     """
     run = _on_threads if jax.default_backend() == "cpu" else _in_batches
     at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
-    return list(run(updates, shape, design, at_once, clock or Clock()))
+    return list(run(joined(layers), shape, design, at_once, clock or Clock()))
 
 
 def _on_threads(

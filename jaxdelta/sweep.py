@@ -6,9 +6,9 @@ read once. One compiled function serves all layers, or two where some are dense 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
+from jaxdelta.calibration import Tokens
 from jaxdelta.config import ModelConfig
 from jaxdelta.layers import rms_norm
 from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
@@ -121,39 +122,55 @@ class State(NamedTuple):
     written: Float32[AnyArray, "B T D"]
 
 
-class Sweep:
-    """Iterating runs the pass and yields every layer's Update; what is known at its end stays here.
+class Wrote(NamedTuple):
+    """What a layer wrote into a block of windows; of the last layer also `normed`, where the last state is
+    taken after the final norm, as the reference takes it (what the norm changes counts as the MLP's)."""
 
-    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; `normed`, the last layer's Update
-    when the last state is taken after the final norm, as the reference takes it (what the norm changes is
-    counted as the MLP's); and after `finish_loss`
-    the `loss`. The clock's times: read (from disk) and transfer (to the device), both beside the computing;
-    wait (for them), compute (the layers), loss.
+    update: Update
+    normed: Update | None = None
+
+
+class Sweep:
+    """Iterating runs the pass: it yields every layer, and iterating over a layer yields what it Wrote into
+    each block, of the tokens that count. What is known at the end stays here.
+
+    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`.
+    The clock's times: read (from disk) and transfer (to the device), both beside the computing; wait (for
+    them), compute (the layers), loss.
     """
 
-    normed: Update
     closure_error: float
     loss: float
 
     def __init__(
         self,
         weights: Weights,
-        tokens: Int[np.ndarray, "B T"],
+        tokens: Tokens,
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
         blocks: Blocks | None = None,
     ):
         self.weights = weights
-        self.blocks = blocks or Blocks(len(tokens), query_block(weights.config, tokens.shape))
-        self.tokens = np.split(tokens, len(tokens) // self.blocks.windows)
+        self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
+        count = len(tokens.ids) // self.blocks.windows
+        self.tokens, self.counted = np.split(tokens.ids, count), np.split(tokens.counted, count)
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.clock = Clock()
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d) of every Update."""
-        windows, length = self.tokens[0].shape
-        return len(self.tokens) * windows * (length - 1), self.weights.config.hidden_size
+        """(n, d) of a layer's update."""
+        return sum(self._counts), self.weights.config.hidden_size
+
+    @property
+    def _counts(self) -> list[int]:
+        return [int(block.sum()) for block in self.counted]
+
+    @cached_property
+    def _rows(self) -> list[Int32[np.ndarray, " m"]]:
+        """Where the tokens that count are in each block; as many everywhere, the last ones to be dropped."""
+        rows = [np.flatnonzero(block).astype(np.int32) for block in self.counted]
+        return [np.resize(row, max(self._counts)) for row in rows]
 
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
@@ -166,13 +183,14 @@ class Sweep:
         self._traced = {}
         for kind, layer in dict(zip(self._kinds, layers, strict=True)).items():
             graph = nnx.graphdef(abstract_block(config, sparse=kind[0]))
-            self._traced[kind] = _step.lower(graph, layer, *self._abstract_state(), context)
+            self._traced[kind] = _step.lower(graph, layer, *self._abstract_state(), context, self._rows[0])
 
-    def _abstract_state(self) -> tuple[Any, Any]:
+    def _abstract_state(self) -> State:
         shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
-        return jax.ShapeDtypeStruct(shape, self.dtypes[1]), jax.ShapeDtypeStruct(shape, jnp.float32)
+        abstract: Any = jax.ShapeDtypeStruct
+        return State(abstract(shape, self.dtypes[1]), abstract(shape, jnp.float32))
 
-    def __iter__(self) -> Iterator[Update]:
+    def __iter__(self) -> Iterator[Iterator[Wrote]]:
         config = self.weights.config
         if not hasattr(self, "_traced"):
             self.trace()
@@ -184,49 +202,52 @@ class Sweep:
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
             states = [State(h, np.zeros(h.shape, np.float32)) for h in entering.result()]
             windows = attention_windows(config, self.tokens[0].shape[1])
-            for kind, window in zip(self._kinds, windows, strict=True):
-                with self.clock("wait"):
-                    layer = next(layers)
-                entered = [state.h for state in states]
-                context = dataclasses.replace(self._context, window=window)
-                with self.clock("compute"):
-                    update = self._pass(partial(steps[kind], layer), states, context)
-                del layer
-                yield update
-        self._finish(entered, states, update.attention)
+            for kind, window in zip(self._kinds[:-1], windows[:-1], strict=True):
+                yield from _all_of(self._pass(self._step(steps[kind], layers, window), states))
+            final = _Final(self.weights, self.blocks.on_host)
+            step = self._step(steps[self._kinds[-1]], layers, windows[-1])
+            yield from _all_of(self._pass(step, states, final))
+        self._last_normed, self.closure_error = final.normed, final.closure_error
 
-    def _pass(self, step: Callable[..., Any], states: list[State], context: Context) -> Update:
+    def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
+        """The next layer's function of a block's state and rows."""
+        with self.clock("wait"):
+            layer = next(layers)
+        context = dataclasses.replace(self._context, window=window)
+        return lambda state, rows: step(layer, *map(_owned, state), context, rows)
+
+    def _pass(
+        self, step: Callable[..., Any], states: list[State], final: "_Final | None" = None
+    ) -> Iterator[Wrote]:
         """Takes all states through a layer; ends when they are computed, so that the layer can go."""
-        updates = []
-        for i, state in enumerate(states):
-            h, written, update = step(*map(_owned, state), context)
-            states[i] = State(*map(np.asarray, (h, written))) if self.blocks.on_host else State(h, written)
-            updates.append(update)
-        jax.block_until_ready(states)
-        return _join(updates)
+        for i, rows in enumerate(self._rows):
+            entered = states[i].h
+            with self.clock("compute"):
+                h, written, update = step(states[i], rows)
+                if self.blocks.on_host:
+                    h, written = map(np.asarray, (h, written))
+            states[i], normed = State(h, written), None
+            if final:
+                first = self._enter(self.tokens[i])
+                normed = self._counting(final(first, entered, states[i], update.attention, rows), i)
+            yield Wrote(self._counting(update, i), normed)
+        with self.clock("compute"):
+            jax.block_until_ready(states)
 
-    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[AnyArray, "B T D"]:
-        """The state that enters the first layer."""
-        h = self.weights.embeddings(tokens).astype(self.dtypes[1])
-        return np.asarray(h) if self.blocks.on_host else h
+    def _counting(self, update: Update, block: int) -> Update:
+        """Without the rows that fill up a block's."""
+        count = self._counts[block]
+        return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
+
+    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
+        """The state that enters the first layer; cast by NumPy, for which nothing need be compiled."""
+        return np.asarray(self.weights.embeddings(tokens)).astype(self.dtypes[1])
 
     def _read(self, index: int) -> nnx.State:
         with self.clock("read"):
             layer = self.weights.layer(index)
         with self.clock("transfer"):
             return jax.block_until_ready(layer)
-
-    def _finish(self, entered: list[Any], states: list[State], attention: Array) -> None:
-        weight, eps = self.weights.final_norm(), self.weights.config.rms_norm_eps
-        firsts = map(self._enter, self.tokens)
-        found = [
-            _final_norm(first, before, *state, weight, eps=eps)
-            for first, before, state in zip(firsts, entered, states, strict=True)
-        ]
-        self._last_normed, wrote, missing, energies = zip(*found, strict=True)
-        delta, h = _join(wrote)
-        self.normed = Update(attention, delta - attention, h)
-        self.closure_error = float(np.sqrt(np.sum(missing) / np.sum(energies)))
 
     def finish_loss(self) -> None:
         """Mean -ln p(next token) over the text, in nats per token, as `loss`."""
@@ -236,14 +257,64 @@ class Sweep:
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
             targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens]
             blocks = zip(targets, self._last_normed, strict=True)
-            self.loss = float(np.mean(sliced_loss(vocab_size, slices, blocks, self.dtypes[0])))
+            losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0])
+            self.loss = float(np.concatenate(losses)[np.concatenate(self.counted)[:, 1:]].mean())
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
-        config, (state, written) = self.weights.config, self._abstract_state()
+        config, (h, written) = self.weights.config, self._abstract_state()
         weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
-        _final_norm.lower(state, state, state, written, weight, eps=config.rms_norm_eps).compile()
-        compile_sliced_loss(config.vocab_size, state.shape, config.dtype, self.dtypes[0])
+        rows = self._rows[0]
+        attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
+        _final_norm.lower(h, h, h, written, attention, weight, rows, eps=config.rms_norm_eps).compile()
+        compile_sliced_loss(
+            config.vocab_size, (*self.tokens[0].shape, config.hidden_size), config.dtype, self.dtypes[0]
+        )
+
+
+class _Final:
+    """The final norm, block by block: the states after it, and the closure of the blocks so far."""
+
+    def __init__(self, weights: Weights, on_host: bool):
+        self._weight, self._eps = weights.final_norm(), weights.config.rms_norm_eps
+        self._take = np.asarray if on_host else lambda normed: normed
+        self._missing = self._energy = 0.0
+        self.normed: list[AnyArray] = []
+
+    def __call__(
+        self, first: AnyArray, entered: AnyArray, last: State, attention: Array, rows: Any
+    ) -> Update:
+        """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
+        states = (first, entered, *last)
+        normed, update, missing, energy = _final_norm(*states, attention, self._weight, rows, eps=self._eps)
+        self.normed.append(self._take(normed))
+        self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
+        return update
+
+    @property
+    def closure_error(self) -> float:
+        """‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F."""
+        with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, and the caller's to find
+            return float(np.sqrt(np.divide(self._missing, self._energy)))
+
+
+def _all_of(wrote: Iterator[Wrote]) -> Iterator[Iterator[Wrote]]:
+    """Yields the layer, and passes what is left of it when nobody looks any more."""
+    yield wrote
+    for _ in wrote:
+        pass
+
+
+def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
+    """Every layer's update of all blocks; after the last layer's the same normed, where there is that."""
+    for blocks in layers:
+        updates, normed = map(list, zip(*blocks, strict=True))
+        # Handed over without a reference left here, which would keep it in memory.
+        whole = [_join(updates)]
+        del updates
+        yield whole.pop()
+        if normed[0]:
+            yield _join(normed)
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
@@ -265,15 +336,16 @@ def _step(
     h: Float[Array, "B T D"],
     written: Float32[Array, "B T D"],
     context: Context,
+    rows: Int32[Array, " m"],
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
-    """One layer on all tokens: the new state, the sum of all updates so far, and the layer's own."""
+    """One layer on a block: the new state, the sum of all updates so far, and the layer's own."""
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
-    update = Update(*map(_without_first_token, (attention, mlp, h.astype(jnp.float32))))
+    update = Update(*(_tokens(x, rows) for x in (attention, mlp, h.astype(jnp.float32))))
     return new, written + (attention + mlp), update
 
 
-def _without_first_token(x: Float32[Array, "B T D"]) -> Float32[Array, "n D"]:
-    return x[:, 1:].reshape(-1, x.shape[-1])
+def _tokens(x: Float32[Array, "B T D"], rows: Int32[Array, " m"]) -> Float32[Array, "m D"]:
+    return x.reshape(-1, x.shape[-1])[rows]
 
 
 def _owned(state: AnyArray) -> Array:
@@ -288,13 +360,21 @@ def _join(blocks: Sequence[Any]) -> Any:
 
 @partial(jax.jit, static_argnames="eps")
 def _final_norm(
-    first: Array, entered: Array, last: Array, written: Array, weight: Array, *, eps: float
-) -> tuple[Array, tuple[Array, Array], Array, Array]:
-    """The last state after the final norm; the last layer's δ with it, h; ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
+    first: Array,
+    entered: Array,
+    last: Array,
+    written: Array,
+    attention: Array,
+    weight: Array,
+    rows: Array,
+    *,
+    eps: float,
+) -> tuple[Array, Update, Array, Array]:
+    """The last state after the final norm; the last layer's Update with it; ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
     normed = rms_norm(last, weight, eps)
     first, entered, last = (state.astype(jnp.float32) for state in (first, entered, last))
-    wrote = _without_first_token(normed - entered), _without_first_token(entered)
-    return normed, wrote, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
+    update = Update(attention, _tokens(normed - entered, rows) - attention, _tokens(entered, rows))
+    return normed, update, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
 
 
 @jax.jit

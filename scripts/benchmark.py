@@ -50,7 +50,7 @@ from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate  # noqa: E402
 from jaxdelta.rows import Sample, layer_row  # noqa: E402
-from jaxdelta.sweep import Resident, Sweep, Update, Weights  # noqa: E402
+from jaxdelta.sweep import Resident, Sweep, Update, Weights, Wrote  # noqa: E402
 from jaxdelta.views import ALL, RAW  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -148,7 +148,7 @@ def analysis() -> list[Figures]:
         found.append(
             in_turn(
                 f"analysis, {n} tokens, hidden {d}, {layers} layers",
-                lambda updates=updates, shape=(n, d): timed(lambda: measure(updates, shape, Design(8))),
+                lambda updates=updates, shape=(n, d): timed(lambda: measured(updates, shape, Design(8))),
                 lambda arrays=arrays: timed(
                     lambda: [np.linalg.svd(delta, full_matrices=False) for delta in arrays]
                 ),
@@ -168,8 +168,8 @@ def trust() -> list[Figures]:
         )
         sample = Sample.of(tokens, 200, 0)
         views = tuple(ALL.values())
-        plain = partial(measure, updates, (n, d), Design(8))
-        everything = partial(measure, updates, (n, d), Design(8, views=views))
+        plain = partial(measured, updates, (n, d), Design(8))
+        everything = partial(measured, updates, (n, d), Design(8, views=views))
         trusted = partial(measured_and_related, updates, (n, d), sample)
         title = f"{n} tokens, hidden {d}, {layers} layers"
         found.append(
@@ -201,6 +201,11 @@ def trust() -> list[Figures]:
     return found
 
 
+def measured(updates: list[Update], shape: tuple[int, int], design: Design) -> list[LayerFigures]:
+    """The figures of every update."""
+    return measure([[Wrote(update)] for update in updates], shape, design)
+
+
 def random_update(n: int, d: int, seed: int) -> Update:
     """Updates with a covariance spectrum i⁻¹."""
     generator = np.random.default_rng(seed)
@@ -212,7 +217,7 @@ def random_update(n: int, d: int, seed: int) -> Update:
 def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: Sample) -> None:
     """All views with all that resampling needs, every layer's row, and what relates the layers."""
     design = Design(8, views=tuple(ALL.values()), groups=sample.groups)
-    layers = measure(updates, shape, design)
+    layers = measured(updates, shape, design)
     phases = Phases(default_phases(len(updates)))
     for index, layer in enumerate(layers):
         layer_row(index, phases.of_layer[index], layer, sample, 8, shape[1])
@@ -240,9 +245,10 @@ def stream() -> list[Figures]:
 
 def run_pass(weights: Weights) -> None:
     """All layers, none of them measured, and the loss."""
-    sweep = Sweep(weights, np.arange(_TOKENS.value)[None], _DTYPE.value)
-    for update in sweep:
-        jax.block_until_ready(update)
+    ids = np.arange(_TOKENS.value, dtype=np.int32)[None]
+    sweep = Sweep(weights, Tokens(ids, np.zeros_like(ids)), _DTYPE.value)
+    for layer in sweep:
+        jax.block_until_ready(list(layer))
     sweep.finish_loss()
 
 

@@ -168,7 +168,9 @@ def measured(
     shape = layers[0][0].shape
     nothing = jnp.zeros(shape, jnp.float32)
     updates = [Update(jnp.asarray(x, jnp.float32), nothing, jnp.asarray(h, jnp.float32)) for x, h in layers]
-    return measure(updates, shape, Design(k, views=views, groups=sample.groups))
+    return measure(
+        [[Wrote(update)] for update in updates], shape, Design(k, views=views, groups=sample.groups)
+    )
 
 
 def coverage(quick: bool) -> list[Check]:

@@ -14,7 +14,7 @@ from jaxdelta.figures import FACTOR_ROWS, Groups, Selection
 from jaxdelta.measure import CROSSED, Design, LayerFigures
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import CERTIFIED
-from jaxdelta.sweep import Update
+from jaxdelta.sweep import Update, Wrote
 from jaxdelta.views import MASKED, RAW, View
 
 SINKS = {5: 30.0, 40: 100.0}
@@ -26,7 +26,8 @@ UPDATES = [update(WIDE, seed, SINKS if seed == 2 else None) for seed in range(5)
 
 
 def measured(at_once: int, updates: Sequence[Update] = UPDATES) -> list[LayerFigures]:
-    return measure.measure((jax.tree.map(jnp.asarray, wrote) for wrote in updates), WIDE, DESIGN, at_once)
+    layers = ([Wrote(jax.tree.map(jnp.asarray, wrote))] for wrote in updates)
+    return measure.measure(layers, WIDE, DESIGN, at_once)
 
 
 @pytest.fixture(scope="module")

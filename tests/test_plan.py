@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxdelta import analyze, plan
+from jaxdelta.calibration import Tokens
 from jaxdelta.checkpoint import open_checkpoint
 from jaxdelta.config import Experts, ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
@@ -99,7 +100,7 @@ def test_the_workspace_of_experts(tokens: tuple[int, int]) -> None:
 def check_workspace(model: ModelConfig, tokens: tuple[int, int], queries: int, dtype: str) -> None:
     planned = work(model, tokens, dtype)
     blocks = Blocks(tokens[0], queries)
-    sweep = Sweep(planned.weights, np.zeros(tokens, int), dtype, "float32", blocks)
+    sweep = Sweep(planned.weights, Tokens(*np.zeros((2, *tokens), np.int32)), dtype, "float32", blocks)
     sweep.trace()
     (traced,) = sweep._traced.values()
     taken = traced.compile().memory_analysis().temp_size_in_bytes
