@@ -17,15 +17,18 @@ from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, loa
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.figures import Groups
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import MODES, Plan, Work, device_limit
+from jaxdelta.pooling import Windows, parts_looked_at, pool_layers
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
+from jaxdelta.states import scratch_directory
 from jaxdelta.subspaces import compile_products
 from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
 from jaxdelta.timing import Stages
@@ -66,6 +69,7 @@ class Options:
     null_draws: int = 200
     seed: int = 0
     control: str | None = None
+    scratch: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -180,23 +184,18 @@ def _measure(
     stages: Stages,
     progress: bool,
 ) -> Analysis:
-    weights, plan = _planned(weights, tokens, options, stages)
+    sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled)
+    weights, plan = _planned(weights, tokens, options, sample, stages)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
+    sample = dataclasses.replace(sample, tokens=tokens)
     if options.control:
         stages.listener(f" control: {options.control} (seed {options.seed})")
-    sample = Sample.of(tokens, options.bootstrap, options.seed)
-    design = Design(
-        options.top_k,
-        options.svd,
-        parse_views(options.views),
-        options.sink_factor,
-        sample.groups if options.resampled else None,
-    )
-    with stages("layers") as note:
-        sweep = Sweep(weights, tokens, options.compute_dtype, options.residual_dtype, plan.blocks)
+    with stages("layers") as note, scratch_directory(options.scratch, plan.blocks.place) as scratch:
+        dtypes = options.compute_dtype, options.residual_dtype
+        sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
         sweep.trace()
         passing = _with_loss(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
-        layers = measure(passing, sweep.shape, design, plan.at_once, sweep.clock)
+        layers = _measured(sweep, passing, sample, options, plan.at_once)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -217,6 +216,19 @@ def _measure(
     )
 
 
+def _measured(
+    sweep: Sweep, passing: Iterator[Iterator[Wrote]], sample: Sample, options: Options, at_once: int
+) -> list[LayerFigures]:
+    """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
+    views, short = parse_views(options.views), sample.windows is None
+    groups = (sample.groups if short else Groups.none(sample.halves)) if options.resampled else None
+    design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
+    if sample.windows is None:
+        return measure(passing, sweep.shape, design, at_once, sweep.clock)
+    windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
+    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Spectra:
     """The largest defect of all spectra, and the rows of which NumPy had to do some again."""
@@ -231,11 +243,17 @@ class _Spectra:
         return cls(max(defects), np.flatnonzero(again).tolist())
 
 
-def _planned(weights: Weights, tokens: Tokens, options: Options, stages: Stages) -> tuple[Weights, Plan]:
+def _planned(
+    weights: Weights, tokens: Tokens, options: Options, sample: Sample, stages: Stages
+) -> tuple[Weights, Plan]:
     """How the pass is divided; the weights, loaded if they are to be resident."""
     resident = options.memory == "resident" or isinstance(weights, Resident)
     with stages("plan") as note:
-        work = Work(weights, tokens.ids.shape, options.compute_dtype, options.residual_dtype, resident)
+        pool = None
+        if sample.windows is not None:
+            pool = len(parts_looked_at(parse_views(options.views))), sample.documents
+        dtypes = options.compute_dtype, options.residual_dtype
+        work = Work(weights, tokens.ids.shape, *dtypes, resident, pool, options.scratch is not None)
         plan = work.plan(device_limit(options.device_memory_gb))
         note(str(plan))
     if resident and isinstance(weights, Checkpoint):

@@ -40,6 +40,11 @@ class Groups(NamedTuple):
     membership: Float64[AnyArray, "G n"]
     halves: Float64[AnyArray, "R 2 G"]
 
+    @classmethod
+    def none(cls, halves: Float64[AnyArray, "R 2 G"]) -> "Groups":
+        """Of no token: where groups are known otherwise."""
+        return cls(np.zeros((halves.shape[2], 0)), halves)
+
 
 class Selection(NamedTuple):
     """A view as numbers, so that one compiled function serves all views."""
@@ -66,12 +71,13 @@ class Found(NamedTuple):
     """What the device finds of a view.
 
     `products`: see `token_products`; `owned`: each token's share of σ_1²; `mean_energy`: ‖Σ_i δ_i‖²/n;
-    `factor`: see Crossed, None where it is δ itself.
+    `factor`: see Crossed, None where it is δ itself. Of a long text some products and shares are unknown,
+    see `pooling`.
     """
 
     spectrum: Spectrum
-    products: tuple[AnyArray, AnyArray, AnyArray]
-    owned: Float64[AnyArray, "*layers n"]
+    products: tuple[AnyArray, AnyArray, AnyArray] | None
+    owned: Float64[AnyArray, "*layers n"] | None
     mean_energy: Float64[AnyArray, "*layers"]
     resampled: Resampled | None
     factor: Float32[AnyArray, "*layers R d"] | None
@@ -90,7 +96,7 @@ class Crossed(NamedTuple):
 
 def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
     """Each token's squared norms: of the state before the layer and after it, of what each sublayer wrote,
-    of the whole update; and `cross`, 2<attention, mlp>."""
+    of the whole update; `cross`, 2<attention, mlp>; and the products of the three writes with h."""
     attention, mlp, h = (part.astype(jnp.float64) for part in update)
 
     def rows(x: Array, y: Array) -> Array:
@@ -104,6 +110,9 @@ def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
         "mlp": rows(mlp, mlp),
         "cross": 2 * rows(attention, mlp),
         "update": rows(delta, delta),
+        "update_h": rows(delta, h),
+        "attention_h": rows(attention, h),
+        "mlp_h": rows(mlp, h),
     }
 
 

@@ -81,8 +81,10 @@ class ViewFigures:
         return np.asarray(self.found.spectrum.directions)
 
     @property
-    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The `token_products` of the tokens kept."""
+    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The `token_products` of the tokens kept, where they are known."""
+        if self.found.products is None:
+            return None
         first, second, third = (np.asarray(part)[self.kept] for part in self.found.products)
         return first, second, third
 
@@ -94,7 +96,7 @@ class ViewFigures:
     @property
     def finite(self) -> bool:
         """Whether no token's figures overflowed."""
-        return all(bool(np.isfinite(part).all()) for part in self.found.products)
+        return all(bool(np.isfinite(part).all()) for part in self.found.products or ())
 
 
 class LayerFigures(NamedTuple):
@@ -189,7 +191,7 @@ def _together(function: Callable[..., Any], each: Arguments, common: Any = (), s
 
 def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack) -> None:
     """Limits BLAS, and compiles what `_one_by_one` will call."""
-    stack.enter_context(_single_threaded_blas())
+    stack.enter_context(single_threaded_blas())
     matrix: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     update = Update(matrix, matrix, matrix)
     with jax.enable_x64(True):
@@ -276,7 +278,7 @@ def layers_pending(at_once: int) -> int:
 
 
 @contextlib.contextmanager
-def _single_threaded_blas() -> Iterator[None]:
+def single_threaded_blas() -> Iterator[None]:
     """Several threads calling a threaded OpenBLAS is slow and, on many cores, unsafe (jax issue 39292)."""
     import scipy.linalg.cython_lapack  # noqa: F401 - XLA's LAPACK; loaded now so that it is limited too
 

@@ -18,21 +18,25 @@ from jaxdelta.errors import JaxDeltaError
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
 from jaxdelta.model import MIN_QUERY_BLOCK, query_block
+from jaxdelta.pooling import pool_bytes
 from jaxdelta.sweep import Blocks, Weights
 
 MODES = ("auto", "stream", "resident")
+BLOCK_TOKENS = 16_384  # of a long text that pass at once: more make nothing faster
 USABLE = 0.9  # of a device's memory; the rest is the runtime's
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the pass is divided, and the bytes that needs by what they hold."""
+    """How the pass is divided, and the bytes that needs by what they hold; `waiting` are those of the states
+    that are not on the device."""
 
     mode: str
     blocks: Blocks
     at_once: int
     parts: dict[str, int]
     limit: int
+    waiting: int = 0
 
     @property
     def total(self) -> int:
@@ -41,19 +45,22 @@ class Plan:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_size(value)}" for name, value in self.parts.items())
-        where = ", states on the host" if self.blocks.on_host else ""
+        where = f", {_size(self.waiting)} of states in {self.blocks.place}" if self.waiting else ""
         return f"{self.mode}{where}: {_size(self.total)} of {_size(self.limit)} ({parts})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be computed, as far as memory goes."""
+    """What is to be computed, as far as memory goes. `pool`: of a long text, how many parts and groups its
+    moments have."""
 
     weights: Weights
     tokens: tuple[int, int]  # (windows, length)
     compute_dtype: str
     residual_dtype: str
     resident: bool
+    pool: tuple[int, int] | None = None
+    scratch: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -67,13 +74,10 @@ class Work:
         """
         for blocks in self._divisions():
             parts = self._parts(blocks)
-            left = limit - sum(parts.values())
-            shape = self.tokens[0] * (self.tokens[1] - 1), self.config.hidden_size
-            at_once = layers_at_once(*shape, left)
-            parts["spectra"] = at_once * spectrum_bytes(*shape) + layers_pending(at_once) * update_bytes(
-                *shape
-            )
-            plan = Plan("resident" if self.resident else "stream", blocks, at_once, parts, limit)
+            at_once, parts["spectra"] = self._spectra(blocks, limit - sum(parts.values()))
+            waiting = 0 if blocks.place == "device" else self._state * math.prod(self.tokens)
+            mode = "resident" if self.resident else "stream"
+            plan = Plan(mode, blocks, at_once, parts, limit, waiting)
             if plan.total <= limit:
                 return plan
         raise JaxDeltaError(
@@ -81,26 +85,42 @@ class Work:
             f"{' or --memory=stream' if self.resident else ''} would need less"
         )
 
+    def _spectra(self, blocks: Blocks, left: int) -> tuple[int, int]:
+        """How many layers are measured at once where so much is left, and the bytes of it."""
+        (windows, length), d = self.tokens, self.config.hidden_size
+        if self.pool:
+            # The block before is kept until the next is under way.
+            return 1, pool_bytes(*self.pool, d) + 2 * update_bytes(blocks.windows * length, d)
+        shape = windows * (length - 1), d
+        count = layers_at_once(*shape, left)
+        return count, count * spectrum_bytes(*shape) + layers_pending(count) * update_bytes(*shape)
+
     def _divisions(self) -> Iterator[Blocks]:
         windows, length = self.tokens
-        for on_host in (False, True):
-            for count in (c for c in range(windows, 0, -1) if windows % c == 0):
+        most = min(windows, max(1, BLOCK_TOKENS // length)) if self.pool else windows
+        counts = dict.fromkeys(-(-windows // blocks) for blocks in range(-(-windows // most), windows + 1))
+        for place in ("device", "scratch" if self.scratch else "host"):
+            for count in counts:
                 queries = query_block(self.config, (count, length))
-                yield Blocks(count, queries, on_host)
+                yield Blocks(count, queries, place)
                 if queries > MIN_QUERY_BLOCK:
-                    yield Blocks(count, MIN_QUERY_BLOCK, on_host)
+                    yield Blocks(count, MIN_QUERY_BLOCK, place)
+
+    @property
+    def _state(self) -> int:
+        """Bytes of a token's state: the stream, and the sum of updates."""
+        return self.config.hidden_size * (DTYPE_BYTES[self.residual_dtype] + 4)
 
     def _parts(self, blocks: Blocks) -> dict[str, int]:
         config, (windows, length) = self.config, self.tokens
         m, n, d = blocks.windows * length, windows * length, config.hidden_size
-        state = DTYPE_BYTES[self.residual_dtype] + 4  # the stream, and the sum of updates
         layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
         embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
         return {
             # A resident model's layers lie in stacks: the one at work is a copy.
             "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
             # A block's states enter and leave; the others wait, the ones that entered with them.
-            "states": (2 * m if blocks.on_host else 2 * n) * d * state,
+            "states": 2 * (n if blocks.place == "device" else m) * self._state,
             "layer": max(self._layer_workspace(blocks), 8 * m * VOCAB_SLICE),
         }
 

@@ -1,10 +1,11 @@
 """A layer's row: the figures of each of its views, with intervals, by the names they have in the JSON."""
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64, Int, Int32
 
 from jaxdelta.calibration import Tokens
 from jaxdelta.figures import Groups
@@ -20,10 +21,24 @@ from jaxdelta.spectrum import (
     token_statistics,
 )
 
+LONG = 4096  # tokens that figures are taken of: of more, an update is not kept, see `pooling`
+MAX_WINDOW_GROUPS = 20  # of a long text: each has moments of its own
 MAX_GROUPS = 40  # more documents are put together at random: what resampling keeps grows with their number
 HALVINGS = 10
 OWNERS = 5  # tokens named of those that own σ_1
 OWNING_SHARE = 1e-3  # of all tokens: how much of σ_1² they own together
+
+# What is missing where a token's own figures are.
+TOKENWISE = (
+    "frob",
+    "token_norm_mean",
+    "token_norm_std",
+    "h_norm_mean",
+    "rel_step_mean",
+    "rel_step_std",
+    "parallel_frac",
+    "cos_delta_h_mean",
+)
 
 # The figures with an interval, and the scale on which they are taken to be symmetric about it.
 SCALES = {
@@ -44,26 +59,35 @@ SCALES = {
 class Sample:
     """The tokens of every update: where they are from, and how their documents are drawn anew.
 
-    `draws[b, g]` says how often group g is in draw b; there are none without intervals. `without[g]` is
-    the draw that has all groups but g.
+    `owners` are the tokens' groups: each a document, or several. `draws[b, g]` says how often group g is in
+    draw b; there are none without intervals. `windows` are the windows' groups where the text is so long that
+    its updates are not kept: then a group is windows that follow each other.
     """
 
     tokens: Tokens
-    membership: Float64[np.ndarray, "G n"]
+    owners: Int[np.ndarray, " n"]
     draws: Float64[np.ndarray, "B G"]
     halves: Float64[np.ndarray, "R 2 G"]
+    windows: Int32[np.ndarray, " W"] | None = None
 
     @classmethod
-    def of(cls, tokens: Tokens, bootstrap: int, seed: int) -> "Sample":
-        """Groups of the text's documents, `bootstrap` draws of them, and their divisions into halves."""
-        owners = np.unique(tokens.documents[:, 1:], return_inverse=True)[1].reshape(-1)
-        count = int(owners.max()) + 1
-        if count > MAX_GROUPS:
-            order = np.random.default_rng(seed).permutation(count)
-            owners, count = order[owners] % MAX_GROUPS, MAX_GROUPS
-        membership = (owners == np.arange(count)[:, None]).astype(np.float64)
-        draws = cluster_weights(count, bootstrap, seed)
-        return cls(tokens, membership, draws, half_weights(count, HALVINGS, seed))
+    def of(cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True) -> "Sample":
+        """Groups of the text's documents, `bootstrap` draws of them, and their divisions into halves; a long
+        text that is not to be resampled is one group."""
+        counted, windows = tokens.counted, None
+        owners: np.ndarray
+        if counted.sum() > LONG:
+            count = min(MAX_WINDOW_GROUPS, len(counted)) if resampled else 1
+            windows = (np.arange(len(counted)) * count // len(counted)).astype(np.int32)
+            owners = np.repeat(windows, counted.sum(axis=1))
+        else:
+            owners = np.unique(tokens.documents[counted], return_inverse=True)[1].reshape(-1)
+            count = int(owners.max()) + 1
+            if count > MAX_GROUPS:
+                order = np.random.default_rng(seed).permutation(count)
+                owners, count = order[owners] % MAX_GROUPS, MAX_GROUPS
+        draws, halves = cluster_weights(count, bootstrap, seed), half_weights(count, HALVINGS, seed)
+        return cls(tokens, owners, draws, halves, windows)
 
     @property
     def groups(self) -> Groups:
@@ -73,16 +97,27 @@ class Sample:
     @property
     def documents(self) -> int:
         """The number of documents, or groups of them."""
-        return len(self.membership)
+        return self.halves.shape[2]
+
+    @property
+    def membership(self) -> Float64[np.ndarray, "G n"]:
+        """1 where a token is in a group, else 0."""
+        return (self.owners == np.arange(self.documents)[:, None]).astype(np.float64)
 
     @property
     def without(self) -> Float64[np.ndarray, "G G"]:
+        """The draws that have all groups but one."""
         return 1 - np.eye(self.documents)
 
     @property
     def intervals(self) -> bool:
         """Whether there is anything to draw: of one document there is not."""
         return len(self.draws) > 0 and self.documents > 1
+
+    @cached_property
+    def places(self) -> Int[np.ndarray, " n"]:
+        """Where the tokens of an update are among all of the text."""
+        return np.flatnonzero(self.tokens.counted)
 
 
 def layer_row(
@@ -105,8 +140,9 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
     """The figures of a view."""
     kept, values = figures.kept, figures.singular_values
     n, rank = int(kept.sum()), numerical_rank(values)
-    point = _statistics(figures, np.ones((1, len(kept))), np.square(values)[None])
-    row: dict[str, Any] = {name: float(found[0]) for name, found in point.items() if name != "gamma"}
+    point = _statistics(figures, sample, np.ones((1, sample.documents)), np.square(values)[None])
+    row: dict[str, Any] = dict.fromkeys(TOKENWISE)
+    row |= {name: float(found[0]) for name, found in point.items() if name != "gamma"}
     row |= {
         "top_singvals": values[:k].tolist(),
         "roy_vetterli_rank": float(roy_vetterli_rank(values)),
@@ -121,23 +157,29 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
         halves = figures.found.resampled.split_half
         halves = halves[np.isfinite(halves)]
         row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
-        row |= _owners(figures, sample.tokens) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
-    documents = int(sample.membership[:, kept].any(axis=1).sum())
+        row |= _owners(figures, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
+    documents = len(np.unique(sample.owners[kept]))
     if sample.intervals and rank and documents > 1:
         row["intervals"] = _intervals(figures, sample, point)
-    if notes := _notes(n, rank, documents):
+    if notes := _notes(figures, n, rank, documents):
         row["note"] = notes
     return row
 
 
 def _statistics(
-    figures: ViewFigures, weights: Float64[np.ndarray, "B n"], energies: Float64[np.ndarray, "B r"]
+    figures: ViewFigures,
+    sample: Sample,
+    weights: Float64[np.ndarray, "B G"],
+    energies: Float64[np.ndarray, "B r"],
 ) -> dict[str, Float64[np.ndarray, " B"]]:
-    """Everything that has an interval, and the rest of the reference's figures, under weights of tokens."""
+    """Everything that has an interval, and the rest of the reference's figures, under weights of groups."""
     values = np.sqrt(energies)
     shares = energy_shares(values)
+    tokenwise = {"frob": np.sqrt(energies.sum(axis=1))}
+    if figures.products is not None:
+        tokenwise = token_statistics(figures.products, sample.owners[figures.kept], weights)
     return {
-        **token_statistics(figures.products, weights[:, figures.kept]),
+        **tokenwise,
         "eff_rank": effective_rank(values),
         **{f"top{m}_frac": shares[:, :m].sum(axis=1) for m in (1, 3, 10)},
         "gamma": values[:, 0],
@@ -149,37 +191,36 @@ def _intervals(
 ) -> dict[str, list[float]]:
     """95 % intervals by leaving out each document that has tokens here; energies scaled to all tokens."""
     assert figures.found.resampled is not None
-    counts = sample.membership[:, figures.kept].sum(axis=1)
+    counts = np.bincount(sample.owners[figures.kept], minlength=sample.documents)
     there = counts > 0
     scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
-    without = _statistics(figures, 1 - sample.membership[there], scaled)
+    without = _statistics(figures, sample, sample.without[there], scaled)
     found = {}
     for name, scale in SCALES.items():
-        low, high = t_interval(point[name][0], without[name], scale)
-        found[name] = [float(low), float(high)]
+        if name in point:
+            low, high = t_interval(point[name][0], without[name], scale)
+            found[name] = [float(low), float(high)]
     return found
 
 
-def _owners(figures: ViewFigures, tokens: Tokens) -> dict[str, Any]:
+def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:
     """The tokens with the largest shares u_i1² of σ_1², and the share of the top thousandth together."""
-    shares, kept = figures.found.owned, np.flatnonzero(figures.kept)
+    if figures.found.owned is None:
+        return {"sigma1_tokens": None, "sigma1_top_share": None}
+    shares, kept = np.asarray(figures.found.owned), np.flatnonzero(figures.kept)
     order = kept[np.argsort(-shares[kept], kind="stable")]
     together = shares[order[: int(np.ceil(OWNING_SHARE * len(kept)))]].sum()
     return {
-        "sigma1_tokens": [_token(tokens, int(i)) | {"share": float(shares[i])} for i in order[:OWNERS]],
+        "sigma1_tokens": [_token(sample, int(i)) | {"share": float(shares[i])} for i in order[:OWNERS]],
         "sigma1_top_share": float(together),
     }
 
 
-def _token(tokens: Tokens, row: int) -> dict[str, Any]:
-    """The token in this row of an update: windows one after the other, each without its first."""
-    window, place = divmod(row, tokens.ids.shape[1] - 1)
-    where: Int[np.ndarray, "2"] = np.array([window, place + 1])
-    return {
-        "token": tokens.text(*map(int, where)),
-        "position": int(where @ [tokens.ids.shape[1], 1]),
-        "document": int(tokens.documents[tuple(where)]),
-    }
+def _token(sample: Sample, row: int) -> dict[str, Any]:
+    """The token in this row of an update."""
+    position, tokens = int(sample.places[row]), sample.tokens
+    where = divmod(position, tokens.ids.shape[1])
+    return {"token": tokens.text(*where), "position": position, "document": int(tokens.documents[where])}
 
 
 def _ledger(energies: dict[str, float]) -> dict[str, float]:
@@ -193,9 +234,13 @@ def _share(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
-def _notes(n: int, rank: int, documents: int) -> str:
+def _notes(figures: ViewFigures, n: int, rank: int, documents: int) -> str:
     """Why figures are missing."""
     reasons = {
+        "no token's own figures: the mean is known only when all tokens have passed": figures.products
+        is None,
+        "owners of sigma1 unknown: v_1 differs from that of the text's beginning": figures.found.owned
+        is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,
         f"only {n} token{'s' * (n != 1)}": n < 3,

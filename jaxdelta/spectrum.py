@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float64
+from jaxtyping import Array, Bool, Float, Float64, Int
 
 from jaxdelta.types import AnyArray
 
@@ -57,7 +57,7 @@ def decompose(
     """
     x = delta.astype(jnp.float64)
     values, vectors, coordinates = (_by_gram if method == "gram" else _by_svd)(x, k)
-    directions = _orient(vectors, values[:k], x)
+    directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
     return Spectrum(values, directions, _defect(x, values, directions)), coordinates
 
 
@@ -71,9 +71,10 @@ def token_products(
 
 def token_statistics(
     products: tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]],
-    weights: Float64[np.ndarray, "draws n"],
+    groups: Int[np.ndarray, " n"],
+    weights: Float64[np.ndarray, "draws G"],
 ) -> dict[str, Float64[np.ndarray, " draws"]]:
-    """The reference's statistics of tokens with these `token_products`, each token counted w_i times.
+    """The reference's statistics of tokens with these `token_products`, each counted as often as its group.
 
     frob: √Σ w_i‖δ_i‖². Means, and population deviations, of token_norm ‖δ_i‖; h_norm ‖h_i‖; rel_step
     ‖δ_i‖/max(‖h_i‖, 1e-8); cos_delta_h c_i = <δ_i, h_i>/max(‖δ_i‖‖h_i‖, 1e-8); parallel_frac |c_i|. On the
@@ -83,17 +84,21 @@ def token_statistics(
     delta_norm, h_norm = np.sqrt(delta_delta), np.sqrt(h_h)
     step = delta_norm / np.maximum(h_norm, 1e-8)
     cosine = delta_h / np.maximum(delta_norm * h_norm, 1e-8)
-    total = weights.sum(axis=-1)
+
+    def sums(figure: np.ndarray | None = None) -> Any:
+        return weights @ np.bincount(groups, figure, weights.shape[1])
+
+    total = sums()
 
     def mean(figure: np.ndarray) -> Any:
-        return weights @ figure / total
+        return sums(figure) / total
 
     def deviation(figure: np.ndarray) -> Any:
         middle = figure.mean()  # near the mean, so that nothing cancels
         return np.sqrt(np.maximum(mean(np.square(figure - middle)) - np.square(mean(figure - middle)), 0))
 
     return {
-        "frob": np.sqrt(weights @ delta_delta),
+        "frob": np.sqrt(sums(delta_delta)),
         "token_norm_mean": mean(delta_norm),
         "token_norm_std": deviation(delta_norm),
         "h_norm_mean": mean(h_norm),
@@ -164,7 +169,7 @@ def host_decompose(delta: Float[np.ndarray, "n d"], k: int) -> tuple[Spectrum, F
     """`decompose` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
     x = np.asarray(delta, np.float64)
     left, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
-    directions = _orient(vectors[:k], values[:k], jnp.asarray(x))
+    directions = orient(vectors[:k], values[:k], jnp.asarray(x).sum(axis=0), len(x))
     return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions)), left * values
 
 
@@ -188,12 +193,13 @@ def _by_svd(x: Float64[Array, "n d"], k: int) -> Decomposition:
     return values, vectors[:k], left * values
 
 
-def _orient(
-    directions: Float64[Array, "k d"], values: Float64[Array, " k"], x: Float64[Array, "n d"]
+def orient(
+    directions: Float64[Array, "k d"], values: Float64[Array, " k"], total: Float64[Array, " d"], n: Any
 ) -> Float64[Array, "k d"]:
-    along = directions @ x.sum(axis=0)
+    """The directions with the signs of `update_spectrum`, `total` being Σ_i δ_i of n tokens."""
+    along = directions @ total
     largest = jnp.take_along_axis(directions, jnp.abs(directions).argmax(axis=1)[:, None], axis=1)[:, 0]
-    stable = jnp.abs(along) > _SIGN_FLOOR * values * np.sqrt(x.shape[0])
+    stable = jnp.abs(along) > _SIGN_FLOOR * values * jnp.sqrt(jnp.asarray(n, jnp.float64))
     signs = jnp.where(jnp.where(stable, along, largest) < 0, -1.0, 1.0)
     return jnp.where(values[0] > 0, signs[:, None] * directions, 0)
 
@@ -201,13 +207,21 @@ def _orient(
 def _defect(
     x: Float64[Array, "n d"], values: Float64[Array, " r"], directions: Float64[Array, "k d"]
 ) -> Float64[Array, ""]:
-    k = directions.shape[0]
-    tiny = np.finfo(np.float64).tiny
-    image = product(product(directions, x.T), x) - jnp.square(values[:k])[:, None] * directions
-    residual = jnp.linalg.norm(image, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)
-    skew = product(directions, directions.T) - jnp.eye(k, dtype=x.dtype)
+    return defect(product(product(directions, x.T), x), values, directions, jnp.sum(jnp.square(x)))
+
+
+def defect(
+    image: Float64[Array, "k d"],
+    values: Float64[Array, " r"],
+    directions: Float64[Array, "k d"],
+    energy: Float64[Array, ""],
+) -> Float64[Array, ""]:
+    """The certificate of a Spectrum: `image` is δᵀδ of its directions, `energy` ‖δ‖_F²."""
+    k, tiny = len(directions), np.finfo(np.float64).tiny
+    missed = image - jnp.square(values[:k])[:, None] * directions
+    residual = jnp.linalg.norm(missed, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)
+    skew = product(directions, directions.T) - jnp.eye(k, dtype=directions.dtype)
     orthonormal = jnp.where(values[0] > 0, jnp.abs(skew).max(), 0)
-    energy = jnp.sum(jnp.square(x))
     trace = jnp.abs(jnp.sum(jnp.square(values)) - energy) / jnp.maximum(energy, tiny)
     return jnp.maximum(jnp.maximum(residual, orthonormal), trace)
 

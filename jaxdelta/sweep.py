@@ -6,17 +6,18 @@ read once. One compiled function serves all layers, or two where some are dense 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxdelta.calibration import Tokens
 from jaxdelta.config import ModelConfig
@@ -30,10 +31,9 @@ from jaxdelta.model import (
     block_context,
     query_block,
 )
+from jaxdelta.states import State, States, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -106,20 +106,13 @@ class Update(NamedTuple):
 class Blocks(NamedTuple):
     """How a pass divides its work.
 
-    `windows`: how many windows pass a layer at once, a divisor of their number; `queries`: how many of a
-    window's queries are compared with its keys at once; `on_host`: between two layers the states wait there.
+    `windows`: how many windows pass a layer at once; `queries`: how many of a window's queries are compared
+    with its keys at once; `place`: where the states wait between two layers, one of PLACES.
     """
 
     windows: int
     queries: int
-    on_host: bool = False
-
-
-class State(NamedTuple):
-    """A block's residual stream, and the sum of all updates it has had."""
-
-    h: Float[AnyArray, "B T D"]
-    written: Float32[AnyArray, "B T D"]
+    place: str = "device"
 
 
 class Wrote(NamedTuple):
@@ -149,28 +142,37 @@ class Sweep:
         compute_dtype: DTypeLike = jnp.float32,
         residual_dtype: DTypeLike = jnp.float32,
         blocks: Blocks | None = None,
+        whole: bool = False,
+        scratch: Path | None = None,
     ):
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
-        count = len(tokens.ids) // self.blocks.windows
-        self.tokens, self.counted = np.split(tokens.ids, count), np.split(tokens.counted, count)
+        self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
+        self._whole, self._scratch = whole, scratch
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.clock = Clock()
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, d) of a layer's update."""
-        return sum(self._counts), self.weights.config.hidden_size
+    def split(self, windows: Shaped[np.ndarray, "B ..."]) -> list[Shaped[np.ndarray, "b ..."]]:
+        """What there is of each window, by blocks; the last block is filled up with zeros."""
+        size = self.blocks.windows
+        filled = [(0, -len(windows) % size)] + [(0, 0)] * (windows.ndim - 1)
+        return np.split(np.pad(windows, filled), -(-len(windows) // size))
 
     @property
-    def _counts(self) -> list[int]:
-        return [int(block.sum()) for block in self.counted]
+    def shape(self) -> tuple[int, int]:
+        """(n, d) of a layer's update, of the tokens that count."""
+        return int(sum(block.sum() for block in self.counted)), self.weights.config.hidden_size
+
+    @cached_property
+    def _taken(self) -> list[Int32[np.ndarray, " m"]]:
+        """The tokens of each block that an Update has: those that count, or the whole block."""
+        chosen = [np.ones_like(block) if self._whole else block for block in self.counted]
+        return [np.flatnonzero(block).astype(np.int32) for block in chosen]
 
     @cached_property
     def _rows(self) -> list[Int32[np.ndarray, " m"]]:
-        """Where the tokens that count are in each block; as many everywhere, the last ones to be dropped."""
-        rows = [np.flatnonzero(block).astype(np.int32) for block in self.counted]
-        return [np.resize(row, max(self._counts)) for row in rows]
+        """The same, as many everywhere; the last ones are to be dropped."""
+        return [np.resize(rows, max(map(len, self._taken))) for rows in self._taken]
 
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
@@ -198,13 +200,14 @@ class Sweep:
             contextlib.closing(read_ahead(self._read, config.num_layers)) as layers,
             ThreadPoolExecutor(1, "enter") as beside,
         ):
-            entering = beside.submit(lambda: list(map(self._enter, self.tokens)))
+            states = States(self.blocks.place, self._scratch)
+            entering = beside.submit(self._fill, states)
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
-            states = [State(h, np.zeros(h.shape, np.float32)) for h in entering.result()]
+            entering.result()
             windows = attention_windows(config, self.tokens[0].shape[1])
             for kind, window in zip(self._kinds[:-1], windows[:-1], strict=True):
                 yield from _all_of(self._pass(self._step(steps[kind], layers, window), states))
-            final = _Final(self.weights, self.blocks.on_host)
+            final = _Final(self.weights, 1 if self._whole else len(self.tokens))
             step = self._step(steps[self._kinds[-1]], layers, windows[-1])
             yield from _all_of(self._pass(step, states, final))
         self._last_normed, self.closure_error = final.normed, final.closure_error
@@ -217,27 +220,33 @@ class Sweep:
         return lambda state, rows: step(layer, *map(_owned, state), context, rows)
 
     def _pass(
-        self, step: Callable[..., Any], states: list[State], final: "_Final | None" = None
+        self, step: Callable[..., Any], states: States, final: "_Final | None" = None
     ) -> Iterator[Wrote]:
         """Takes all states through a layer; ends when they are computed, so that the layer can go."""
-        for i, rows in enumerate(self._rows):
-            entered = states[i].h
-            with self.clock("compute"):
-                h, written, update = step(states[i], rows)
-                if self.blocks.on_host:
-                    h, written = map(np.asarray, (h, written))
-            states[i], normed = State(h, written), None
-            if final:
-                first = self._enter(self.tokens[i])
-                normed = self._counting(final(first, entered, states[i], update.attention, rows), i)
-            yield Wrote(self._counting(update, i), normed)
+        with contextlib.closing(states.in_turn(len(self.tokens))) as waiting:
+            for block, rows in enumerate(self._rows):
+                state = next(waiting)
+                entered = state.h
+                with self.clock("compute"):
+                    h, written, update = step(state, rows)
+                    states[block] = state = State(h, written)
+                normed = None
+                if final:
+                    first = self._enter(self.tokens[block])
+                    normed = final(first, entered, state, update.attention, rows)
+                yield Wrote(self._counting(update, block), normed and self._counting(normed, block))
         with self.clock("compute"):
-            jax.block_until_ready(states)
+            states.settle()
 
     def _counting(self, update: Update, block: int) -> Update:
         """Without the rows that fill up a block's."""
-        count = self._counts[block]
+        count = len(self._taken[block])
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
+
+    def _fill(self, states: States) -> None:
+        for block, tokens in enumerate(self.tokens):
+            h = self._enter(tokens)
+            states[block] = State(h, np.zeros(h.shape, np.float32))
 
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
         """The state that enters the first layer; cast by NumPy, for which nothing need be compiled."""
@@ -250,36 +259,36 @@ class Sweep:
             return jax.block_until_ready(layer)
 
     def finish_loss(self) -> None:
-        """Mean -ln p(next token) over the text, in nats per token, as `loss`."""
+        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or a long one's first block
+        (it takes as long as several layers, and only says whether the weights are real)."""
         vocab_size = self.weights.config.vocab_size
         bounds = vocabulary_slices(vocab_size)
         with self.clock("loss"):
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
-            targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens]
+            count = len(self._last_normed)
+            targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens[:count]]
             blocks = zip(targets, self._last_normed, strict=True)
             losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0])
-            self.loss = float(np.concatenate(losses)[np.concatenate(self.counted)[:, 1:]].mean())
+            counted = np.concatenate(self.counted[:count])[:, 1:]
+            self.loss = float(np.concatenate(losses)[counted].mean())
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
-        config, (h, written) = self.weights.config, self._abstract_state()
+        config, (h, written), tokens = self.weights.config, self._abstract_state(), self.tokens[0].shape
         weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
         rows = self._rows[0]
         attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
         _final_norm.lower(h, h, h, written, attention, weight, rows, eps=config.rms_norm_eps).compile()
-        compile_sliced_loss(
-            config.vocab_size, (*self.tokens[0].shape, config.hidden_size), config.dtype, self.dtypes[0]
-        )
+        compile_sliced_loss(config.vocab_size, (*tokens, config.hidden_size), config.dtype, self.dtypes[0])
 
 
 class _Final:
-    """The final norm, block by block: the states after it, and the closure of the blocks so far."""
+    """The final norm, block by block: the first `keep` states after it, and the closure of all so far."""
 
-    def __init__(self, weights: Weights, on_host: bool):
-        self._weight, self._eps = weights.final_norm(), weights.config.rms_norm_eps
-        self._take = np.asarray if on_host else lambda normed: normed
+    def __init__(self, weights: Weights, keep: int):
+        self._weight, self._eps, self._keep = weights.final_norm(), weights.config.rms_norm_eps, keep
         self._missing = self._energy = 0.0
-        self.normed: list[AnyArray] = []
+        self.normed: list[Array] = []
 
     def __call__(
         self, first: AnyArray, entered: AnyArray, last: State, attention: Array, rows: Any
@@ -287,7 +296,8 @@ class _Final:
         """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
         states = (first, entered, *last)
         normed, update, missing, energy = _final_norm(*states, attention, self._weight, rows, eps=self._eps)
-        self.normed.append(self._take(normed))
+        if len(self.normed) < self._keep:
+            self.normed.append(normed)
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
         return update
 
@@ -315,18 +325,6 @@ def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
         yield whole.pop()
         if normed[0]:
             yield _join(normed)
-
-
-def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
-    """read(0), ..., read(count - 1), each read on another thread while the one before is in use."""
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        upcoming = [pool.submit(read, 0)]
-        for index in range(1, count + 1):
-            # Handed over without a reference left here, which would keep it in memory.
-            item = [upcoming.pop().result()]
-            if index < count:
-                upcoming.append(pool.submit(read, index))
-            yield item.pop()
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)

@@ -54,6 +54,9 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "device_memory_gb", DEFAULTS.device_memory_gb, "cap on the device's memory, in 10^9 bytes (default: all)"
 )
+flags.DEFINE_string(
+    "scratch", DEFAULTS.scratch, "a directory for the states of a long text that the device cannot hold"
+)
 flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
 flags.DEFINE_float(
     "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"

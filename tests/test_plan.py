@@ -54,7 +54,7 @@ def test_the_largest_dense_model_streams_through_8_gb(monkeypatch: pytest.Monkey
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     found = work(LARGE).plan(8 * GB)
     assert found.mode == "stream"
-    assert not found.blocks.on_host
+    assert found.blocks.place == "device"
     assert found.at_once > 1
     assert found.parts["weights"] == pytest.approx(2 * 2 * LARGE.layer_parameters())
     with pytest.raises(JaxDeltaError, match=r"resident.*too much; .*--memory=stream"):
@@ -73,8 +73,8 @@ def test_less_memory_means_smaller_blocks_then_states_on_the_host() -> None:
     assert totals == sorted(totals, reverse=True)
     assert plans[0].blocks == Blocks(32, 64)
     assert len({found.blocks.windows for found in plans}) >= 3
-    assert [found.blocks.on_host for found in plans] == sorted(found.blocks.on_host for found in plans)
-    assert plans[-1].blocks.on_host
+    assert [found.blocks.place for found in plans] == sorted(found.blocks.place for found in plans)
+    assert plans[-1].blocks.place == "host"
 
 
 def test_what_is_missing_is_said() -> None:

@@ -275,7 +275,7 @@ def test_token_statistics_by_the_definitions(case: str) -> None:
     elif case == "one token":
         delta, h = delta[:1], h[:1]
     products = token_products(jnp.asarray(delta), jnp.asarray(h))
-    found = token_statistics(tuple(map(np.asarray, products)), np.ones((1, len(delta))))
+    found = token_statistics(tuple(map(np.asarray, products)), np.arange(len(delta)) % 3, np.ones((1, 3)))
     for name, value in definitions(delta, h).items():
         np.testing.assert_allclose(found[name][0], value, rtol=1e-12, atol=1e-14, err_msg=name)
 

@@ -53,11 +53,11 @@ def assert_same(
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("place", ["device", "host"])
 def test_blocks_of_windows(
-    checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], windows: int, on_host: bool
+    checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], windows: int, place: str
 ) -> None:
-    assert_same(passed(checkpoint, Blocks(windows, 70, on_host)), whole, 1e-6)
+    assert_same(passed(checkpoint, Blocks(windows, 70, place)), whole, 1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 9, 35, 69])
@@ -69,7 +69,7 @@ def test_blocks_of_queries(checkpoint: Checkpoint, whole: tuple[Sweep, list[Upda
 def test_states_on_the_host_change_no_bit(checkpoint: Checkpoint) -> None:
     for dtype in ("float32", "bfloat16"):
         assert_same(
-            passed(checkpoint, Blocks(2, 70, True), dtype), passed(checkpoint, Blocks(2, 70), dtype), 0
+            passed(checkpoint, Blocks(2, 70, "host"), dtype), passed(checkpoint, Blocks(2, 70), dtype), 0
         )
 
 

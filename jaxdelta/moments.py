@@ -1,0 +1,177 @@
+"""Sums of xxᵀ over a corpus, block by block, in memory that does not grow with it.
+
+Axes: B windows of a block, T tokens of a window, d hidden size, P parts (the update, attention, the MLP), G
+groups of windows, p directions of a frame, s set-aside tokens.
+
+Products of float32 rows are taken in float32, at full precision, and summed in float64. So that a direction
+which holds nearly all of the energy does not drown the others in its rounding, it never enters them: a row is
+x = aQ + r, a = xQᵀ its coordinates in a frame Q of the layer's leading directions, found in the first block,
+and Σxxᵀ = Qᵀ(Σaaᵀ)Q + Qᵀ(Σarᵀ) + (Σraᵀ)Q + Σrrᵀ, exactly, whatever Q is. (Chan, Golub & LeVeque 1983 do this
+with the mean.) A token whose state is far longer than the median may be a sink: its row is set aside, since
+which tokens are sinks is known only when all have passed. All functions must be traced with 64-bit types on.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+
+from jaxdelta.figures import state_products
+from jaxdelta.spectrum import gram, product
+from jaxdelta.sweep import Update
+from jaxdelta.types import AnyArray
+
+FRAME = 8
+_FRAME_STEPS = 4
+_CHUNK = 32  # set-aside rows that are added at once, all of one group
+
+
+class Moments(NamedTuple):
+    """Of each part and group: the sums of rrᵀ, arᵀ, aaᵀ and x; of each group the number of tokens."""
+
+    rest: Float64[AnyArray, "P G d d"]
+    cross: Float64[AnyArray, "P G p d"]
+    lead: Float64[AnyArray, "P G p p"]
+    sums: Float64[AnyArray, "P G d"]
+    counts: Float64[AnyArray, " G"]
+
+    @classmethod
+    def zeros(cls, parts: int, groups: int, hidden: int) -> "Moments":
+        """Of no token."""
+
+        def zeros(*shape: int) -> Array:
+            return jnp.zeros((parts, groups, *shape), jnp.float64)
+
+        squares = zeros(hidden, hidden), zeros(FRAME, hidden), zeros(FRAME, FRAME)
+        return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64))
+
+
+class Bounds(NamedTuple):
+    """A token whose squared state is longer than this, before the layer or after it, is set aside."""
+
+    entering: Float64[AnyArray, ""]
+    leaving: Float64[AnyArray, ""]
+
+
+def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
+    """What of an update is looked at."""
+    every = {"update": update.delta, "attention": update.attention, "mlp": update.mlp}
+    return jnp.stack([jnp.asarray(every[part]) for part in parts])
+
+
+@partial(jax.jit, static_argnums=2)
+def find_frame(
+    update: Update, counted: Bool[AnyArray, " n"], parts: tuple[str, ...]
+) -> Float64[Array, "P p d"]:
+    """The leading directions of each part's rows, orthonormal, by subspace iteration: good enough that no
+    direction outside of them dominates; that they are exact is not needed."""
+    x = jnp.where(counted[:, None], parts_of(update, parts), 0)
+    start = jax.random.normal(jax.random.key(0), (x.shape[-1], FRAME), jnp.float32)
+
+    def step(_: Any, y: Array) -> Array:
+        return jnp.linalg.qr(product(jnp.swapaxes(x, 1, 2), product(x, y)))[0]
+
+    first = jnp.broadcast_to(start, (len(x), *start.shape))
+    found = jax.lax.fori_loop(0, _FRAME_STEPS, step, first).astype(jnp.float64)
+    return jnp.swapaxes(jnp.linalg.qr(found)[0], 1, 2)
+
+
+@partial(jax.jit, static_argnums=6, donate_argnums=0)
+def accumulate(
+    moments: Moments,
+    frame: Float64[AnyArray, "P p d"],
+    update: Update,
+    counted: Bool[AnyArray, "B T"],
+    groups: Int[AnyArray, " B"],
+    bounds: Bounds,
+    parts: tuple[str, ...],
+) -> tuple[Moments, dict[str, Array], Float32[Array, "P n p"], Bool[Array, "B T"]]:
+    """Adds a block's tokens that count and are within bounds; says which, and gives all tokens' table and
+    coordinates."""
+    table = state_products(update)
+    within = (table["entering"] <= bounds.entering) & (table["leaving"] <= bounds.leaving)
+    kept = jnp.asarray(counted) & within.reshape(counted.shape)
+    x = parts_of(update, parts).reshape(len(parts), *kept.shape, -1)
+
+    def add(moments: Moments, window: tuple[Any, Any, Any]) -> tuple[Moments, Array]:
+        x, kept, group = window
+        coordinates = _coordinates(x, frame)
+        return _add_window(moments, frame, x, coordinates, kept, group), coordinates.astype(jnp.float32)
+
+    moments, coordinates = jax.lax.scan(add, moments, (jnp.swapaxes(x, 0, 1), kept, groups))
+    flat = jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
+    return moments, table, flat, kept
+
+
+def _coordinates(x: Float[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float64[Array, "P T p"]:
+    return product(x.astype(jnp.float64), jnp.swapaxes(frame, 1, 2))
+
+
+def _add_window(
+    moments: Moments,
+    frame: Float64[AnyArray, "P p d"],
+    x: Float32[Array, "P T d"],
+    coordinates: Float64[Array, "P T p"],
+    kept: Bool[Array, " T"],
+    group: Int[Array, ""],
+) -> Moments:
+    weight = kept.astype(jnp.float64)[:, None]
+    x, a = x.astype(jnp.float64) * weight, coordinates * weight
+    rest = (x - product(a, frame)).astype(jnp.float32)
+    # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
+    across = jax.lax.optimization_barrier(jnp.swapaxes(rest, 1, 2))
+    squares = jnp.stack([gram(part) for part in across]).astype(jnp.float64)
+    a_transposed = jnp.swapaxes(a, 1, 2)
+    added = (
+        squares,
+        product(a_transposed, rest.astype(jnp.float64)),
+        product(a_transposed, a),
+        x.sum(axis=1),
+    )
+    sums = [jnp.asarray(whole).at[:, group].add(part) for whole, part in zip(moments[:4], added, strict=True)]
+    rest, cross, lead, total = sums
+    return Moments(rest, cross, lead, total, jnp.asarray(moments.counts).at[group].add(weight.sum()))
+
+
+@jax.jit
+def assembled(moments: Moments, frame: Float64[AnyArray, "P p d"]) -> Float64[Array, "P G d d"]:
+    """Σ xxᵀ of each part and group."""
+    q = frame[:, None]
+    half = product(moments.lead / 2, q) + moments.cross
+    mixed = product(jnp.swapaxes(q, 2, 3), half)
+    return jnp.asarray(moments.rest) + mixed + jnp.swapaxes(mixed, 2, 3)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_chunks(
+    squares: Float64[Array, "P G d d"], chunks: Float32[Array, "chunks P c d"], groups: Int[Array, " chunks"]
+) -> Float64[Array, "P G d d"]:
+    def add(squares: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        rows, group = chunk[0].astype(jnp.float64), chunk[1]
+        return squares.at[:, group].add(product(jnp.swapaxes(rows, 1, 2), rows)), None
+
+    return jax.lax.scan(add, squares, (chunks, groups))[0]
+
+
+def add_rows(
+    squares: Float64[Array, "P G d d"],
+    rows: Float32[np.ndarray, "P s d"],
+    groups: Int[np.ndarray, " s"],
+) -> Float64[Array, "P G d d"]:
+    """Adds xxᵀ of rows that were set aside, in float64: they may be longer than all others together."""
+    chunks, owners = [], []
+    for group in np.unique(groups):
+        mine = rows[:, groups == group]
+        filled = np.zeros((len(mine), -(-mine.shape[1] // _CHUNK) * _CHUNK, mine.shape[2]), np.float32)
+        filled[:, : mine.shape[1]] = mine
+        chunks += np.split(filled, filled.shape[1] // _CHUNK, axis=1)
+        owners += [group] * (filled.shape[1] // _CHUNK)
+    if not chunks:
+        return squares
+    # As many as a power of two: few programs serve all layers.
+    missing = (1 << (len(chunks) - 1).bit_length()) - len(chunks)
+    chunks += [np.zeros_like(chunks[0])] * missing
+    return _add_chunks(squares, np.stack(chunks), np.array([*owners, *[0] * missing], np.int32))

@@ -1,0 +1,117 @@
+"""Where the residual stream of a text waits between two layers, block by block: on the device as long as it
+fits, else on the host, else in files."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float32
+
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.types import AnyArray
+
+T = TypeVar("T")
+
+PLACES = ("device", "host", "scratch")
+
+
+class State(NamedTuple):
+    """A block's residual stream, and the sum of all updates it has had."""
+
+    h: Float[AnyArray, "B T D"]
+    written: Float32[AnyArray, "B T D"]
+
+
+def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
+    """read(0), ..., read(count - 1), each read on another thread while the one before is in use."""
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        upcoming = [pool.submit(read, 0)]
+        for index in range(1, count + 1):
+            # Handed over without a reference left here, which would keep it in memory.
+            item = [upcoming.pop().result()]
+            if index < count:
+                upcoming.append(pool.submit(read, index))
+            yield item.pop()
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: str | None, place: str) -> Iterator[Path | None]:
+    """A directory of the run's own for states that wait in files, gone when it ends; None where none do.
+
+    Raises:
+        JaxDeltaError: it cannot be made.
+    """
+    if place != "scratch" or parent is None:
+        yield None
+        return
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="jaxdelta-", dir=Path(parent).expanduser())
+    except OSError as error:
+        raise JaxDeltaError(f"{parent}: no scratch directory can be made there ({error.strerror})") from error
+    with directory as path:
+        yield Path(path)
+
+
+class States:
+    """The blocks' states: `states[block] = state` keeps one in its place, `in_turn` gives them back.
+
+    Raises:
+        JaxDeltaError: a file in the scratch directory cannot be written.
+    """
+
+    def __init__(self, place: str = "device", directory: Path | None = None):
+        self._place, self._directory = place, directory
+        self._kept: dict[int, State] = {}
+        self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
+
+    def __setitem__(self, block: int, state: State) -> None:
+        if self._place == "device":
+            self._kept[block] = state
+            return
+        state = State(*map(np.asarray, state))
+        if self._place == "host":
+            self._kept[block] = state
+            return
+        self._forms[block] = [(part.shape, part.dtype) for part in state]
+        try:
+            with open(self._file(block), "wb") as file:
+                for part in state:
+                    file.write(np.ascontiguousarray(part).tobytes())
+        except OSError as error:
+            raise JaxDeltaError(
+                f"{self._directory}: cannot be written ({error.strerror}); it holds the states, see --scratch"
+            ) from error
+
+    def in_turn(self, count: int) -> Generator[State, None, None]:
+        """The states of blocks 0 .. count - 1; those that are not on the device arrive there ahead."""
+        if self._place == "device":
+            yield from (self._kept[block] for block in range(count))
+        else:
+            yield from read_ahead(self._load, count)
+
+    def settle(self) -> None:
+        """Waits until all are computed."""
+        jax.block_until_ready(list(self._kept.values()))
+
+    def _load(self, block: int) -> State:
+        # In memory of its own: what is donated may be written over.
+        return State(*(jax.device_put(part, may_alias=False) for part in self._read(block)))
+
+    def _read(self, block: int) -> State:
+        if self._place == "host":
+            return self._kept[block]
+        with open(self._file(block), "rb") as file:
+            parts = [
+                np.fromfile(file, dtype, int(np.prod(shape))).reshape(shape)
+                for shape, dtype in self._forms[block]
+            ]
+        return State(*parts)
+
+    def _file(self, block: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"state-{block}"

@@ -1,0 +1,116 @@
+"""Figures of a text that is too long to keep are those of the text kept whole."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from updates import K, tokens, update
+
+from jaxdelta.figures import Groups
+from jaxdelta.measure import Design, LayerFigures, measure
+from jaxdelta.pooling import Pool, Windows
+from jaxdelta.rows import Sample
+from jaxdelta.spectrum import effective_rank
+from jaxdelta.sweep import Update, Wrote
+from jaxdelta.views import ALL, MASKED, RAW
+
+WINDOWS, LENGTH, HIDDEN, GROUPS = 6, 60, 40, 3
+SHAPE = (WINDOWS * LENGTH, HIDDEN)
+SINKS = {7: 30.0, 130: 100.0, 131: 60.0}
+VIEWS = tuple(ALL.values())
+
+
+def windows(blocks: int, counted: np.ndarray | None = None) -> Windows:
+    """The text in so many blocks; all tokens count, or those given."""
+    of = Sample.of(tokens(SHAPE[0], np.arange(SHAPE[0]) * GROUPS // SHAPE[0]), 0, 0)
+    counted = np.ones((WINDOWS, LENGTH), bool) if counted is None else counted
+    groups = np.arange(WINDOWS, dtype=np.int32) * GROUPS // WINDOWS
+    return Windows(np.split(counted, blocks), np.split(groups, blocks), of.halves)
+
+
+def pooled(wrote: Update, text: Windows, order: Sequence[int] | None = None) -> LayerFigures:
+    """The figures of an update that comes in the text's blocks."""
+    membership = np.ones((GROUPS, 1))  # a pool asks only whether there are groups
+    pool = Pool(text, HIDDEN, Design(K, views=VIEWS, groups=Groups(membership, text.halves)))
+    parts = [np.split(part, len(text.counted)) for part in wrote]
+    for block in range(len(text.counted)):
+        pool.add(block, Update(*(jnp.asarray(part[block]) for part in parts)))
+    return pool.figures()
+
+
+def whole(wrote: Update) -> LayerFigures:
+    """Those of the update kept whole."""
+    owners = np.arange(SHAPE[0]) * GROUPS // SHAPE[0]
+    of = Sample.of(tokens(SHAPE[0], owners), 20, 0)
+    layer = [Wrote(jax.tree.map(jnp.asarray, wrote))]
+    return measure([layer], SHAPE, Design(K, views=VIEWS, groups=of.groups))[0]
+
+
+def assert_same(found: LayerFigures, wanted: LayerFigures) -> None:
+    assert found.ledger == pytest.approx(wanted.ledger, rel=1e-12)
+    for view, one in found.views.items():
+        other = wanted.views[view]
+        np.testing.assert_array_equal(one.kept, other.kept)
+        np.testing.assert_allclose(one.singular_values, other.singular_values, rtol=1e-6)
+        np.testing.assert_allclose(one.basis, other.basis, atol=1e-5)
+        assert one.found.mean_energy == pytest.approx(other.found.mean_energy, rel=1e-6, abs=1e-6)
+        if not view.centred:
+            for product, same in zip(one.products, other.products, strict=True):
+                np.testing.assert_allclose(product, same, rtol=1e-9, atol=1e-9)
+        if one.found.owned is not None:  # else the frame, of a part of the text, does not hold v_1
+            np.testing.assert_allclose(one.found.owned, other.found.owned, atol=2e-3)
+        np.testing.assert_allclose(
+            one.found.resampled.split_half, other.found.resampled.split_half, atol=1e-3
+        )
+        if one.crossed is not None:
+            np.testing.assert_allclose(one.crossed.coupling, other.crossed.coupling, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_as_of_the_text_kept_whole(blocks: int, sinks: dict[int, float] | None) -> None:
+    wrote = update(SHAPE, 3, sinks)
+    found = pooled(wrote, windows(blocks))
+    assert (found.views[MASKED] is found.views[RAW]) == (sinks is None)
+    assert_same(found, whole(wrote))
+
+
+def test_a_group_left_out_and_tokens_that_do_not_count() -> None:
+    """All σ² without each group, and everything else, of the tokens that count alone."""
+    wrote, counted = update(SHAPE, 4), np.random.default_rng(0).random((WINDOWS, LENGTH)) < 0.8
+    found = pooled(wrote, windows(3, counted))
+    for view, one in found.views.items():
+        x = (wrote.delta if view.part == "update" else getattr(wrote, view.part)).astype(np.float64)
+        x = x * counted.reshape(-1, 1)
+        if view.centred:
+            x -= x.sum(axis=0) / counted.sum() * counted.reshape(-1, 1)
+        np.testing.assert_allclose(one.singular_values, np.linalg.svd(x, compute_uv=False), rtol=1e-6)
+        for group, energies in enumerate(one.found.resampled.without):
+            others = np.arange(SHAPE[0]) * GROUPS // SHAPE[0] != group
+            values = np.linalg.svd(x[others], compute_uv=False)
+            np.testing.assert_allclose(energies, values**2, rtol=1e-5, atol=1e-6 * values[0] ** 2)
+
+
+@pytest.mark.parametrize("dominated", [False, True], ids=["spread", "99 % along one direction"])
+def test_of_fifty_thousand_tokens(dominated: bool) -> None:
+    """Every singular value as of a float64 SVD of all rows at once, in whatever order the blocks come."""
+    rng, (blocks, length, hidden) = np.random.default_rng(1), (25, 2000, 128)
+    x = rng.normal(size=(blocks, length, hidden)) * np.arange(1, hidden + 1) ** -1.0
+    if dominated:
+        along = rng.normal(size=(blocks, length, 1)) * np.sqrt(99 * np.square(x).sum(axis=2).mean())
+        x += along * np.linalg.qr(rng.normal(size=(hidden, 1)))[0].T
+    x = x.astype(np.float32)
+    wanted = np.linalg.svd(x.reshape(-1, hidden).astype(np.float64), full_matrices=False)
+    for order in (np.arange(blocks), rng.permutation(blocks)):
+        text = Windows(
+            [np.ones((1, length), bool)] * blocks, [np.zeros(1, np.int32)] * blocks, np.zeros((0, 2, 1))
+        )
+        pool = Pool(text, hidden, Design(8))
+        for block, place in enumerate(order):
+            pool.add(block, Update(jnp.asarray(x[place]), *[jnp.zeros((length, hidden), jnp.float32)] * 2))
+        found = pool.figures().views[RAW]
+        np.testing.assert_allclose(found.singular_values[:64], wanted[1][:64], rtol=1e-6)
+        assert effective_rank(found.singular_values) == pytest.approx(effective_rank(wanted[1]), rel=1e-6)
+        assert abs(found.directions[0] @ wanted[2][0]) >= 1 - 1e-9
