@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +19,8 @@ SEPARATOR = "\n\n"
 DEFAULT_MAX_TOKENS = DEFAULT_SEQ_LEN = 2048
 LAYOUTS = ("stream", "packed")
 PADDING = -1  # in the place of a document
-LETTERS_PER_TOKEN = 5  # about, in English: how much text is taken at first
-BATCH_LETTERS = 1 << 20  # tokenized at once
+LETTERS_PER_TOKEN = 5  # about, in English: so much text is taken for what is missing
+PART_LETTERS, BATCH_LETTERS = 1 << 16, 1 << 21  # of a text tokenized by itself; of several at once
 
 # Texts -> of each, its token ids and the characters at which the tokens begin.
 Encoder = Callable[[Sequence[str]], list[tuple[list[int], list[int]]]]
@@ -151,17 +153,25 @@ class Piece(NamedTuple):
 
 
 def _stream(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
-    taken, text, found = _first_tokens(documents, encode, max_tokens)
-    count = _enough(len(found.ids))
-    starts = np.cumsum([0] + [len(document) + len(SEPARATOR) for document in taken[:-1]])
-    owners = np.searchsorted(starts, found.bounds[:-1], side="right") - 1
+    lengths: list[int] = []
+
+    def taken() -> Iterator[str]:
+        for document in documents:
+            lengths.append(len(document))
+            yield document
+
+    parts = ((0, part) for part in _parts(taken(), LETTERS_PER_TOKEN * max_tokens))
+    text, (ids, bounds) = _joined(_encoded(parts, encode, max_tokens), max_tokens)
+    count = _enough(len(ids))
+    starts = np.cumsum([0] + [length + len(SEPARATOR) for length in lengths[:-1]])
+    owners = np.searchsorted(starts, bounds[:-1], side="right") - 1
     firsts = np.arange(0, count, seq_len)
     sizes, windows = np.minimum(seq_len, count - firsts), np.arange(len(firsts))
 
     def text_of(token: int) -> str:
-        return text[found.bounds[token] : found.bounds[token + 1]]
+        return text[bounds[token] : bounds[token + 1]]
 
-    return _laid_out(found.ids, owners, text_of, sizes, windows, np.zeros_like(sizes))
+    return _laid_out(ids, owners, text_of, sizes, windows, np.zeros_like(sizes))
 
 
 def _packed(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
@@ -221,22 +231,66 @@ def _laid_out(
 
 def _pieces(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Iterator[Piece]:
     """Pieces of at most seq_len tokens and no less than 2, max_tokens in all where there are so many."""
-    left, numbered = max_tokens, enumerate(documents)
-    while left > 1 and (batch := _batch(numbered, min(BATCH_LETTERS, LETTERS_PER_TOKEN * left))):
-        texts = [text for _, text in batch]
-        # One alone may be of any length.
-        found = _encoded(texts, encode) if texts[1:] else [_first_tokens(iter(texts), encode, left)[2]]
-        for (number, text), tokens in zip(batch, found, strict=True):
-            for start in range(0, len(tokens.ids), seq_len):
-                piece = tokens.part(start, start + min(seq_len, left))
-                if len(piece.ids) > 1:
-                    left -= len(piece.ids)
-                    yield Piece(number, text, piece)
+    left, letters = max_tokens, LETTERS_PER_TOKEN * max_tokens
+    parts = ((i, part) for i, document in enumerate(documents) for part in _parts(iter([document]), letters))
+    for number, found in groupby(_encoded(parts, encode, max_tokens), key=itemgetter(0)):
+        text, tokens = _joined(found, left)
+        for start in range(0, len(tokens.ids), seq_len):
+            piece = tokens.part(start, start + seq_len)
+            if len(piece.ids) > 1:
+                left -= len(piece.ids)
+                yield Piece(number, text, piece)
+        if left < 2:
+            return
 
 
-def _batch(numbered: Iterator[tuple[int, str]], letters: int) -> list[tuple[int, str]]:
+def _parts(documents: Iterator[str], letters: int) -> Iterator[str]:
+    """The joined documents in parts that can be tokenized each by itself, since words end where a line does.
+
+    A part has at most so many letters, or PART_LETTERS, and ends where a line begins that does not begin with
+    a space; without such a place it is longer.
+    """
+    text, start, wanted = next(documents, ""), 0, min(letters, PART_LETTERS)
+    while True:
+        more, length = [], len(text) - start
+        while length <= wanted and (document := next(documents, None)) is not None:
+            more.append(document)
+            length += len(SEPARATOR) + len(document)
+        if more:
+            text, start = SEPARATOR.join([text[start:], *more]), 0
+        if length <= wanted:
+            yield text[start:]
+            return
+        if stop := _last_line(text, start, start + wanted):
+            yield text[start:stop]
+            start, wanted = stop, min(letters, PART_LETTERS)
+        else:
+            wanted *= 2
+
+
+def _last_line(text: str, start: int, stop: int) -> int:
+    """Where the last line begins, between start and stop, that does not begin with a space; or else 0."""
+    while (end := text.rfind("\n", start, stop)) >= 0 and text[end + 1].isspace():
+        stop = end
+    return end + 1
+
+
+def _encoded(
+    parts: Iterator[tuple[int, str]], encode: Encoder, count: int
+) -> Iterator[tuple[int, str, Encoded]]:
+    """Each numbered text with its tokens, at a time as many texts as `count` tokens in all may need."""
+    while batch := _batch(parts, min(BATCH_LETTERS, LETTERS_PER_TOKEN * max(count, 1))):
+        for _, text in batch:
+            check_unicode(text, "the calibration text")
+        for (number, text), (ids, starts) in zip(batch, encode([text for _, text in batch]), strict=True):
+            found = Encoded(np.array(ids, np.int32), np.array([*starts, len(text)], np.int32))
+            count -= len(found.ids)
+            yield number, text, found
+
+
+def _batch(parts: Iterator[tuple[int, str]], letters: int) -> list[tuple[int, str]]:
     batch = []
-    for number, text in numbered:
+    for number, text in parts:
         batch.append((number, text))
         letters -= len(text)
         if letters <= 0:
@@ -244,40 +298,19 @@ def _batch(numbered: Iterator[tuple[int, str]], letters: int) -> list[tuple[int,
     return batch
 
 
-def _first_tokens(documents: Iterator[str], encode: Encoder, count: int) -> tuple[list[str], str, Encoded]:
-    """The first `count` tokens of the joined documents; the documents taken for them, and their text.
-
-    Of a long text a part is tokenized, and a longer one until it is enough. What begins before the part's
-    last line is as it would be in the whole text, because words end where a line does.
-    """
-    taken: list[str] = []
-    length, wanted = -len(SEPARATOR), LETTERS_PER_TOKEN * count
-    while True:
-        while length <= wanted and (document := next(documents, None)) is not None:
-            taken.append(document)
-            length += len(SEPARATOR) + len(document)
-        text = SEPARATOR.join(taken)[:wanted]
-        (found,) = _encoded([text], encode)
-        if length <= wanted or np.searchsorted(found.bounds[:-1], _last_line(text)) >= count:
-            return taken, text, found.part(0, count)
-        wanted *= 2
-
-
-def _last_line(text: str) -> int:
-    """Where the last line begins that does not begin with a space; 0 where there is none."""
-    start = len(text) - 1
-    while (end := text.rfind("\n", 0, start)) >= 0 and text[end + 1].isspace():
-        start = end
-    return end + 1
-
-
-def _encoded(texts: Sequence[str], encode: Encoder) -> list[Encoded]:
-    for text in texts:
-        check_unicode(text, "the calibration text")
-    return [
-        Encoded(np.array(ids, np.int32), np.array([*starts, len(text)], np.int32))
-        for text, (ids, starts) in zip(texts, encode(texts), strict=True)
-    ]
+def _joined(parts: Iterator[tuple[int, str, Encoded]], count: int) -> tuple[str, Encoded]:
+    """A text from its parts, until they have `count` tokens, and those."""
+    texts, ids, bounds, length, found = [], [], [], 0, 0
+    for _, text, tokens in parts:
+        texts.append(text)
+        ids.append(tokens.ids)
+        bounds.append(tokens.bounds[:-1] + np.int32(length))
+        length += len(text)
+        found += len(tokens.ids)
+        if found >= count:
+            break
+    bounds.append(np.array([length], np.int32))
+    return "".join(texts), Encoded(np.concatenate(ids), np.concatenate(bounds)).part(0, count)
 
 
 def load_encoder(directory: Path) -> Encoder:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_calibration import DOCUMENTS, letters, word_tokenizer
 
 from jaxdelta import calibration
-from jaxdelta.calibration import PADDING, Encoder, Tokens, load_encoder, tokenize
+from jaxdelta.calibration import PADDING, SEPARATOR, Encoder, Tokens, load_encoder, tokenize
 from jaxdelta.corpus import shipped_prompts
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.packing import best_fit
@@ -153,16 +153,18 @@ def test_stream_in_windows_is_the_stream(encode: Encoder) -> None:
 ODD = [*DOCUMENTS, "...", "\n", " \n\n a", "\u0301x", "b...", "\r\n\r\n", "   ", "(c)\n\n\n", "d"] * 4
 
 
-@pytest.mark.parametrize("count", [2, 3, 10, 57, 100, 233, 400])
-@pytest.mark.parametrize("per_token", [1, 2, 5])
-def test_a_part_of_the_text_gives_its_first_tokens(
-    count: int, per_token: int, encode: Encoder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [2, 57, 233, 400])
+@pytest.mark.parametrize("letters", [1, 7, 60, 500])
+def test_a_text_in_parts_is_the_text(
+    count: int, letters: int, encode: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tokenize(ODD, encode, vocab_size=500, max_tokens=10**6, seq_len=10**6)
-    monkeypatch.setattr(calibration, "LETTERS_PER_TOKEN", per_token)
+    whole = tokenize([SEPARATOR.join(ODD)], encode, vocab_size=500, max_tokens=10**6, seq_len=10**6)
+    owned = tokenize(ODD, encode, vocab_size=500, max_tokens=10**6, seq_len=10**6)
+    for name in ("PART_LETTERS", "BATCH_LETTERS"):
+        monkeypatch.setattr(calibration, name, letters)
     tokens = tokenize(ODD, encode, vocab_size=500, max_tokens=count)
     np.testing.assert_array_equal(tokens.ids, whole.ids[:, :count])
-    np.testing.assert_array_equal(tokens.documents, whole.documents[:, :count])
+    np.testing.assert_array_equal(tokens.documents, owned.documents[:, :count])
     assert [tokens.text(0, i) for i in range(count)] == [whole.text(0, i) for i in range(count)]
 
 
@@ -177,7 +179,13 @@ def test_documents_are_taken_as_they_are_needed(layout: str) -> None:
 
     tokens = tokenize(documents(), letters, vocab_size=256, layout=layout, max_tokens=1000, seq_len=100)
     assert 999 <= tokens.count <= 1000
-    assert len(taken) < 500
+    assert len(taken) < 1000
+
+
+def test_pieces_that_are_left_out_do_not_count() -> None:
+    """Of each document the eleventh token is a piece by itself."""
+    tokens = lay_out(["abcdefghijk"] * 100, seq_len=10, max_tokens=500)
+    assert tokens.count == 500
 
 
 @pytest.mark.parametrize("layout", ["stream", "packed"])
@@ -191,8 +199,8 @@ def test_of_a_long_document_a_part_is_tokenized(layout: str) -> None:
 
     text = "A line of text.\n" * 100_000
     tokens = tokenize([text], encode, vocab_size=256, layout=layout, max_tokens=1000, seq_len=100)
-    assert tokens.count == 1000
-    assert most < 10_000
+    assert tokens.count == 1000 and tokens.text(0, 0) == "A"
+    assert most <= calibration.PART_LETTERS < len(text)
 
 
 # Both
