@@ -114,7 +114,7 @@ class Options:
 
 def analyze(
     model: str | Qwen3,
-    calibration: str | Path | Sequence[str] | Tokens | None = None,
+    calibration: str | Path | Iterable[str] | Tokens | None = None,
     *,
     listener: Listener | None = None,
     progress: bool = False,
@@ -169,7 +169,7 @@ def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
 
 
 def _tokens(
-    calibration: str | Path | Sequence[str] | Tokens | None, weights: Weights, options: Options
+    calibration: str | Path | Iterable[str] | Tokens | None, weights: Weights, options: Options
 ) -> Tokens:
     if isinstance(calibration, Tokens):
         return calibration
