@@ -1,7 +1,7 @@
 """analyze(): the whole way from a checkpoint and a text to an Analysis."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdelta import __version__
-from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, load_encoder, tokenize
+from jaxdelta.calibration import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS, Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
+from jaxdelta.corpus import DEFAULT_SPLIT, DEFAULT_TEXT_KEY, read_documents, shuffled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.figures import Groups
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
@@ -54,6 +55,12 @@ class Options:
 
     top_k: int = 8
     max_tokens: int = DEFAULT_MAX_TOKENS
+    layout: str = "stream"
+    seq_len: int = DEFAULT_SEQ_LEN
+    text_key: str = DEFAULT_TEXT_KEY
+    split: str = DEFAULT_SPLIT
+    dataset_config: str | None = None
+    shuffle: bool = False
     last_state: str = "residual"
     svd: str = "gram"
     compute_dtype: str = "float32"
@@ -73,6 +80,7 @@ class Options:
 
     def __post_init__(self) -> None:
         choices = {
+            "layout": LAYOUTS,
             "last_state": LAST_STATES,
             "svd": METHODS,
             "compute_dtype": DTYPES,
@@ -88,8 +96,9 @@ class Options:
                 )
         if self.top_k < 1:
             raise UsageError(f"top_k must be at least 1, not {self.top_k}")
-        if self.max_tokens < 2:
-            raise UsageError(f"max_tokens must be at least 2, not {self.max_tokens}")
+        for name in ("max_tokens", "seq_len"):
+            if getattr(self, name) < 2:
+                raise UsageError(f"{name} must be at least 2, not {getattr(self, name)}")
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}")
         if self.device_memory_gb is not None and not self.device_memory_gb > 0:
@@ -109,7 +118,7 @@ class Options:
 
 def analyze(
     model: str | Qwen3,
-    calibration: str | Path | Sequence[str] | Tokens | None = None,
+    calibration: str | Path | Iterable[str] | Tokens | None = None,
     *,
     listener: Listener | None = None,
     progress: bool = False,
@@ -120,7 +129,8 @@ def analyze(
 
     Args:
         model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
-        calibration: a .txt or .json file, documents, or Tokens; by default the prompts of the package.
+        calibration: a source of documents as `read_documents` takes it, documents, or Tokens; by default the
+            prompts of the package.
         listener: told a line as each stage ends.
         progress: show a bar over the layers where standard error is a terminal.
         before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
@@ -145,7 +155,7 @@ def analyze(
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
-    _check_rank(chosen.top_k, min(tokens.count - 1, weights.config.hidden_size), "a layer's update")
+    _check_rank(chosen.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
@@ -163,16 +173,26 @@ def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
 
 
 def _tokens(
-    calibration: str | Path | Sequence[str] | Tokens | None, weights: Weights, options: Options
+    calibration: str | Path | Iterable[str] | Tokens | None, weights: Weights, options: Options
 ) -> Tokens:
     if isinstance(calibration, Tokens):
         return calibration
     if not isinstance(weights, Checkpoint):
         raise UsageError("calibration must be Tokens where the model is given as an object")
     if calibration is None or isinstance(calibration, str | Path):
-        calibration = load_documents(calibration)
-    encode = load_encoder(weights.directory)
-    return tokenize(calibration, encode, max_tokens=options.max_tokens, vocab_size=weights.config.vocab_size)
+        documents: Iterable[str] = read_documents(
+            calibration, text_key=options.text_key, split=options.split, config=options.dataset_config
+        )
+    else:
+        documents = calibration
+    return tokenize(
+        shuffled(documents, options.seed) if options.shuffle else documents,
+        load_encoder(weights.directory),
+        max_tokens=options.max_tokens,
+        vocab_size=weights.config.vocab_size,
+        layout=options.layout,
+        seq_len=options.seq_len,
+    )
 
 
 def _measure(
@@ -265,7 +285,7 @@ def _planned(
 def _run_facts(
     weights: Weights, options: Options, plan: Plan, sweep: Sweep, spectra: _Spectra, sample: Sample
 ) -> dict[str, Any]:
-    documents = len(np.unique(sample.tokens.documents[:, 1:]))
+    documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return {
         "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
@@ -274,6 +294,13 @@ def _run_facts(
         "residual_dtype": options.residual_dtype,
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
+        "text_fingerprint": sample.tokens.fingerprint,
+        "text": {
+            "layout": options.layout,
+            "windows": len(sample.tokens.ids),
+            "window_length": sample.tokens.ids.shape[1],
+            "padding": sample.tokens.padding,
+        },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
         "layers_seconds": dict(sweep.clock.seconds),
         "closure_error": sweep.closure_error,

@@ -1,117 +1,315 @@
-"""The calibration text: prompts -> one stream of tokens that knows which document each token is from."""
+"""The calibration text: documents -> windows of tokens that know which document each token is from."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from importlib import resources
-from itertools import pairwise
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 
+from jaxdelta.corpus import check_unicode
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.packing import best_fit
 
 SEPARATOR = "\n\n"
-DEFAULT_MAX_TOKENS = 2048
+DEFAULT_MAX_TOKENS = DEFAULT_SEQ_LEN = 2048
+LAYOUTS = ("stream", "packed")
+PADDING = -1  # in the place of a document
+LETTERS_PER_TOKEN = 5  # about, in English: so much text is taken for what is missing
+PART_LETTERS, BATCH_LETTERS = 1 << 16, 1 << 21  # of a text tokenized by itself; of several at once
 
-# Text -> token ids and the character at which each token begins.
-Encoder = Callable[[str], tuple[list[int], list[int]]]
+# Texts -> of each, its token ids and the characters at which the tokens begin.
+Encoder = Callable[[Sequence[str]], list[tuple[list[int], list[int]]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids and, for each, the index of the document it begins in and, if known, its text."""
+    """Token ids in windows, each with the document it begins in, and its position in its segment.
+
+    A segment attends to nothing but itself. It begins where `positions` is 0, by default with each window.
+    What fills up a window is a segment of its own, of document -1. `texts` gives, where it is known, the text
+    of the token in a window and a place.
+
+    Raises:
+        JaxDeltaError: positions that do not count up from 0.
+    """
 
     ids: Int32[np.ndarray, "B T"]
     documents: Int32[np.ndarray, "B T"]
-    texts: tuple[tuple[str, ...], ...] | None = None
+    texts: Callable[[int, int], str] | None = None
+    positions: Int32[np.ndarray, "B T"] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        if self.positions is None:
+            length = self.ids.shape[1]
+            row = np.broadcast_to(np.arange(length, dtype=np.int32), self.ids.shape)
+            object.__setattr__(self, "positions", row)
+            return
+        goes_on = (self.positions[:, 1:] == 0) | (np.diff(self.positions) == 1)
+        if self.positions[:, 0].any() or not goes_on.all():
+            raise JaxDeltaError("positions must begin with 0 in every window and go on by 1, or from 0 again")
 
     @property
     def count(self) -> int:
-        """Number of tokens."""
-        return self.ids.size
+        """Number of tokens, without those that fill up windows."""
+        return int((self.documents != PADDING).sum())
+
+    @property
+    def padding(self) -> float:
+        """Share of the windows that no token of the text fills."""
+        return 1 - self.count / self.ids.size
 
     @property
     def counted(self) -> Bool[np.ndarray, "B T"]:
-        """The tokens that figures are taken of: the first of each window is left out, as in the reference."""
-        counted = np.ones(self.ids.shape, bool)
-        counted[:, 0] = False
-        return counted
+        """The tokens that figures are taken of: all but the first of every segment, an attention sink."""
+        return (self.positions > 0) & (self.documents != PADDING)
+
+    @property
+    def segmented(self) -> bool:
+        """Whether any window has more than one segment, apart from what fills it up, which nobody sees."""
+        return bool(((self.positions[:, 1:] == 0) & (self.documents[:, 1:] != PADDING)).any())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, documents and positions, in hexadecimal: the same for the same text alone."""
+        digest = hashlib.sha256(b"jaxdelta tokens 1")
+        for array in (self.ids.shape, self.ids, self.documents, self.positions):
+            digest.update(np.asarray(array, "<i4").tobytes())
+        return digest.hexdigest()
 
     def text(self, window: int, position: int) -> str:
         """A token's text, or else its id in angle brackets."""
         if self.texts is None:
             return f"<{self.ids[window, position]}>"
-        return self.texts[window][position]
-
-
-def load_documents(path: str | Path | None = None) -> list[str]:
-    """The documents of a calibration file: a .txt is one, a .json holds a list of them.
-
-    Without a path, the 25 prompts that ship with the package.
-
-    Raises:
-        JaxDeltaError: the file is missing, empty, not UTF-8, or not a list of strings.
-    """
-    if path is None:
-        text = (resources.files("jaxdelta") / "data" / "calibration_prompts.json").read_text(encoding="utf-8")
-        return list(json.loads(text))
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise JaxDeltaError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise JaxDeltaError(f"{path}: is not UTF-8 text (byte {error.start}); convert it first") from error
-    documents = _json_list(path, text) if path.suffix == ".json" else [text]
-    if not any(document.strip() for document in documents):
-        raise JaxDeltaError(f"{path}: is empty; a calibration text needs at least a few hundred tokens")
-    return documents
+        return self.texts(window, position)
 
 
 def tokenize(
-    documents: Sequence[str], encode: Encoder, *, max_tokens: int = DEFAULT_MAX_TOKENS, vocab_size: int
+    documents: Iterable[str],
+    encode: Encoder,
+    *,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    vocab_size: int,
+    layout: str = "stream",
+    seq_len: int = DEFAULT_SEQ_LEN,
 ) -> Tokens:
-    """Joins the documents by a blank line and tokenizes them as one stream, as the reference does.
+    """Documents -> windows of tokens; no token is added before or after any text.
 
-    No token is added before or after; a token belongs to the document in which it begins, a separator to
-    the document before it.
+    `stream` joins the documents by a blank line and tokenizes them as one text, as the reference does; a
+    token belongs to the document in which it begins, a separator to the document before it. The text is cut
+    into windows, each one segment. `packed` tokenizes each document by itself and cuts it into pieces, each
+    one segment, which are put side by side into windows; a piece of one token is left out, since the first
+    token counts nowhere.
 
     Args:
-        documents: the texts.
+        documents: the texts, of which as many are taken as are needed.
         encode: the model's tokenizer, see `load_encoder`.
-        max_tokens: the stream is cut after so many tokens.
+        max_tokens: so many tokens are taken.
         vocab_size: the model's; a token beyond it is an error.
+        layout: `stream` or `packed`.
+        seq_len: length of a window; where one is enough, it is as long as the text.
 
     Raises:
-        UsageError: max_tokens below 2.
+        UsageError: max_tokens or seq_len below 2, or no such layout.
         JaxDeltaError: fewer than two tokens, one the model has no embedding for, or no Unicode text.
     """
     if max_tokens < 2:
         raise UsageError(f"max_tokens must be at least 2 (the first token is left out), not {max_tokens}")
-    text = SEPARATOR.join(documents)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    if seq_len < 2:
+        raise UsageError(f"seq_len must be at least 2 (the first token is left out), not {seq_len}")
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    lay_out = _packed if layout == "packed" else _stream
+    tokens = lay_out(iter(documents), encode, max_tokens, seq_len)
+    if (largest := int(tokens.ids.max())) >= vocab_size:
         raise JaxDeltaError(
-            f"the calibration text is not Unicode (half a character at {error.start})"
-        ) from error
-    ids, offsets = encode(text)
-    pieces = [text[start:end] for start, end in pairwise([*offsets, len(text)])][:max_tokens]
-    ids, offsets = ids[:max_tokens], offsets[:max_tokens]
-    if len(ids) < 2:
+            f"the tokenizer gives token {largest}, the model has {vocab_size}: they do not belong together"
+        )
+    return tokens
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, and the characters at which they begin; the last bound is where they end."""
+
+    ids: Int32[np.ndarray, " n"]
+    bounds: Int32[np.ndarray, " bounds"]
+
+    def part(self, start: int, stop: int) -> "Encoded":
+        """Tokens start, ..., stop - 1."""
+        return Encoded(self.ids[start:stop], self.bounds[start : stop + 1])
+
+
+class Piece(NamedTuple):
+    """Tokens that are one segment, and the document that they are of."""
+
+    document: int
+    text: str
+    tokens: Encoded
+
+
+def _stream(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
+    lengths: list[int] = []
+
+    def taken() -> Iterator[str]:
+        for document in documents:
+            lengths.append(len(document))
+            yield document
+
+    parts = ((0, part) for part in _parts(taken(), LETTERS_PER_TOKEN * max_tokens))
+    text, (ids, bounds) = _joined(_encoded(parts, encode, max_tokens), max_tokens)
+    count = _enough(len(ids))
+    starts = np.cumsum([0] + [length + len(SEPARATOR) for length in lengths[:-1]])
+    owners = np.searchsorted(starts, bounds[:-1], side="right") - 1
+    firsts = np.arange(0, count, seq_len)
+    sizes, windows = np.minimum(seq_len, count - firsts), np.arange(len(firsts))
+
+    def text_of(token: int) -> str:
+        return text[bounds[token] : bounds[token + 1]]
+
+    return _laid_out(ids, owners, text_of, sizes, windows, np.zeros_like(sizes))
+
+
+def _packed(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
+    pieces = list(_pieces(documents, encode, max_tokens, seq_len))
+    sizes = np.array([len(piece.tokens.ids) for piece in pieces], np.int64)
+    _enough(int(sizes.sum()))
+    ids = np.concatenate([piece.tokens.ids for piece in pieces])
+    owners = np.repeat([piece.document for piece in pieces], sizes)
+    begins = np.cumsum(sizes) - sizes
+
+    def text_of(token: int) -> str:
+        number = int(np.searchsorted(begins, token, side="right")) - 1
+        _, text, (_, bounds) = pieces[number]
+        place = token - begins[number]
+        return text[bounds[place] : bounds[place + 1]]
+
+    return _laid_out(ids, owners, text_of, sizes, *best_fit(sizes, seq_len))
+
+
+def _enough(count: int) -> int:
+    if count < 2:
         raise JaxDeltaError(
-            f"the calibration text has {len(ids)} token{'s' * (len(ids) != 1)}; at least 2 are needed, "
+            f"the calibration text has {count} token{'s' * (count != 1)}; at least 2 are needed, "
             "since the first is left out of every figure"
         )
-    if max(ids) >= vocab_size:
-        raise JaxDeltaError(
-            f"the tokenizer gives token {max(ids)}, the model has {vocab_size}: they do not belong together"
-        )
-    starts = np.cumsum([0] + [len(document) + len(SEPARATOR) for document in documents[:-1]])
-    owners = np.searchsorted(starts, np.asarray(offsets), side="right") - 1
-    return Tokens(np.asarray([ids], np.int32), owners[None].astype(np.int32), (tuple(pieces),))
+    return count
+
+
+def _laid_out(
+    ids: Int32[np.ndarray, " n"],
+    owners: Int[np.ndarray, " n"],
+    text_of: Callable[[int], str],
+    sizes: Int[np.ndarray, " pieces"],
+    windows: Int[np.ndarray, " pieces"],
+    places: Int[np.ndarray, " pieces"],
+) -> Tokens:
+    """Pieces, which lie one after the other in `ids`, each put at its place in its window."""
+    shape = int(windows.max()) + 1, int((places + sizes).max())
+    positions = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    where = np.repeat(windows * shape[1] + places, sizes) + positions
+
+    def spread(values: Int[np.ndarray, " n"], empty: int) -> Int32[np.ndarray, "B T"]:
+        array = np.full(shape, empty, np.int32)
+        array.reshape(-1)[where] = values
+        return array
+
+    documents, order = spread(owners, PADDING), spread(np.arange(len(ids)), PADDING)
+    filled = (documents != PADDING).sum(axis=1, dtype=np.int32, keepdims=True)
+    beyond = np.arange(shape[1], dtype=np.int32) - filled  # padding is a segment of its own
+
+    def text(window: int, place: int) -> str:
+        token = int(order[window, place])
+        return "" if token == PADDING else text_of(token)
+
+    return Tokens(spread(ids, 0), documents, text, np.where(beyond < 0, spread(positions, 0), beyond))
+
+
+def _pieces(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Iterator[Piece]:
+    """Pieces of at most seq_len tokens and no less than 2, max_tokens in all where there are so many."""
+    left, letters = max_tokens, LETTERS_PER_TOKEN * max_tokens
+    parts = ((i, part) for i, document in enumerate(documents) for part in _parts(iter([document]), letters))
+    for number, found in groupby(_encoded(parts, encode, max_tokens), key=itemgetter(0)):
+        text, tokens = _joined(found, left)
+        for start in range(0, len(tokens.ids), seq_len):
+            piece = tokens.part(start, start + seq_len)
+            if len(piece.ids) > 1:
+                left -= len(piece.ids)
+                yield Piece(number, text, piece)
+        if left < 2:
+            return
+
+
+def _parts(documents: Iterator[str], letters: int) -> Iterator[str]:
+    """The joined documents in parts that can be tokenized each by itself, since words end where a line does.
+
+    A part has at most so many letters, or PART_LETTERS, and ends where a line begins that does not begin with
+    a space; without such a place it is longer.
+    """
+    text, start, wanted = next(documents, ""), 0, min(letters, PART_LETTERS)
+    while True:
+        more, length = [], len(text) - start
+        while length <= wanted and (document := next(documents, None)) is not None:
+            more.append(document)
+            length += len(SEPARATOR) + len(document)
+        if more:
+            text, start = SEPARATOR.join([text[start:], *more]), 0
+        if length <= wanted:
+            yield text[start:]
+            return
+        if stop := _last_line(text, start, start + wanted):
+            yield text[start:stop]
+            start, wanted = stop, min(letters, PART_LETTERS)
+        else:
+            wanted *= 2
+
+
+def _last_line(text: str, start: int, stop: int) -> int:
+    """Where the last line begins, between start and stop, that does not begin with a space; or else 0."""
+    while (end := text.rfind("\n", start, stop)) >= 0 and text[end + 1].isspace():
+        stop = end
+    return end + 1
+
+
+def _encoded(
+    parts: Iterator[tuple[int, str]], encode: Encoder, count: int
+) -> Iterator[tuple[int, str, Encoded]]:
+    """Each numbered text with its tokens, at a time as many texts as `count` tokens in all may need."""
+    while batch := _batch(parts, min(BATCH_LETTERS, LETTERS_PER_TOKEN * max(count, 1))):
+        for _, text in batch:
+            check_unicode(text, "the calibration text")
+        for (number, text), (ids, starts) in zip(batch, encode([text for _, text in batch]), strict=True):
+            found = Encoded(np.array(ids, np.int32), np.array([*starts, len(text)], np.int32))
+            count -= len(found.ids)
+            yield number, text, found
+
+
+def _batch(parts: Iterator[tuple[int, str]], letters: int) -> list[tuple[int, str]]:
+    batch = []
+    for number, text in parts:
+        batch.append((number, text))
+        letters -= len(text)
+        if letters <= 0:
+            break
+    return batch
+
+
+def _joined(parts: Iterator[tuple[int, str, Encoded]], count: int) -> tuple[str, Encoded]:
+    """A text from its parts, until they have `count` tokens, and those."""
+    texts, ids, bounds, length, found = [], [], [], 0, 0
+    for _, text, tokens in parts:
+        texts.append(text)
+        ids.append(tokens.ids)
+        bounds.append(tokens.bounds[:-1] + np.int32(length))
+        length += len(text)
+        found += len(tokens.ids)
+        if found >= count:
+            break
+    bounds.append(np.array([length], np.int32))
+    return "".join(texts), Encoded(np.concatenate(ids), np.concatenate(bounds)).part(0, count)
 
 
 def load_encoder(directory: Path) -> Encoder:
@@ -133,9 +331,9 @@ def load_encoder(directory: Path) -> Encoder:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+    def encode(texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(found.ids, [start for start, _ in found.offsets]) for found in encodings]
 
     return encode
 
@@ -152,18 +350,9 @@ def _transformers_encoder(directory: Path) -> Encoder:
     except (OSError, ValueError, KeyError) as error:
         raise JaxDeltaError(f"{directory}: has no usable tokenizer ({str(error).splitlines()[0]})") from error
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]]
+    def encode(texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        found = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        offsets = ([start for start, _ in of_text] for of_text in found["offset_mapping"])
+        return list(zip(found["input_ids"], offsets, strict=True))
 
     return encode
-
-
-def _json_list(path: Path, text: str) -> list[str]:
-    try:
-        documents = json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise JaxDeltaError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise JaxDeltaError(f"{path}: must hold a JSON list of strings, one a document")
-    return documents

@@ -28,6 +28,7 @@ from jaxdelta.config import ModelConfig
 from jaxdelta.experts import SparseMLP
 from jaxdelta.layers import MLP, Embedding, Linear, RMSNorm, contract
 from jaxdelta.rotary import rotary_tables, rotate
+from jaxdelta.types import AnyArray
 
 SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
 
@@ -58,8 +59,8 @@ class Attention(nnx.Module):
             project(x).reshape(heads).transpose(0, 2, 3, 1, 4)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q), context.rotary).astype(x.dtype)
-        k = rotate(self.k_norm(k[:, :, 0]), context.rotary)
+        q = rotate(self.q_norm(q), context.rotary, context.positions).astype(x.dtype)
+        k = rotate(self.k_norm(k[:, :, 0]), context.rotary, context.positions)
         mixed = _attend(q, k, v[:, :, 0], context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
 
@@ -73,8 +74,8 @@ def _attend(
     """softmax(q kᵀ/√H) v over the positions seen, for `context.query_block` queries at a time."""
     length, block = q.shape[3], min(context.query_block, q.shape[3])
 
-    def attend(q: Array, positions: Array) -> Array:
-        visible = causal_mask(positions, length, context.window)
+    def attend(q: Array, places: Array) -> Array:
+        visible = causal_mask(places, length, context.window, context.positions)
         scores = contract("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5
         shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         return contract("BKGTS,BKSH->BKGTH", shares.astype(q.dtype), v)
@@ -94,15 +95,17 @@ def _attend(
 class Context:
     """What a block knows of positions and of how to compute.
 
-    `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `query_block`: how
-    many queries are compared with all keys at once. (No shapes in the types: JAX makes such objects of what
-    is no array, too.)
+    `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `positions` (B, T):
+    every token's position in its segment, outside which it attends to nothing, or None where each row is one
+    segment; `query_block`: how many queries are compared with all keys at once. (No shapes in the types: JAX
+    makes such objects of what is no array, too.)
     """
 
     rotary: Any
     window: Any
     compute_dtype: Any = dataclasses.field(metadata={"static": True})
     query_block: int = dataclasses.field(metadata={"static": True})
+    positions: Any = None
 
 
 class Block(nnx.Module):
@@ -207,6 +210,7 @@ class ResidualStream:
 def residual_stream(
     model: Qwen3,
     tokens: Int[Array | np.ndarray, "B T"],
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
     *,
     compute_dtype: DTypeLike = jnp.float32,
     residual_dtype: DTypeLike = jnp.float32,
@@ -216,19 +220,28 @@ def residual_stream(
 
     Args:
         model: the model; its weights keep their dtype and are cast layer by layer.
-        tokens: token ids, each row one stream of positions 0..T-1.
+        tokens: token ids.
+        positions: of the tokens in their segments: 0, 1, 2, ... and from 0 again where the next segment
+            begins; a token sees no other segment than its own. By default each row is one segment.
         compute_dtype: dtype of the factors of every product.
         residual_dtype: dtype of the stream itself.
         final_norm: also return the final RMSNorm of the last state, as `normed`.
     """
     graph, weights = nnx.split(model)
     dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
-    return _residual_stream(graph, weights, jnp.asarray(tokens), *dtypes, final_norm)
+    placed = None if positions is None else jnp.asarray(positions)
+    return _residual_stream(graph, weights, jnp.asarray(tokens), *dtypes, final_norm, placed)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _residual_stream(
-    graph: Any, weights: Any, tokens: Array, compute_dtype: Any, residual_dtype: Any, final_norm: bool
+    graph: Any,
+    weights: Any,
+    tokens: Array,
+    compute_dtype: Any,
+    residual_dtype: Any,
+    final_norm: bool,
+    positions: Array | None = None,
 ) -> ResidualStream:
     model = nnx.merge(graph, weights)
     first = model.embed_tokens(tokens).astype(residual_dtype)
@@ -236,7 +249,7 @@ def _residual_stream(
     def step(h: Array, attention: Array, mlp: Array) -> tuple[Array, Array, Array]:
         return h, attention, mlp
 
-    last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step)
+    last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step, positions=positions)
     states = jnp.concatenate([first[None], states])
     return ResidualStream(states, attention, mlp, model.norm(last) if final_norm else None)
 
@@ -260,6 +273,7 @@ def _scan_layers(
     compute_dtype: DTypeLike,
     keep: Callable[[Array, Array, Array], Any],
     *,
+    positions: Int[Array, "B T"] | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each.
@@ -267,7 +281,7 @@ def _scan_layers(
     One scan for each run of layers of one kind.
     """
     config = model.config
-    context = block_context(config, (h.shape[0], h.shape[1]), compute_dtype)
+    context = block_context(config, (h.shape[0], h.shape[1]), compute_dtype, positions=positions)
     windows = jnp.asarray(attention_windows(config, h.shape[1]))
     kept = []
     for _, run in groupby(range(config.num_layers), config.is_sparse):
@@ -297,17 +311,23 @@ def attention_windows(config: ModelConfig, length: int) -> Int32[np.ndarray, " L
 
 
 def block_context(
-    config: ModelConfig, shape: tuple[int, int], compute_dtype: DTypeLike, queries: int | None = None
+    config: ModelConfig,
+    shape: tuple[int, int],
+    compute_dtype: DTypeLike,
+    queries: int | None = None,
+    positions: Int[AnyArray, "B T"] | None = None,
 ) -> Context:
     """What the blocks need to know about tokens of shape (B, T); each sets its own window.
 
-    `queries` are compared with all keys at once; by default as many as `query_block` says.
+    `queries` are compared with all keys at once; by default as many as `query_block` says. `positions` as in
+    `residual_stream`.
     """
     return Context(
         rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
         window=np.int32(shape[1]),
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=queries or query_block(config, shape),
+        positions=positions,
     )
 
 
@@ -318,7 +338,20 @@ def query_block(config: ModelConfig, shape: tuple[int, int]) -> int:
     return min(length, max(MIN_QUERY_BLOCK, fitting))
 
 
-def causal_mask(positions: Int[Array, " T"], length: int, window: int | Int[Array, ""]) -> Array:
-    """visible[t, s]: position t sees the `window` positions s = t, t - 1, ... of `length`."""
-    distance = positions[:, None] - jnp.arange(length)[None, :]
-    return (distance >= 0) & (distance < window)
+def causal_mask(
+    places: Int[Array, " T"],
+    length: int,
+    window: int | Int[Array, ""],
+    positions: Int[Array, "B S"] | None = None,
+) -> Array:
+    """visible[t, s]: place t of a row sees the `window` places s = t, t - 1, ... of `length`.
+
+    With the positions of all tokens in their segments visible[b, 0, 0, t, s], and only those of its segment:
+    the one at position p sees p places before its own.
+    """
+    distance = places[:, None] - jnp.arange(length)[None, :]
+    visible = (distance >= 0) & (distance < window)
+    if positions is None:
+        return visible
+    reach = jnp.take(positions, places, axis=1, mode="clip")  # the last block may go beyond the last token
+    return visible & (distance <= reach[:, None, None, :, None])

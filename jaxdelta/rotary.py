@@ -3,8 +3,9 @@
 Axes as in `jaxdelta.model`: T position, H head size.
 """
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
 from jaxdelta.config import Rope
 from jaxdelta.types import AnyArray
@@ -58,8 +59,16 @@ def rotary_tables(rope: Rope, head_dim: int, length: int) -> Rotary:
     return np.stack([cos, cos], axis=1), np.stack([-sin, sin], axis=1)
 
 
-def rotate(x: Float32[Array, "*heads T H"], rotary: Rotary) -> Float32[Array, "*heads T H"]:
-    """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles."""
+def rotate(
+    x: Float32[Array, "B *heads T H"], rotary: Rotary, positions: Int[AnyArray, "B T"] | None = None
+) -> Float32[Array, "B *heads T H"]:
+    """Turns the pairs (x_i, x_{i+H/2}) of every head by their position's angles; without `positions` row t of
+    the tables is token t's."""
     cos, sin = rotary
+    if positions is not None:
+        heads = tuple(range(1, x.ndim - 2))
+        cos, sin = (
+            jnp.expand_dims(jnp.take(table, positions, axis=0, mode="clip"), heads) for table in rotary
+        )
     halves = x.reshape(*x.shape[:-1], 2, -1)
     return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape)

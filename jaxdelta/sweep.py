@@ -148,6 +148,7 @@ class Sweep:
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
+        self._positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
         self._whole, self._scratch = whole, scratch
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.clock = Clock()
@@ -177,7 +178,7 @@ class Sweep:
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
         config, shape = self.weights.config, self.tokens[0].shape
-        context = block_context(config, shape, self.dtypes[0], self.blocks.queries)
+        context = block_context(config, shape, self.dtypes[0], self.blocks.queries, self._positions[0])
         self._context = jax.device_put(context)
         layers = [self.weights.abstract_layer(i) for i in range(config.num_layers)]
         # A layer's dtypes may differ from the others', too.
@@ -213,11 +214,16 @@ class Sweep:
         self._last_normed, self.closure_error = final.normed, final.closure_error
 
     def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
-        """The next layer's function of a block's state and rows."""
+        """The next layer's function of a block and its state."""
         with self.clock("wait"):
             layer = next(layers)
         context = dataclasses.replace(self._context, window=window)
-        return lambda state, rows: step(layer, *map(_owned, state), context, rows)
+
+        def of_block(state: State, block: int) -> Any:
+            own = dataclasses.replace(context, positions=self._positions[block])
+            return step(layer, *map(_owned, state), own, self._rows[block])
+
+        return of_block
 
     def _pass(
         self, step: Callable[..., Any], states: States, final: "_Final | None" = None
@@ -228,7 +234,7 @@ class Sweep:
                 state = next(waiting)
                 entered = state.h
                 with self.clock("compute"):
-                    h, written, update = step(state, rows)
+                    h, written, update = step(state, block)
                     states[block] = state = State(h, written)
                 normed = None
                 if final:

@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta import analysis, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
+from jaxdelta import analysis, calibration, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
 DEFAULTS = analysis.Options()
@@ -23,7 +23,10 @@ DEFAULTS = analysis.Options()
 _MODEL = flags.DEFINE_string("model", None, "hub id, local directory, or `demo`")
 _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors is written beside it")
 _CALIBRATION = flags.DEFINE_string(
-    "calibration", None, "text to run the model on: .txt, or .json with a list of texts (default: 25 prompts)"
+    "calibration",
+    None,
+    "text to run the model on: .txt, .json, .jsonl, .parquet, a directory of them, or a data set, saved on "
+    "disk or by its hub id (default: 25 prompts)",
 )
 _COMPARE = flags.DEFINE_string(
     "compare_control", None, "the JSON of a control's run, whose figures are set beside this run's"
@@ -35,7 +38,18 @@ flags.DEFINE_enum(
     "loader", DEFAULTS.loader, checkpoint.LOADERS, "how weights are read; torch opens more formats"
 )
 flags.DEFINE_integer("top_k", DEFAULTS.top_k, "singular values and directions kept of each layer")
-flags.DEFINE_integer("max_tokens", DEFAULTS.max_tokens, "the text is cut after so many tokens")
+flags.DEFINE_integer("max_tokens", DEFAULTS.max_tokens, "so many tokens of the text are taken")
+flags.DEFINE_enum(
+    "layout",
+    DEFAULTS.layout,
+    calibration.LAYOUTS,
+    "documents joined by blank lines as in the reference, or each by itself and packed into windows",
+)
+flags.DEFINE_integer("seq_len", DEFAULTS.seq_len, "tokens in a window")
+flags.DEFINE_string("text_key", DEFAULTS.text_key, "field of a .jsonl, column of a table that holds the text")
+flags.DEFINE_string("split", DEFAULTS.split, "of a data set that has several")
+flags.DEFINE_string("dataset_config", DEFAULTS.dataset_config, "of a data set on the hub that has several")
+flags.DEFINE_bool("shuffle", DEFAULTS.shuffle, "documents in random order, by the seed")
 flags.DEFINE_enum(
     "last_state",
     DEFAULTS.last_state,

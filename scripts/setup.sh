@@ -3,7 +3,7 @@
 #
 #   scripts/setup.sh            what a run needs, with CUDA where there is an NVIDIA driver
 #   scripts/setup.sh test       and what the tests need
-#   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, train, figures, frames
+#   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, train, figures, frames, corpora
 #
 # PYTHON=/path/to/python3 chooses the Python. What was once asked for stays: a run does not undo `test`.
 set -euo pipefail

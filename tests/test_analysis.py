@@ -333,13 +333,31 @@ def test_loaded_model_and_tokens(tiny_checkpoint: Path, result: Analysis) -> Non
 def test_calibration_of_every_kind(tiny_checkpoint: Path, tmp_path: Path, result: Analysis) -> None:
     (tmp_path / "a.txt").write_text(SEPARATOR.join(TEXT))
     (tmp_path / "a.json").write_text(json.dumps(TEXT))
-    for given in (str(tmp_path / "a.txt"), tmp_path / "a.json", tuple(TEXT)):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
+    for given in (str(tmp_path / "a.txt"), tmp_path / "a.json", tmp_path / "a.jsonl", tuple(TEXT)):
         found = run(tiny_checkpoint, given)  # a .txt is one document, so only the figures are the same
         for row, other in zip(found.per_layer, result.per_layer, strict=True):
             for key in PER_LAYER:  # sums are taken by document
                 assert row[key] == pytest.approx(other[key], rel=1e-12)
     prompts = run(tiny_checkpoint, None, max_tokens=30)
     assert prompts.n_calib_tokens == 30
+
+
+def test_what_is_said_of_the_text(tiny_checkpoint: Path, result: Analysis) -> None:
+    assert result.run["text"] == {
+        "layout": "stream",
+        "windows": 1,
+        "window_length": result.n_calib_tokens,
+        "padding": 0,
+    }
+    again = run(tiny_checkpoint, iter(TEXT))
+    assert again.run["text_fingerprint"] == result.run["text_fingerprint"]
+    shuffled = [
+        run(tiny_checkpoint, shuffle=True, seed=seed, max_tokens=60, bootstrap=0, null_draws=0).run
+        for seed in (0, 0, 1)
+    ]
+    prints = [facts["text_fingerprint"] for facts in shuffled]
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_listener_hears_of_every_stage(tiny_checkpoint: Path) -> None:

@@ -312,6 +312,9 @@ def test_spoilt_model(
         ("a.json", b"{}", "a.json: must hold a JSON list of strings"),
         ("a.json", b'["a", ', "a.json: is not JSON"),
         ("a.json", b'["\\ud800 half a character"]', "not Unicode"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl, line 2: is not JSON"),
+        ("a.jsonl", b'{"body": "a"}', "a.jsonl, line 1: has no 'text', only body; choose with --text_key"),
+        ("a.parquet", b"PAR1", "a.parquet: cannot be read"),
     ],
 )
 def test_calibration(
@@ -323,7 +326,13 @@ def test_calibration(
 
 def test_missing_calibration(fails: Callable[..., str], tmp_path: Path) -> None:
     assert "missing.txt: cannot be read" in fails(1, calibration=tmp_path / "missing.txt")
-    assert "cannot be read" in fails(1, calibration=tmp_path)
+    assert "has no file of a kind that is read" in fails(1, calibration=tmp_path / "out")
+    assert "owner/data: no such file or directory here, and the hub" in fails(1, calibration="owner/data")
+
+
+def test_impossible_windows(fails: Callable[..., str]) -> None:
+    assert "seq_len must be at least 2, not 1" in fails(2, seq_len=1)
+    assert "layout" in fails(2, layout="loose")
 
 
 # The flags

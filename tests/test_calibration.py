@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxdelta.calibration import SEPARATOR, Encoder, Tokens, load_documents, load_encoder, tokenize
+from jaxdelta.calibration import SEPARATOR, Encoder, Tokens, load_encoder, tokenize
+from jaxdelta.corpus import shipped_prompts
 from jaxdelta.errors import JaxDeltaError, UsageError
 
 # Qwen's own split into words.
@@ -47,7 +49,7 @@ def word_tokenizer(**settings: Any) -> Tokenizer:
         special_tokens=["<|end|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(load_documents() * 3 + DOCUMENTS, trainer)
+    tokenizer.train_from_iterator(shipped_prompts() * 3 + DOCUMENTS, trainer)
     tokenizer.add_tokens([AddedToken("<|im_start|>", special=True, normalized=False)])
     return tokenizer
 
@@ -65,84 +67,14 @@ def encode(word_directory: Path) -> Encoder:
     return load_encoder(word_directory)
 
 
-def letters(text: str) -> tuple[list[int], list[int]]:
+def letters(texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
     """An encoder of one token a character."""
-    return [ord(letter) for letter in text], list(range(len(text)))
+    return [([ord(letter) for letter in text], list(range(len(text)))) for text in texts]
 
 
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-# Files
-
-
-def test_default_prompts() -> None:
-    documents = load_documents()
-    assert len(documents) == 25
-    assert all(isinstance(document, str) and document.strip() for document in documents)
-    assert documents[0] == "The Eiffel Tower is located in"
-    assert load_documents(None) == documents
-
-
-def test_text_file_is_one_document(tmp_path: Path) -> None:
-    text = "One.\n\nTwo, 漢字.\n"
-    assert load_documents(write(tmp_path / "a.txt", text)) == [text]
-    assert load_documents(str(tmp_path / "a.txt")) == [text]
-    assert load_documents(write(tmp_path / "no_suffix", '["a"]')) == ['["a"]']
-
-
-def test_json_file_is_a_list_of_documents(tmp_path: Path) -> None:
-    assert load_documents(write(tmp_path / "a.json", json.dumps(DOCUMENTS))) == DOCUMENTS
-    escaped = write(tmp_path / "b.json", json.dumps(DOCUMENTS, ensure_ascii=False, indent=2))
-    assert load_documents(escaped) == DOCUMENTS
-
-
-def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "a.txt", "text")
-    assert load_documents("~/a.txt") == ["text"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "", "is empty"),
-        ("a.txt", " \n\t\n", "is empty"),
-        ("a.json", "", "is empty"),
-        ("a.json", "\n", "is empty"),
-        ("a.json", "[]", "is empty"),
-        ("a.json", '["", " "]', "is empty"),
-        ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text (byte 3)"),
-        ("a.txt", "UTF-16".encode("utf-16"), "is not UTF-8 text (byte 0)"),
-        ("a.json", b'["caf\xe9"]', "is not UTF-8 text (byte 5)"),
-        ("a.json", "{", "is not JSON"),
-        ("a.json", "[" * 100_000, "is not JSON"),
-        ("a.json", "plain text", "is not JSON"),
-        ("a.json", '{"text": "a"}', "must hold a JSON list of strings"),
-        ("a.json", '"a"', "must hold a JSON list of strings"),
-        ("a.json", "null", "must hold a JSON list of strings"),
-        ("a.json", '["a", 1]', "must hold a JSON list of strings"),
-        ("a.json", '[["a"]]', "must hold a JSON list of strings"),
-    ],
-)
-def test_unusable_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    path = write(tmp_path / name, content)
-    with pytest.raises(JaxDeltaError) as raised:
-        load_documents(path)
-    assert str(raised.value).startswith(f"{path}: {message}")
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    for path in (
-        tmp_path / "missing.txt",
-        tmp_path / "missing.json",
-        tmp_path,
-        write(tmp_path / "f", "x") / "g",
-    ):
-        with pytest.raises(JaxDeltaError, match="cannot be read"):
-            load_documents(path)
 
 
 # Tokens
@@ -158,8 +90,8 @@ def test_documents_are_joined_by_a_blank_line() -> None:
 
 
 def test_default_prompts_are_one_stream(encode: Encoder) -> None:
-    tokens = tokenize(load_documents(), encode, vocab_size=500)
-    np.testing.assert_array_equal(tokens.ids[0], encode("\n\n".join(load_documents()))[0])
+    tokens = tokenize(shipped_prompts(), encode, vocab_size=500)
+    np.testing.assert_array_equal(tokens.ids[0], encode(["\n\n".join(shipped_prompts())])[0][0])
     assert tokens.documents.max() == 24
     assert set(np.diff(tokens.documents[0])) == {0, 1}
 
@@ -190,9 +122,9 @@ def test_documents_where_the_text_is_normalised(tiny_checkpoint: Path) -> None:
     tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
     tokenizer.normalizer = normalizers.NFC()
 
-    def encode(text: str) -> tuple[list[int], list[int]]:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+    def encode(texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(found.ids, [start for start, _ in found.offsets]) for found in encodings]
 
     documents = [unicodedata.normalize("NFD", text) for text in ("éàü", "plain", "한국어 é", "é")]
     tokens = tokenize(documents, encode, vocab_size=256)
@@ -272,15 +204,15 @@ def test_ids_are_those_of_transformers(word_directory: Path, encode: Encoder, te
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(word_directory)
-    assert encode(text)[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode([text])[0][0] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_ids_of_the_tiny_checkpoint(tiny_checkpoint: Path) -> None:
     from transformers import AutoTokenizer
 
-    text = SEPARATOR.join(load_documents())
+    text = SEPARATOR.join(shipped_prompts())
     wanted = AutoTokenizer.from_pretrained(tiny_checkpoint)(text, add_special_tokens=False)["input_ids"]
-    assert load_encoder(tiny_checkpoint)(text)[0] == wanted
+    assert load_encoder(tiny_checkpoint)([text])[0][0] == wanted
 
 
 def test_nothing_is_added(tmp_path: Path, word_directory: Path) -> None:
@@ -291,7 +223,7 @@ def test_nothing_is_added(tmp_path: Path, word_directory: Path) -> None:
     end = tokenizer.token_to_id("<|end|>")
     tokenizer.post_processor = TemplateProcessing("<|end|> $A <|end|>", special_tokens=[("<|end|>", end)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert load_encoder(tmp_path)("some text") == load_encoder(word_directory)("some text")
+    assert load_encoder(tmp_path)(["some text"]) == load_encoder(word_directory)(["some text"])
 
 
 def test_settings_of_an_earlier_use_are_dropped(tmp_path: Path, word_directory: Path) -> None:
@@ -301,7 +233,7 @@ def test_settings_of_an_earlier_use_are_dropped(tmp_path: Path, word_directory: 
     tokenizer.enable_padding(length=1000)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = SEPARATOR.join(DOCUMENTS)
-    assert load_encoder(tmp_path)(text) == load_encoder(word_directory)(text)
+    assert load_encoder(tmp_path)([text]) == load_encoder(word_directory)([text])
 
 
 def test_directory_without_tokenizer_json(tmp_path: Path, word_directory: Path) -> None:
@@ -314,10 +246,10 @@ def test_directory_without_tokenizer_json(tmp_path: Path, word_directory: Path) 
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     text = "The cat sat.\n\nÜber 漢字 100%"
-    ids, offsets = load_encoder(tmp_path)(text)
+    ((ids, offsets),) = load_encoder(tmp_path)([text])
     assert ids == Qwen2Tokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"]
-    assert ids == load_encoder(word_directory)(text)[0]
-    assert offsets == load_encoder(word_directory)(text)[1]
+    assert ids == load_encoder(word_directory)([text])[0][0]
+    assert offsets == load_encoder(word_directory)([text])[0][1]
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -249,11 +249,11 @@ from pathlib import Path
 from jaxdelta.calibration import load_encoder
 from jaxdelta.checkpoint import load_model
 load_model(sys.argv[1])
-print(load_encoder(Path(sys.argv[1]))("abc"))
+print(load_encoder(Path(sys.argv[1]))(["abc"]))
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
     encoded, heavy = python(code, tiny_checkpoint).splitlines()
-    assert len(eval(encoded)[0]) == 3
+    assert len(eval(encoded)[0][0]) == 3
     assert heavy == "[]"
 
 

@@ -1,6 +1,6 @@
 """Figures of a text that is too long to keep are those of the text kept whole."""
 
-from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from updates import K, tokens, update
 
+from jaxdelta import Analysis, analyze, rows
+from jaxdelta.calibration import Tokens, tokenize
 from jaxdelta.figures import Groups
 from jaxdelta.measure import Design, LayerFigures, measure
+from jaxdelta.plan import Work
 from jaxdelta.pooling import Pool, Windows
 from jaxdelta.rows import Sample
 from jaxdelta.spectrum import effective_rank
-from jaxdelta.sweep import Update, Wrote
+from jaxdelta.states import PLACES
+from jaxdelta.sweep import Blocks, Update, Wrote
 from jaxdelta.views import ALL, MASKED, RAW
 
 WINDOWS, LENGTH, HIDDEN, GROUPS = 6, 60, 40, 3
@@ -30,7 +34,7 @@ def windows(blocks: int, counted: np.ndarray | None = None) -> Windows:
     return Windows(np.split(counted, blocks), np.split(groups, blocks), of.halves)
 
 
-def pooled(wrote: Update, text: Windows, order: Sequence[int] | None = None) -> LayerFigures:
+def pooled(wrote: Update, text: Windows) -> LayerFigures:
     """The figures of an update that comes in the text's blocks."""
     membership = np.ones((GROUPS, 1))  # a pool asks only whether there are groups
     pool = Pool(text, HIDDEN, Design(K, views=VIEWS, groups=Groups(membership, text.halves)))
@@ -114,3 +118,46 @@ def test_of_fifty_thousand_tokens(dominated: bool) -> None:
         np.testing.assert_allclose(found.singular_values[:64], wanted[1][:64], rtol=1e-6)
         assert effective_rank(found.singular_values) == pytest.approx(effective_rank(wanted[1]), rel=1e-6)
         assert abs(found.directions[0] @ wanted[2][0]) >= 1 - 1e-9
+
+
+@pytest.fixture(scope="module")
+def packed() -> Tokens:
+    """Documents in windows of 64."""
+    words = [f"document {i} says {'something ' * (i % 7 + 1)}" for i in range(14)]
+    return tokenize(
+        words, lambda texts: [(list(text.encode()), list(range(len(text)))) for text in texts],
+        max_tokens=700, vocab_size=256, layout="packed", seq_len=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept_whole(tiny_checkpoint: Path, packed: Tokens) -> Analysis:
+    return analyze(str(tiny_checkpoint), packed, top_k=4)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run(
+    place: str,
+    tiny_checkpoint: Path,
+    packed: Tokens,
+    kept_whole: Analysis,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Wherever the states wait, its figures are those of the same text kept whole; no file is left."""
+    monkeypatch.setattr(rows, "LONG", 100)
+    monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, place)]))
+    found = analyze(str(tiny_checkpoint), packed, top_k=4, scratch=str(tmp_path))
+    assert found.run["memory"]["place"] == place
+    assert not list(tmp_path.iterdir())
+    for row, other in zip(found.per_layer, kept_whole.per_layer, strict=True):
+        for name in (*rows.TOKENWISE, "eff_rank", "top1_frac", "n", "mean_share", "sigma1_over_sigma2"):
+            for one, same in ((row, other), (row["mlp"], other["mlp"])):
+                assert one[name] == pytest.approx(same[name], rel=1e-5)
+        assert row["centred"]["frob"] == pytest.approx(other["centred"]["frob"], rel=1e-5)
+        assert row["centred"]["token_norm_mean"] is None
+        assert "no token's own figures" in row["centred"]["note"]
+        assert row["intervals"]["eff_rank"][0] < row["eff_rank"] < row["intervals"]["eff_rank"][1]
+    np.testing.assert_allclose(found.top1_cos, kept_whole.top1_cos, atol=1e-5)
+    for entry, other in zip(found.block_capture, kept_whole.block_capture, strict=True):
+        assert entry["capture"] == pytest.approx(other["capture"], abs=1e-5)

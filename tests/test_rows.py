@@ -116,10 +116,9 @@ def plain_owners(x: np.ndarray, kept: list[int], of: Tokens) -> tuple[list[dict[
     named = []
     for share, i in ranked[:5]:
         window, place = places[i]
-        assert of.texts is not None
         named.append(
             {
-                "token": of.texts[window][place],
+                "token": of.text(window, place),
                 "position": window * length + place,
                 "document": of.documents[window, place],
                 "share": share,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdelta.calibration import Tokens
+from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.model import residual_stream
 from jaxdelta.sweep import Blocks, Resident, Sweep, Update, Weights, joined
@@ -83,6 +83,25 @@ def test_pass_and_scan_agree(checkpoint: Checkpoint, whole: tuple[Sweep, list[Up
         for part, same in zip(update, (stream.attention[i], stream.mlp[i], stream.states[i]), strict=True):
             same = np.asarray(same)[:, 1:].reshape(part.shape)
             assert np.linalg.norm(part - same) <= 1e-6 * np.linalg.norm(same)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_packed_windows(checkpoint: Checkpoint, windows: int) -> None:
+    """Segments stay apart, and only the tokens that count come out, however many a block has."""
+    rng = np.random.default_rng(6)
+    starts = rng.random((5, 40)) < 0.1
+    starts[:, 0] = True
+    places = np.arange(40)
+    positions = (places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)).astype(np.int32)
+    documents = np.where(places < 35, np.cumsum(starts).reshape(starts.shape), PADDING).astype(np.int32)
+    tokens = Tokens(rng.integers(0, 256, (5, 40)).astype(np.int32), documents, positions=positions)
+    stream = residual_stream(checkpoint.load(), tokens.ids, positions)
+    sweep = Sweep(checkpoint, tokens, blocks=Blocks(windows, 40))
+    updates = list(joined(sweep))
+    assert sweep.shape == updates[0].h.shape == (tokens.counted.sum(), 48)
+    for i, update in enumerate(updates[:-1]):
+        for part, same in zip(update, (stream.attention[i], stream.mlp[i], stream.states[i]), strict=True):
+            np.testing.assert_allclose(part, np.asarray(same)[tokens.counted], rtol=0, atol=1e-5)
 
 
 def test_shape(checkpoint: Checkpoint) -> None:

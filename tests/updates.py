@@ -25,7 +25,7 @@ def tokens(n: int, documents: int | np.ndarray = DOCUMENTS, windows: int = 1) ->
     rows = documents.reshape(windows, -1)
     owners = np.concatenate([rows[:, :1], rows], axis=1).astype(np.int32)
     ids = np.arange(owners.size, dtype=np.int32).reshape(owners.shape)
-    return Tokens(ids, owners, tuple(tuple(f"t{i}" for i in row) for row in ids))
+    return Tokens(ids, owners, lambda window, place: f"t{ids[window, place]}")
 
 
 def update(shape: tuple[int, int], seed: int = 0, sinks: dict[int, float] | None = None) -> Update:
