@@ -154,10 +154,12 @@ def _intervals(
     scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
     without = _statistics(figures, 1 - sample.membership[there], scaled)
     found = {}
-    for name, scale in SCALES.items():
-        low, high = t_interval(point[name][0], without[name], scale)
-        found[name] = [float(low), float(high)]
-    return found
+    for scale in set(SCALES.values()):
+        names = [name for name in SCALES if SCALES[name] == scale]
+        estimates, moved = ([of[name] for name in names] for of in (point, without))
+        bounds = t_interval(np.concatenate(estimates), np.stack(moved), scale)
+        found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
+    return {name: found[name] for name in SCALES}
 
 
 def _owners(figures: ViewFigures, tokens: Tokens) -> dict[str, Any]:
