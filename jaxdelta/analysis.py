@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from jaxdelta.relations import Phases, reference_tables, relate, stacked_directi
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
-from jaxdelta.subspaces import compile_products
 from jaxdelta.sweep import Resident, Sweep, Update, Weights
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
@@ -195,7 +193,7 @@ def _measure(
     with stages("layers") as note:
         sweep = Sweep(weights, tokens.ids, options.compute_dtype, options.residual_dtype, plan.blocks)
         sweep.trace()
-        updates = _all_updates(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
+        updates = _all_updates(sweep, progress, sweep.compile_rest)
         layers = measure(updates, sweep.shape, design, plan.at_once, sweep.clock)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
@@ -288,13 +286,6 @@ def _all_updates(sweep: Sweep, progress: bool, after_first: Callable[[], None]) 
             yield update
         yield sweep.normed
         sweep.finish_loss()
-
-
-def _compile_ahead(sweep: Sweep, top_k: int) -> None:
-    """Compiles, while the layers compute, what comes after them."""
-    sweep.compile_rest()
-    config = sweep.weights.config
-    compile_products((config.num_layers, top_k, config.hidden_size))
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:

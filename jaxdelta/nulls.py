@@ -71,7 +71,7 @@ def adjacent_null(layers: Sequence[Float32[np.ndarray, "Q d"]], draws: int) -> F
     """
 
     def cosines(*pair: np.ndarray) -> np.ndarray:
-        first, second = np.split(_unit(sum(part[: 2 * draws] for part in pair)), 2)
+        first, second = np.split(_unit(np.sum([part[: 2 * draws] for part in pair], axis=0)), 2)
         return np.minimum(np.abs(np.sum(first * second, axis=1)), 1)
 
     found = _in_parallel(cosines, itertools.pairwise(layers))
@@ -92,7 +92,8 @@ def phase_nulls(
     size = _pool_size(members, k)
 
     def cosines(inside: np.ndarray) -> np.ndarray:
-        return _cosines(sum(layers[layer][:size] for layer in np.flatnonzero(inside)))
+        chosen = zip(layers, inside, strict=True)
+        return _cosines(np.sum([rows[:size] for rows, there in chosen if there], axis=0))
 
     return _phase_nulls(cosines, members, k, draws, seed)
 

@@ -105,8 +105,10 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
     """The figures of a view."""
     kept, values = figures.kept, figures.singular_values
     n, rank = int(kept.sum()), numerical_rank(values)
-    point = _statistics(figures, np.ones((1, len(kept))), np.square(values)[None])
-    row: dict[str, Any] = {name: float(found[0]) for name, found in point.items() if name != "gamma"}
+    documents = int(sample.membership[:, kept].any(axis=1).sum())
+    resampled = sample.intervals and rank > 0 and documents > 1
+    found = _statistics(figures, sample if resampled else None)
+    row: dict[str, Any] = {name: float(each[0]) for name, each in found.items() if name != "gamma"}
     row |= {
         "top_singvals": values[:k].tolist(),
         "roy_vetterli_rank": float(roy_vetterli_rank(values)),
@@ -122,44 +124,47 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
         halves = halves[np.isfinite(halves)]
         row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
         row |= _owners(figures, sample.tokens) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
-    documents = int(sample.membership[:, kept].any(axis=1).sum())
-    if sample.intervals and rank and documents > 1:
-        row["intervals"] = _intervals(figures, sample, point)
+    if resampled:
+        row["intervals"] = _intervals(found)
     if notes := _notes(n, rank, documents):
         row["note"] = notes
     return row
 
 
-def _statistics(
-    figures: ViewFigures, weights: Float64[np.ndarray, "B n"], energies: Float64[np.ndarray, "B r"]
-) -> dict[str, Float64[np.ndarray, " B"]]:
-    """Everything that has an interval, and the rest of the reference's figures, under weights of tokens."""
+def _statistics(figures: ViewFigures, sample: Sample | None) -> dict[str, Float64[np.ndarray, " draws"]]:
+    """Everything that has an interval, and the rest of the reference's figures.
+
+    Of all tokens, and then, with a sample, without each document that has tokens here, energies scaled to
+    all tokens.
+    """
+    kept, resampled = figures.kept, figures.found.resampled
+    weights, energies = np.ones((1, int(kept.sum()))), np.square(figures.singular_values)[None]
+    if sample is not None and resampled is not None:
+        membership = sample.membership[:, kept]
+        there = membership.any(axis=1)
+        without = 1 - membership[there]
+        scale = without.shape[1] / without.sum(axis=1, keepdims=True)
+        weights = np.concatenate([weights, without])
+        energies = np.concatenate([energies, resampled.without[there] * scale])
     values = np.sqrt(energies)
     shares = energy_shares(values)
     return {
-        **token_statistics(figures.products, weights[:, figures.kept]),
+        **token_statistics(figures.products, weights),
         "eff_rank": effective_rank(values),
         **{f"top{m}_frac": shares[:, :m].sum(axis=1) for m in (1, 3, 10)},
         "gamma": values[:, 0],
     }
 
 
-def _intervals(
-    figures: ViewFigures, sample: Sample, point: dict[str, Float64[np.ndarray, "1"]]
-) -> dict[str, list[float]]:
-    """95 % intervals by leaving out each document that has tokens here; energies scaled to all tokens."""
-    assert figures.found.resampled is not None
-    counts = sample.membership[:, figures.kept].sum(axis=1)
-    there = counts > 0
-    scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
-    without = _statistics(figures, 1 - sample.membership[there], scaled)
-    found = {}
+def _intervals(found: dict[str, Float64[np.ndarray, " draws"]]) -> dict[str, list[float]]:
+    """95 % intervals from `_statistics` with a sample."""
+    intervals: dict[str, list[float]] = {}
     for scale in set(SCALES.values()):
         names = [name for name in SCALES if SCALES[name] == scale]
-        estimates, moved = ([of[name] for name in names] for of in (point, without))
-        bounds = t_interval(np.concatenate(estimates), np.stack(moved), scale)
-        found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
-    return {name: found[name] for name in SCALES}
+        values = np.stack([found[name] for name in names])
+        bounds = t_interval(values[:, 0], values[:, 1:], scale)
+        intervals |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
+    return {name: intervals[name] for name in SCALES}
 
 
 def _owners(figures: ViewFigures, tokens: Tokens) -> dict[str, Any]:

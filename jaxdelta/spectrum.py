@@ -83,24 +83,19 @@ def token_statistics(
     delta_norm, h_norm = np.sqrt(delta_delta), np.sqrt(h_h)
     step = delta_norm / np.maximum(h_norm, 1e-8)
     cosine = delta_h / np.maximum(delta_norm * h_norm, 1e-8)
-    total = weights.sum(axis=-1)
-
-    def mean(figure: np.ndarray) -> Any:
-        return weights @ figure / total
-
-    def deviation(figure: np.ndarray) -> Any:
-        middle = figure.mean()  # near the mean, so that nothing cancels
-        return np.sqrt(np.maximum(mean(np.square(figure - middle)) - np.square(mean(figure - middle)), 0))
-
+    spread = np.stack([delta_norm - delta_norm.mean(), step - step.mean()])  # small: so nothing cancels
+    figures = np.stack([delta_norm, h_norm, step, np.abs(cosine), cosine, *spread, *np.square(spread)])
+    *means, norm, rel, norm_square, rel_square = figures @ weights.T / weights.sum(axis=-1)
+    token_norm, state_norm, rel_step, parallel, cos = means
     return {
         "frob": np.sqrt(weights @ delta_delta),
-        "token_norm_mean": mean(delta_norm),
-        "token_norm_std": deviation(delta_norm),
-        "h_norm_mean": mean(h_norm),
-        "rel_step_mean": mean(step),
-        "rel_step_std": deviation(step),
-        "parallel_frac": mean(np.abs(cosine)),
-        "cos_delta_h_mean": mean(cosine),
+        "token_norm_mean": token_norm,
+        "token_norm_std": np.sqrt(np.maximum(norm_square - np.square(norm), 0)),
+        "h_norm_mean": state_norm,
+        "rel_step_mean": rel_step,
+        "rel_step_std": np.sqrt(np.maximum(rel_square - np.square(rel), 0)),
+        "parallel_frac": parallel,
+        "cos_delta_h_mean": cos,
     }
 
 
