@@ -232,11 +232,11 @@ def _without_groups(
     the eigenvalues of [[λ_j, a], [a, λ_k]] do; what one gains the other loses, equal ones nothing.
     """
     size, energies = among.shape[1], jnp.square(coordinates)
-    all_of_it = energies.sum(axis=0)
-    leading = jnp.diag(all_of_it[:size]) - among[:, :, :size].astype(energies.dtype)
+    diagonal = energies.sum(axis=0) - product(membership, energies)  # in float64: the sum is kept
+    top, others = diagonal[:, :size], diagonal[:, size:]
+    leading = jnp.where(np.eye(size, dtype=bool), top[:, None], -among[:, :, :size].astype(top.dtype))
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
     vectors, top = jax.lax.map(lambda a: tuple(jax.lax.linalg.eigh(a, symmetrize_input=False)), leading)
-    others = (all_of_it - product(membership, energies))[:, size:]
     along = product(jnp.swapaxes(vectors, 1, 2).astype(among.dtype), among[:, :, size:])
     gap = (top[:, :, None] - others[:, None]).astype(among.dtype) / 2
     squares = jnp.square(along)

@@ -24,7 +24,7 @@ from jaxdelta.overlap import phase_means, singular_values
 from jaxdelta.spectrum import effective_rank
 from jaxdelta.subspaces import SHARED_RANK, Shared, inner_products, one_blas_thread, shared_subspaces
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 64 << 20  # of a chunk's directions, at most
 _SPARE = 2  # times a shared subspace's dimensions, among which a draw's subspace is chosen
 
 
@@ -74,9 +74,10 @@ def resampled_overlaps(
         rows = _directions(coupling, chunk.astype(np.float32), rotation)
         return _draws(rows, first, ritz, members, phases)
 
-    chunks = -(-len(weights) * layers * k * d * 4 // _CHUNK_BYTES)
-    with ThreadPoolExecutor(os.cpu_count(), "draws") as pool:
-        parts = list(pool.map(draws, np.array_split(weights, min(chunks, len(weights)))))
+    threads, size = os.cpu_count() or 1, len(weights) * layers * k * d * 4
+    chunks = min(max(threads, -(-size // _CHUNK_BYTES)), len(weights))
+    with ThreadPoolExecutor(threads, "draws") as pool:
+        parts = list(pool.map(draws, np.array_split(weights, chunks)))
     return OverlapDraws(*(np.moveaxis(np.concatenate(part), 0, -1) for part in zip(*parts, strict=True)))
 
 

@@ -106,9 +106,8 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
     kept, values = figures.kept, figures.singular_values
     n, rank = int(kept.sum()), numerical_rank(values)
     documents = int(sample.membership[:, kept].any(axis=1).sum())
-    resampled = sample.intervals and rank > 0 and documents > 1
-    found = _statistics(figures, sample if resampled else None)
-    row: dict[str, Any] = {name: float(each[0]) for name, each in found.items() if name != "gamma"}
+    point = _statistics(figures, np.ones((1, n)), np.square(values)[None])
+    row: dict[str, Any] = {name: float(found[0]) for name, found in point.items() if name != "gamma"}
     row |= {
         "top_singvals": values[:k].tolist(),
         "roy_vetterli_rank": float(roy_vetterli_rank(values)),
@@ -124,28 +123,17 @@ def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[
         halves = halves[np.isfinite(halves)]
         row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
         row |= _owners(figures, sample.tokens) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
-    if resampled:
-        row["intervals"] = _intervals(found)
+    if sample.intervals and rank and documents > 1:
+        row["intervals"] = _intervals(figures, sample, point)
     if notes := _notes(n, rank, documents):
         row["note"] = notes
     return row
 
 
-def _statistics(figures: ViewFigures, sample: Sample | None) -> dict[str, Float64[np.ndarray, " draws"]]:
-    """Everything that has an interval, and the rest of the reference's figures.
-
-    Of all tokens, and then, with a sample, without each document that has tokens here, energies scaled to
-    all tokens.
-    """
-    kept, resampled = figures.kept, figures.found.resampled
-    weights, energies = np.ones((1, int(kept.sum()))), np.square(figures.singular_values)[None]
-    if sample is not None and resampled is not None:
-        membership = sample.membership[:, kept]
-        there = membership.any(axis=1)
-        without = 1 - membership[there]
-        scale = without.shape[1] / without.sum(axis=1, keepdims=True)
-        weights = np.concatenate([weights, without])
-        energies = np.concatenate([energies, resampled.without[there] * scale])
+def _statistics(
+    figures: ViewFigures, weights: Float64[np.ndarray, "B kept"], energies: Float64[np.ndarray, "B r"]
+) -> dict[str, Float64[np.ndarray, " B"]]:
+    """Everything that has an interval, and the rest of the reference's figures, under weights of tokens."""
     values = np.sqrt(energies)
     shares = energy_shares(values)
     return {
@@ -156,15 +144,24 @@ def _statistics(figures: ViewFigures, sample: Sample | None) -> dict[str, Float6
     }
 
 
-def _intervals(found: dict[str, Float64[np.ndarray, " draws"]]) -> dict[str, list[float]]:
-    """95 % intervals from `_statistics` with a sample."""
-    intervals: dict[str, list[float]] = {}
-    for scale in set(SCALES.values()):
+def _intervals(
+    figures: ViewFigures, sample: Sample, point: dict[str, Float64[np.ndarray, "1"]]
+) -> dict[str, list[float]]:
+    """95 % intervals by leaving out each document that has tokens here; energies scaled to all tokens."""
+    assert figures.found.resampled is not None
+    membership = sample.membership[:, figures.kept]
+    there = membership.any(axis=1)
+    weights = 1 - membership[there]
+    energies = figures.found.resampled.without[there]
+    energies = energies * (weights.shape[1] / weights.sum(axis=1, keepdims=True))
+    without = _statistics(figures, weights, energies)
+    found: dict[str, list[float]] = {}
+    for scale in dict.fromkeys(SCALES.values()):
         names = [name for name in SCALES if SCALES[name] == scale]
-        values = np.stack([found[name] for name in names])
-        bounds = t_interval(values[:, 0], values[:, 1:], scale)
-        intervals |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
-    return {name: intervals[name] for name in SCALES}
+        estimates, moved = (np.stack([of[name] for name in names]) for of in (point, without))
+        bounds = t_interval(estimates[:, 0], moved, scale)
+        found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
+    return {name: found[name] for name in SCALES}
 
 
 def _owners(figures: ViewFigures, tokens: Tokens) -> dict[str, Any]:
