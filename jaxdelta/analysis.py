@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
 from jaxdelta.states import scratch_directory
-from jaxdelta.subspaces import compile_products
 from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
@@ -214,7 +212,7 @@ def _measure(
         dtypes = options.compute_dtype, options.residual_dtype
         sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
         sweep.trace()
-        passing = _with_loss(sweep, progress, partial(_compile_ahead, sweep, options.top_k))
+        passing = _with_loss(sweep, progress, sweep.compile_rest)
         layers = _measured(sweep, passing, sample, options, plan.at_once)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
@@ -332,13 +330,6 @@ def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) ->
             if layer == 0:
                 beside.submit(after_first)
         sweep.finish_loss()
-
-
-def _compile_ahead(sweep: Sweep, top_k: int) -> None:
-    """Compiles, while the layers compute, what comes after them."""
-    sweep.compile_rest()
-    config = sweep.weights.config
-    compile_products((config.num_layers, top_k, config.hidden_size))
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:

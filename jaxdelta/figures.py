@@ -24,10 +24,10 @@ from jaxdelta.views import View
 
 FACTOR_ROWS = 512
 
-# Directions among which a half's first is looked for before the power steps, and whose turning is followed
+# Directions among which a half's first is looked for before iterating, and whose turning is followed
 # when a document is left out; more than 10, for top10_frac.
 _RITZ = 16
-_POWER_STEPS = 16
+_CHEBYSHEV_STEPS = 10
 
 
 class Groups(NamedTuple):
@@ -211,24 +211,27 @@ def _describe(
 
 
 def _resampled(coordinates: Float64[Array, "n r"], groups: Groups) -> Resampled:
-    membership, top = jnp.asarray(groups.membership), coordinates[:, :_RITZ]
-    parted = (membership[:, None] * top.T).reshape(-1, len(top))
-    among = product(parted, coordinates).reshape(len(membership), top.shape[1], -1)
-    without = _without_groups(coordinates, membership, among)
-    repeats, _, count = groups.halves.shape
-    if not repeats:
+    """In units of σ_1, so that float32 serves an update of any size: it is enough for differences."""
+    first = jnp.linalg.norm(coordinates[:, 0])
+    coordinates = coordinates / jnp.where(first > 0, first, 1)
+    membership, x = jnp.asarray(groups.membership), coordinates.astype(jnp.float32)
+    parted = (membership[:, None] * coordinates[:, :_RITZ].T).astype(jnp.float32)
+    among = product(parted.reshape(-1, len(x)), x).reshape(*parted.shape[:2], -1)
+    without = jnp.square(first) * _without_groups(coordinates, membership, among)
+    halves = jnp.reshape(groups.halves, (-1, len(membership)))
+    if not len(halves):
         return Resampled(without, jnp.zeros(0, without.dtype))
-    halves = jnp.reshape(groups.halves, (2 * repeats, count))
-    leading = among[:, :, : top.shape[1]]
-    moments = product(halves, leading.reshape(count, -1)).reshape(-1, *leading.shape[1:])
-    first = _first_directions(coordinates, product(halves, membership), moments).reshape(-1, repeats, 2)
-    defined = jnp.any(first != 0, axis=0).all(axis=-1)
-    cosines = jnp.abs(jnp.sum(first[..., 0] * first[..., 1], axis=0))
+    leading = among[:, :, : among.shape[1]].reshape(len(membership), -1)
+    moments = product(halves.astype(jnp.float32), leading).reshape(len(halves), *[among.shape[1]] * 2)
+    found = _first_directions(x, product(halves, membership).astype(jnp.float32), moments)
+    found = found.reshape(-1, *groups.halves.shape[:2])
+    defined = jnp.any(found != 0, axis=0).all(axis=-1)
+    cosines = jnp.abs(jnp.sum(found[..., 0] * found[..., 1], axis=0)).astype(without.dtype)
     return Resampled(without, jnp.where(defined, cosines, np.nan))
 
 
 def _without_groups(
-    coordinates: Float64[Array, "n r"], membership: Float64[Array, "G n"], among: Float64[Array, "G q r"]
+    coordinates: Float64[Array, "n r"], membership: Float64[Array, "G n"], among: Float32[Array, "G q r"]
 ) -> Float64[Array, "G r"]:
     """The eigenvalues of Λ - A_g, A_g = X_gᵀX_g of a group's coordinates X_g: exact within the first q axes,
     with the others by second-order perturbation.
@@ -238,30 +241,41 @@ def _without_groups(
     the eigenvalues of [[λ_j, a], [a, λ_k]] do; what one gains the other loses, equal ones nothing.
     """
     size, energies = among.shape[1], jnp.square(coordinates)
-    all_of_it = energies.sum(axis=0)
-    leading = jnp.diag(all_of_it[:size]) - among[:, :, :size]
+    diagonal = energies.sum(axis=0) - product(membership, energies)  # in float64: the sum is kept
+    top, others = diagonal[:, :size], diagonal[:, size:]
+    leading = jnp.where(np.eye(size, dtype=bool), top[:, None], -among[:, :, :size].astype(top.dtype))
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
     vectors, top = jax.lax.map(lambda a: tuple(jax.lax.linalg.eigh(a, symmetrize_input=False)), leading)
-    others = (all_of_it - product(membership, energies))[:, size:]
-    squares = jnp.square(product(jnp.swapaxes(vectors, 1, 2), among[:, :, size:]))
-    gap = (top[:, :, None] - others[:, None]) / 2
+    along = product(jnp.swapaxes(vectors, 1, 2).astype(among.dtype), among[:, :, size:])
+    gap = (top[:, :, None] - others[:, None]).astype(among.dtype) / 2
+    squares = jnp.square(along)
     apart = jnp.sqrt(jnp.square(gap) + squares) + jnp.abs(gap)
-    shift = jnp.sign(gap) * squares / jnp.where(apart > 0, apart, 1)
+    shift = (jnp.sign(gap) * squares / jnp.where(apart > 0, apart, 1)).astype(energies.dtype)
     moved = [(top + shift.sum(axis=2))[:, ::-1], others - shift.sum(axis=1)]
     return jnp.maximum(jnp.concatenate(moved, axis=1), 0)
 
 
 def _first_directions(
-    coordinates: Float64[Array, "n r"], weights: Float64[Array, "B n"], among: Float64[Array, "B q q"]
-) -> Float64[Array, "r B"]:
-    """The first eigenvector of XᵀWX for several W, X the tokens' coordinates: the best within X's leading
-    axes, where XᵀWX is `among`, then power steps in all of them; 0 where XᵀWX is."""
+    coordinates: Float32[Array, "n r"], weights: Float32[Array, "B n"], among: Float32[Array, "B q q"]
+) -> Float32[Array, "r B"]:
+    """The first eigenvector of M = XᵀWX for several W, X the tokens' coordinates; 0 where M is.
+
+    The best within X's leading axes, where M is `among` with eigenvalues θ_1, θ_2 ..., then T_s(M/θ_2) of it
+    in all of them, T_s the Chebyshev polynomial: it keeps what belongs to eigenvalues up to θ_2 below 1 and
+    grows fastest beyond it, as the power M^s does far slower. θ_1/10 stands for a smaller θ_2.
+    """
     # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
-    start = jax.lax.map(lambda c: jax.lax.linalg.eigh(c, symmetrize_input=False)[0][:, -1], among)
-    padded = jnp.zeros((coordinates.shape[1], len(weights)), start.dtype).at[: among.shape[1]].set(start.T)
+    vectors, values = jax.lax.map(lambda c: tuple(jax.lax.linalg.eigh(c, symmetrize_input=False)), among)
+    edge = jnp.maximum(values[:, :-1].max(axis=1, initial=0), values[:, -1] / 10)
+    scaled = weights.T / jnp.where(edge > 0, edge, 1)
+    start = jnp.zeros((coordinates.shape[1], len(weights)), among.dtype)
+    start = start.at[: among.shape[1]].set(jnp.where(values[:, -1] > 0, vectors[:, :, -1].T, 0))
 
-    def step(_: Any, y: Array) -> Array:
-        y = product(coordinates.T, weights.T * product(coordinates, y))
-        return y / jnp.maximum(jnp.linalg.norm(y, axis=0), np.finfo(np.float64).tiny)
+    def image(y: Array) -> Array:
+        return product(coordinates.T, scaled * product(coordinates, y))
 
-    return jax.lax.fori_loop(0, _POWER_STEPS, step, padded)
+    def step(_: Any, last: tuple[Array, Array]) -> tuple[Array, Array]:
+        return last[1], 2 * image(last[1]) - last[0]
+
+    y = jax.lax.fori_loop(1, _CHEBYSHEV_STEPS, step, (start, image(start)))[1]
+    return y / jnp.maximum(jnp.linalg.norm(y, axis=0), np.finfo(np.float32).tiny)

@@ -4,24 +4,23 @@ Axes: N layers, P phases, m draws of each figure, k directions a layer, d hidden
 
 Directions are drawn uniformly, or, since any two anisotropic layers overlap, from the layers' own covariance:
 a standard normal row times F is a draw from FᵀF, and a sum of the layers' draws is one from their sum. All
-figures follow from the inner products of a pool of such draws; nothing of size d is kept.
+figures follow from the inner products of a pool of such draws. All of it is NumPy's, a thread for each core:
+there is nothing to compile.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import threadpoolctl
-from jaxtyping import Array, Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 
-from jaxdelta.spectrum import gram, product
-from jaxdelta.subspaces import SHARED_RANK
-from jaxdelta.types import AnyArray
+from jaxdelta.subspaces import SHARED_RANK, one_blas_thread
 
-_POOL = 512  # draws a phase's replicates are picked from, at least
+_POOL = 512  # draws that a phase's replicates are picked from, at least
 _RIDGE = 1e-10  # share of a draw's energy below which it adds no direction to a frame
 _AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates that are solved together
 
@@ -41,39 +40,60 @@ class PhaseNulls:
     leave_one_out: Float64[np.ndarray, "P m"]
 
 
-def adjacent_null(
-    factors: Sequence[Float32[AnyArray, "rows d"]], draws: int, seed: int
-) -> Float64[np.ndarray, "pairs m"]:
+@one_blas_thread
+def layer_draws(
+    factors: Sequence[Float32[np.ndarray, "_ d"]],
+    members: Bool[np.ndarray, "P N"],
+    k: int,
+    draws: int,
+    seed: int,
+) -> list[Float32[np.ndarray, "Q d"]]:
+    """As many independent draws from each layer's FᵀF/‖F‖² as its nulls need; zeros where F is."""
+    rows = max(2 * draws, _pool_size(members, k))
+
+    def drawn(layer: int, factor: np.ndarray) -> np.ndarray:
+        normal = np.random.default_rng((seed, layer)).standard_normal((rows, len(factor)), np.float32)
+        return normal @ (factor / (np.linalg.norm(factor) or np.float32(1)))
+
+    return _in_parallel(drawn, enumerate(factors))
+
+
+@one_blas_thread
+def adjacent_null(layers: Sequence[Float32[np.ndarray, "Q d"]], draws: int) -> Float64[np.ndarray, "pairs m"]:
     """|cos| of `draws` pairs of random directions for each two adjacent layers, from their pooled covariance.
 
     That of layers L and L+1 is F_LᵀF_L/‖F_L‖² + F_{L+1}ᵀF_{L+1}/‖F_{L+1}‖². A zero layer adds nothing to it;
     two of them have no directions, and |cos| 0.
+
+    Args:
+        layers: every layer's `layer_draws`.
+        draws: half as many as they are, or fewer.
     """
-    null = np.empty((max(len(factors) - 1, 0), draws))
-    previous = None
-    for layer, factor in enumerate(factors):
-        current = _add_draws(_no_draws(2 * draws, factor), factor, (seed, layer))
-        if previous is not None:
-            null[layer - 1] = _pair_cosines(previous, current)
-        previous = current
-    return null
+
+    def cosines(*pair: np.ndarray) -> np.ndarray:
+        first, second = np.split(_unit(np.sum([part[: 2 * draws] for part in pair], axis=0)), 2)
+        return np.minimum(np.abs(np.sum(first * second, axis=1)), 1)
+
+    found = _in_parallel(cosines, itertools.pairwise(layers))
+    return np.reshape(found, (-1, draws)).astype(np.float64)
 
 
 def phase_nulls(
-    factors: Sequence[Float32[AnyArray, "rows d"]],
+    layers: Sequence[Float32[np.ndarray, "Q d"]],
     members: Bool[np.ndarray, "P N"],
     k: int,
     draws: int,
     seed: int,
 ) -> PhaseNulls:
-    """PhaseNulls of random directions from the pooled covariance Σ_L F_LᵀF_L/‖F_L‖² of the phase's layers."""
+    """PhaseNulls of random directions from the pooled covariance Σ_L F_LᵀF_L/‖F_L‖² of the phase's layers.
 
-    def cosines(inside: np.ndarray) -> Array:
-        layers = np.flatnonzero(inside).tolist()
-        pool = _no_draws(_pool_size(members, k), factors[layers[0]])
-        for layer in layers:
-            pool = _add_draws(pool, factors[layer], (seed, layer))
-        return _cosines(pool)
+    `layers`: every layer's `layer_draws`.
+    """
+    size = _pool_size(members, k)
+
+    def cosines(inside: np.ndarray) -> np.ndarray:
+        chosen = zip(layers, inside, strict=True)
+        return _cosines(np.sum([rows[:size] for rows, there in chosen if there], axis=0))
 
     return _phase_nulls(cosines, members, k, draws, seed)
 
@@ -87,25 +107,31 @@ def isotropic_phase_nulls(
     return _phase_nulls(lambda _: cosines, members, k, draws, seed)
 
 
+@one_blas_thread
 def _phase_nulls(
-    cosines: Callable[[np.ndarray], AnyArray],
+    cosines: Callable[[np.ndarray], Float64[np.ndarray, "Q Q"]],
     members: Bool[np.ndarray, "P N"],
     k: int,
     draws: int,
     seed: int,
 ) -> PhaseNulls:
-    """Replicates from the phases' pools, given the `cosines` of each. On the host: nothing to compile."""
+    """Replicates from the phases' pools, given the `cosines` of each."""
     found = np.full((3, len(members), draws), np.nan)
     compared = np.flatnonzero(members.sum(axis=1) >= 2)
-    # A worker a phase; where several threads call a BLAS of several threads, it takes 20 times as long.
-    with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor() as workers:
-        running = []
-        for phase in compared:
-            pool, size = np.asarray(cosines(members[phase])), k * int(members[phase].sum())
-            running.append(workers.submit(_figures, pool, size, k, draws, (seed, int(phase))))
-        for phase, figures in zip(compared, running, strict=True):
-            found[:, phase] = figures.result()
+
+    def figures(phase: int) -> np.ndarray:
+        size = k * int(members[phase].sum())
+        return _figures(cosines(members[phase]), size, k, draws, (seed, phase))
+
+    for phase, of_phase in zip(compared, _in_parallel(figures, compared[:, None].tolist()), strict=True):
+        found[:, phase] = of_phase
     return PhaseNulls(*found)
+
+
+def _in_parallel(work: Callable[..., np.ndarray], each: Iterable[Iterable[Any]]) -> list[np.ndarray]:
+    """Of BLAS on one thread: where several threads call one of several threads, it takes 20 times as long."""
+    with ThreadPoolExecutor(os.cpu_count(), "nulls") as pool:
+        return [done.result() for done in [pool.submit(work, *arguments) for arguments in each]]
 
 
 def _figures(
@@ -151,48 +177,15 @@ def _capture(
 
 
 def _pool_size(members: np.ndarray, k: int) -> int:
-    """One for all phases, so that their pools share a compiled function."""
     return max(_POOL, 4 * k * int(members.sum(axis=1).max(initial=0)))
 
 
-def _no_draws(rows: int, factor: Float32[AnyArray, "rows d"]) -> Float32[Array, "Q d"]:
-    return jnp.zeros((rows, factor.shape[1]), jnp.float32)
+def _cosines(pool: Float32[np.ndarray, "Q d"]) -> Float64[np.ndarray, "Q Q"]:
+    rows = _unit(pool.astype(np.float64))
+    return rows @ rows.T
 
 
-def _add_draws(
-    pool: Float32[Array, "Q d"], factor: Float32[AnyArray, "rows d"], seed: tuple[int, int]
-) -> Float32[Array, "Q d"]:
-    """The pool with independent draws from FᵀF/‖F‖² added to its rows."""
-    normal = np.random.default_rng(seed).standard_normal((len(pool), len(factor)), np.float32)
-    return _add_mixed(pool, normal, factor)
-
-
-@jax.jit
-def _add_mixed(
-    pool: Float32[Array, "Q d"], normal: Float32[AnyArray, "Q rows"], factor: Float32[AnyArray, "rows d"]
-) -> Float32[Array, "Q d"]:
-    norm = jnp.linalg.norm(factor)
-    return pool + product(normal, factor) / jnp.where(norm > 0, norm, 1)
-
-
-@jax.jit
-def _pair_cosines(x: Float32[Array, "Q d"], y: Float32[Array, "Q d"]) -> Float32[Array, " m"]:
-    """|cos| between the first and the second half of the rows of x + y."""
-    first, second = jnp.split(_unit(x + y), 2)
-    return jnp.minimum(jnp.abs(jnp.sum(first * second, axis=1)), 1)
-
-
-def _cosines(pool: Float32[AnyArray, "Q d"]) -> Float64[Array, "Q Q"]:
-    with jax.enable_x64(True):
-        return jax.block_until_ready(_unit_gram(pool))
-
-
-@jax.jit
-def _unit_gram(pool: Float32[AnyArray, "Q d"]) -> Float64[Array, "Q Q"]:
-    return gram(_unit(jnp.asarray(pool, jnp.float64)))
-
-
-def _unit(x: Float[Array, "Q d"]) -> Float[Array, "Q d"]:
+def _unit(x: Float[np.ndarray, "Q d"]) -> Float[np.ndarray, "Q d"]:
     """Rows of length one; zero rows stay zero."""
-    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-    return x / jnp.where(norm > 0, norm, 1)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)

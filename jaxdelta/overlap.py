@@ -43,7 +43,7 @@ class PrincipalAngles:
 
 
 @one_blas_thread
-def overlaps(directions: Float[AnyArray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
+def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
     """All overlaps of the layers' directions, in float64.
 
     top1_cos = <v_L, v_M>, v_L the first of layer L. Per phase: mean |cos| over the pairs within (1 for a
@@ -75,7 +75,7 @@ def overlaps(directions: Float[AnyArray, "N k d"], members: Bool[np.ndarray, "P 
 
 
 @one_blas_thread
-def principal_angles(directions: Float[AnyArray, "N k d"]) -> PrincipalAngles:
+def principal_angles(directions: Float[np.ndarray, "N k d"]) -> PrincipalAngles:
     """The angles between every two layers' spans, from the singular values of U_i U_jᵀ.
 
     Args:

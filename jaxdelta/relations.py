@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from jaxdelta.measure import ViewFigures
-from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_phase_nulls, phase_nulls
+from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_phase_nulls, layer_draws, phase_nulls
 from jaxdelta.overlap import Overlaps, overlaps
 from jaxdelta.resampling import OverlapDraws, resampled_overlaps
 from jaxdelta.rows import Sample
@@ -90,9 +90,10 @@ def relate(
     nulls = None
     if null_draws:
         k, d = directions.shape[1:]
+        drawn = layer_draws(factors, members, k, null_draws, seed)
         nulls = _Nulls(
-            adjacent_null(factors, null_draws, seed),
-            phase_nulls(factors, members, k, null_draws, seed),
+            adjacent_null(drawn, null_draws),
+            phase_nulls(drawn, members, k, null_draws, seed),
             isotropic_phase_nulls(members, k, d, min(null_draws, ISOTROPIC_DRAWS), seed),
         )
     present = np.any(directions[:, 0], axis=-1)

@@ -195,12 +195,13 @@ def _intervals(
     there = counts > 0
     scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
     without = _statistics(figures, sample, sample.without[there], scaled)
-    found = {}
-    for name, scale in SCALES.items():
-        if name in point:
-            low, high = t_interval(point[name][0], without[name], scale)
-            found[name] = [float(low), float(high)]
-    return found
+    found: dict[str, list[float]] = {}
+    for scale in dict.fromkeys(SCALES.values()):
+        names = [name for name in SCALES if SCALES[name] == scale and name in point]
+        estimates, moved = (np.stack([of[name] for name in names]) for of in (point, without))
+        bounds = t_interval(estimates[:, 0], moved, scale)
+        found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
+    return {name: found[name] for name in SCALES if name in found}
 
 
 def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:

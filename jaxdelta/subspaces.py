@@ -3,21 +3,16 @@
 Axes: N layers, k directions a layer, d hidden size, P phases; a phase of n layers stacks m = n·k directions.
 
 A basis of the stack S (m, d) is kept as its coefficients A (m, r): B = AᵀS. Then ‖B v‖² of a stacked v needs
-only the inner products SSᵀ, and nothing of size d. Those come from the device; the algebra of the small
-blocks that follows is NumPy's, on the host: it takes less time than compiling it did.
+only the inner products SSᵀ, and nothing of size d. It is NumPy's, on the host: it takes less time than
+compiling it did.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
-
-from jaxdelta.spectrum import gram, product
-from jaxdelta.types import AnyArray
+from jaxtyping import Bool, Float, Float32, Float64, Int
 
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
 
@@ -38,21 +33,10 @@ class Shared(NamedTuple):
     without: Float64[np.ndarray, "n m r"]
 
 
-def inner_products(directions: Float[AnyArray, "N k d"]) -> Float64[np.ndarray, "M M"]:
-    """Of all M = N·k directions, in float64 on the device."""
-    layers, k, d = directions.shape
-    with jax.enable_x64(True):
-        return np.asarray(_gram(jnp.asarray(directions, jnp.float64).reshape(layers * k, d)))
-
-
-def compile_products(shape: tuple[int, int, int]) -> None:
-    """Compiles `inner_products` for directions of a shape (N, k, d)."""
-    layers, k, d = shape
-    with jax.enable_x64(True):
-        _gram.lower(jax.ShapeDtypeStruct((layers * k, d), jnp.float64)).compile()
-
-
-_gram = jax.jit(gram)
+def inner_products(directions: Float[np.ndarray, "N k d"]) -> Float64[np.ndarray, "M M"]:
+    """Of all M = N·k directions, in float64."""
+    rows = directions.astype(np.float64).reshape(-1, directions.shape[-1])
+    return rows @ rows.T
 
 
 def shared_subspaces(
@@ -89,9 +73,9 @@ def _leading(block: Float64[np.ndarray, "m m"], most: int) -> Float64[np.ndarray
 
 @one_blas_thread
 def alignment_index(
-    directions: Float[AnyArray, "N k d"],
+    directions: Float[np.ndarray, "N k d"],
     members: Bool[np.ndarray, "P N"],
-    factors: Sequence[Float32[AnyArray, "R d"]],
+    factors: Sequence[Float32[np.ndarray, "R d"]],
     singular_values: Float[np.ndarray, "N s"],
 ) -> Float64[np.ndarray, "P N"]:
     """How much of what r dimensions can hold of a layer's update the phase's other layers' r dimensions hold.
@@ -106,25 +90,13 @@ def alignment_index(
         factors: every layer's F; its update's rows, or any with the same FᵀF.
         singular_values: of every F, descending.
     """
-    layers, k, d = directions.shape
     found = np.full(members.shape, np.nan)
     energies = np.square(np.asarray(singular_values, np.float64))
-    with jax.enable_x64(True):
-        stack = jnp.asarray(directions, jnp.float64).reshape(layers * k, d)
-        for p, phase in enumerate(shared_subspaces(inner_products(directions), members)):
-            for layer, basis in zip(phase.layers, phase.without, strict=True):
-                coefficients = np.zeros((layers * k, SHARED_RANK))
-                coefficients[phase.rows, : basis.shape[1]] = basis
-                held = float(_energy_along(jnp.asarray(factors[layer]), stack, jnp.asarray(coefficients)))
-                most = energies[layer, : np.count_nonzero(basis.any(axis=0))].sum()
-                found[p, layer] = held / most if most > 0 else np.nan
+    stack = directions.astype(np.float64).reshape(-1, directions.shape[-1])
+    for p, phase in enumerate(shared_subspaces(inner_products(directions), members)):
+        for layer, coefficients in zip(phase.layers, phase.without, strict=True):
+            basis = coefficients.T @ stack[phase.rows]
+            held = np.square(factors[layer].astype(np.float64) @ basis.T).sum()
+            most = energies[layer, : np.count_nonzero(coefficients.any(axis=0))].sum()
+            found[p, layer] = held / most if most > 0 else np.nan
     return found
-
-
-@jax.jit
-def _energy_along(
-    factor: Float32[Array, "R d"], stack: Float64[Array, "M d"], coefficients: Float64[Array, "M r"]
-) -> Float64[Array, ""]:
-    """‖F Bᵀ‖² for B = AᵀS."""
-    basis = product(coefficients.T, stack)
-    return jnp.sum(jnp.square(product(factor.astype(jnp.float64), basis.T)))

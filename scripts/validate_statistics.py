@@ -25,7 +25,7 @@ from absl import flags  # noqa: E402
 from jaxdelta.calibration import Tokens  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
 from jaxdelta.measure import Design, LayerFigures, measure  # noqa: E402
-from jaxdelta.nulls import adjacent_null, phase_nulls  # noqa: E402
+from jaxdelta.nulls import adjacent_null, layer_draws, phase_nulls  # noqa: E402
 from jaxdelta.overlap import overlaps  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate, stacked_directions  # noqa: E402
@@ -354,11 +354,12 @@ def nulls(quick: bool) -> list[Check]:
     found: dict[str, list[float]] = {"adjacent": [], "intra": [], "leave_one_out": []}
     for seed in range(sets):
         two = unit(pooled(rng, factors[:2], 2))
-        pair = adjacent_null(factors[:2], draws, seed)
+        drawn_by_layer = layer_draws(factors, members, TOP, draws, seed)
+        pair = adjacent_null(drawn_by_layer[:2], draws)
         found["adjacent"].append(float(p_value(abs(two[0] @ two[1]), pair[0])))
         rows = pooled(rng, factors, layers * TOP).reshape(layers, TOP, HIDDEN)
         drawn = overlaps(np.stack([np.linalg.qr(x.T)[0].T for x in rows]), members)
-        phase = phase_nulls(factors, members, TOP, draws, seed)
+        phase = phase_nulls(drawn_by_layer, members, TOP, draws, seed)
         found["intra"].append(float(p_value(drawn.intra_cos_mean[0], phase.intra[0])))
         found["leave_one_out"].append(float(p_value(drawn.leave_one_out[0, 0], phase.leave_one_out[0])))
     lines = []

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdelta import subspaces
 from jaxdelta.overlap import Overlaps, overlaps
 from jaxdelta.subspaces import SHARED_RANK, one_blas_thread
 
@@ -171,20 +170,3 @@ def test_any_phases(phases: list[str], seed: int, shared: float) -> None:
     members = np.concatenate([members, np.repeat(members[:1], 3 - len(members), axis=0)])  # one shape
     directions = random_directions(5, 4, 30, seed, shared)
     assert_same(overlaps(directions, members), plain(directions, members), members)
-
-
-def test_products_are_float64_on_a_gpu() -> None:
-    stack = jax.ShapeDtypeStruct((20, 30), np.float64)
-    factor, coefficients = (
-        jax.ShapeDtypeStruct((7, 30), np.float32),
-        jax.ShapeDtypeStruct((20, 8), np.float64),
-    )
-    with jax.enable_x64(True):
-        for function, arguments in (
-            (subspaces._gram, (stack,)),
-            (subspaces._energy_along, (factor, stack, coefficients)),
-        ):
-            text = jax.export.export(function, platforms=["cuda"])(*arguments).mlir_module()
-            products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-            assert products
-            assert all("HIGHEST" in line and "f64>" in line for line in products)
