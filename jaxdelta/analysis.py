@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdelta import __version__
+from jaxdelta import __version__, split
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS, Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
@@ -21,9 +22,10 @@ from jaxdelta.figures import Groups
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
+from jaxdelta.parallel import Grid, make_grid, parse_mesh
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import MODES, Plan, Work, device_limit
-from jaxdelta.pooling import Windows, parts_looked_at, pool_layers
+from jaxdelta.pooling import ONE_DEVICE, Windows, parts_looked_at, pool_layers
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
@@ -75,6 +77,7 @@ class Options:
     seed: int = 0
     control: str | None = None
     scratch: str | None = None
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -107,6 +110,8 @@ class Options:
             if not (value := getattr(self, name)) == 0 and value < MIN_DRAWS:
                 raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
         parse_views(self.views)
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
 
     @property
     def resampled(self) -> bool:
@@ -150,6 +155,7 @@ def analyze(
     if isinstance(weights, Resident) and chosen.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     phases = _phases(chosen.phases, weights.config.num_layers)
+    grid = make_grid(chosen.mesh, weights.config)
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
@@ -157,7 +163,7 @@ def analyze(
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
-        return _measure(name, weights, tokens, phases, chosen, stages, progress)
+        return _measure(name, weights, tokens, phases, chosen, stages, progress, grid)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JaxDeltaError(
@@ -201,19 +207,21 @@ def _measure(
     options: Options,
     stages: Stages,
     progress: bool,
+    grid: Grid | None,
 ) -> Analysis:
     sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled)
-    weights, plan = _planned(weights, tokens, options, sample, stages)
+    weights, plan = _planned(weights, tokens, options, sample, stages, grid)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
     if options.control:
         stages.listener(f" control: {options.control} (seed {options.seed})")
     with stages("layers") as note, scratch_directory(options.scratch, plan.blocks.place) as scratch:
         dtypes = options.compute_dtype, options.residual_dtype
-        sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
+        make_sweep = Sweep if grid is None else partial(split.SplitSweep, grid)
+        sweep = make_sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
         sweep.trace()
         passing = _with_loss(sweep, progress, sweep.compile_rest)
-        layers = _measured(sweep, passing, sample, options, plan.at_once)
+        layers = _measured(sweep, passing, sample, options, plan.at_once, grid)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -235,16 +243,26 @@ def _measure(
 
 
 def _measured(
-    sweep: Sweep, passing: Iterator[Iterator[Wrote]], sample: Sample, options: Options, at_once: int
+    sweep: Sweep,
+    passing: Iterator[Iterator[Wrote]],
+    sample: Sample,
+    options: Options,
+    at_once: int,
+    grid: Grid | None,
 ) -> list[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
     views, short = parse_views(options.views), sample.windows is None
     groups = (sample.groups if short else Groups.none(sample.halves)) if options.resampled else None
     design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
     if sample.windows is None:
-        return measure(passing, sweep.shape, design, at_once, sweep.clock)
+        if grid is None:
+            return measure(passing, sweep.shape, design, at_once, sweep.clock)
+        return measure(
+            passing, sweep.shape, design, at_once * grid.mesh.size, sweep.clock, split.spread(grid)
+        )
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
-    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock))
+    programs = ONE_DEVICE if grid is None else split.split_programs(grid)
+    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, programs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +280,12 @@ class _Spectra:
 
 
 def _planned(
-    weights: Weights, tokens: Tokens, options: Options, sample: Sample, stages: Stages
+    weights: Weights,
+    tokens: Tokens,
+    options: Options,
+    sample: Sample,
+    stages: Stages,
+    grid: Grid | None,
 ) -> tuple[Weights, Plan]:
     """How the pass is divided; the weights, loaded if they are to be resident."""
     resident = options.memory == "resident" or isinstance(weights, Resident)
@@ -271,8 +294,10 @@ def _planned(
         if sample.windows is not None:
             pool = len(parts_looked_at(parse_views(options.views))), sample.documents
         dtypes = options.compute_dtype, options.residual_dtype
-        work = Work(weights, tokens.ids.shape, *dtypes, resident, pool, options.scratch is not None)
-        plan = work.plan(device_limit(options.device_memory_gb))
+        data, model, local = (grid.data, grid.model, len(grid.local)) if grid else (1, 1, 1)
+        scratch = options.scratch is not None
+        work = Work(weights, tokens.ids.shape, *dtypes, resident, pool, scratch, data, model)
+        plan = work.plan(device_limit(options.device_memory_gb, local))
         note(str(plan))
     if resident and isinstance(weights, Checkpoint):
         with stages("load"):

@@ -50,16 +50,25 @@ class Checkpoint:
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
-        return self._layer(index, self._read)
+        return self._layer(index, lambda path, shape, parts: self._read(shape, parts))
+
+    def placed_layer(self, index: int, place: Callable[..., Any]) -> nnx.State:
+        """The same by `place(path, shape, read)`, which asks `read` for the slices it needs."""
+        return self._layer(
+            index, lambda path, shape, parts: place(path, shape, partial(self._read_part, shape, parts))
+        )
 
     def abstract_layer(self, index: int) -> nnx.State:
         """The same with shapes in place of weights."""
-        return self._layer(index, lambda shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
+        return self._layer(index, lambda _, shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
 
-    def _layer(self, index: int, fill: Callable[[Shape, list[Part]], Any]) -> nnx.State:
+    def _layer(self, index: int, fill: Callable[[Any, Shape, list[Part]], Any]) -> nnx.State:
+        def filled(path: Any, shape: Shape) -> Any:
+            return fill(path, shape, list(_layer_parts(index, path, self.config)))
+
         return nnx.from_flat_state(
             [
-                (path, variable.replace(fill(variable.shape, list(_layer_parts(index, path, self.config)))))
+                (path, variable.replace(filled(path, variable.shape)))
                 for path, variable in _flat_block(self.config, sparse=self.config.is_sparse(index))
             ]
         )

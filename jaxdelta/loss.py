@@ -1,6 +1,6 @@
 """The model's loss on a text, its output embedding taken in slices. Axes as in `jaxdelta.model`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ def sliced_loss(
     slices: Iterable[Float[Array, "_ D"]],
     blocks: Iterable[tuple[Float[Array, "B next D"], Float32[AnyArray, "B T D"]]],
     compute_dtype: DTypeLike,
+    fetch: Callable[[Array], np.ndarray] = np.asarray,
 ) -> list[Float32[np.ndarray, "B next"]]:
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
@@ -57,6 +58,7 @@ def sliced_loss(
         blocks: of the text, each with the W_target of every position's next token, and x, the last state
             after the final norm; its last position has no next token.
         compute_dtype: dtype of the factors of the products.
+        fetch: brings an array to the host.
     """
     begun = [_begin_loss(*block, jnp.dtype(compute_dtype)) for block in blocks]
     log_sums = [log_sum for _, _, log_sum in begun]
@@ -68,7 +70,7 @@ def sliced_loss(
         counted = stop
     with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
         return [
-            np.asarray(log_sum) - np.asarray(target_score)
+            fetch(log_sum) - fetch(target_score)
             for log_sum, (_, target_score, _) in zip(log_sums, begun, strict=True)
         ]
 

@@ -112,6 +112,7 @@ def measure(
     design: Design,
     at_once: int | None = None,
     clock: Clock | None = None,
+    call: "Caller | None" = None,
 ) -> list[LayerFigures]:
     """The figures of every layer, in their order, as they come, and of the last one normed.
 
@@ -121,10 +122,12 @@ def measure(
         design: what is measured.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
         clock: is told the time that goes into spectra.
+        call: how several devices compute a batch; by default one does.
     """
-    run = _on_threads if jax.default_backend() == "cpu" else _in_batches
-    at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
-    return list(run(joined(layers), shape, design, at_once, clock or Clock()))
+    at_once, clock = at_once or layers_at_once(*shape, _WORKSPACE_BYTES), clock or Clock()
+    if jax.default_backend() == "cpu" and call is None:
+        return list(_on_threads(joined(layers), shape, design, at_once, clock))
+    return list(_in_batches(joined(layers), design, at_once, clock, call or _together))
 
 
 def _on_threads(
@@ -152,13 +155,13 @@ def _on_threads(
 
 
 def _in_batches(
-    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
+    updates: Iterable[Update], design: Design, at_once: int, clock: Clock, call: "Caller"
 ) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)
     while batch := list(itertools.islice(iterator, at_once)):
         with clock("spectra"), jax.enable_x64(True):
-            yield from _measured(batch, design, _together)
+            yield from _measured(batch, design, call)
 
 
 # call(function, arguments by layer, arguments of all layers, static arguments of all): the results by layer
@@ -242,7 +245,7 @@ def _view(
     found = call(figures.view_figures, own, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
-        again = figures.host_figures(*own[row], selection, design.groups, size)
+        again = figures.host_figures(*jax.tree.map(np.asarray, own[row]), selection, design.groups, size)
         found[row] = jax.tree.map(np.array, again)
     compared: list[Crossed | None] = [None] * len(batch)
     if design.groups and view in CROSSED:
@@ -264,12 +267,12 @@ def spectrum_bytes(n: int, d: int) -> int:
     return 8 * (2 * n * d + 5 * min(n, d) ** 2)
 
 
-def layers_at_once(n: int, d: int, free: int) -> int:
-    """How many layers' figures are computed at once where so many bytes are free; one at least."""
+def layers_at_once(n: int, d: int, free: int, devices: int = 1) -> int:
+    """How many layers' figures a device computes at once where so many bytes are free; one at least."""
     if jax.default_backend() == "cpu":
-        return os.cpu_count() or 1
-    # Each of them with its own Update, while those of the next batch arrive.
-    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * update_bytes(n, d)))
+        return (os.cpu_count() or 1) if devices == 1 else 1
+    # Each of them with its own Update, while those of the next batch arrive; all devices have them all.
+    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * devices * update_bytes(n, d)))
 
 
 def layers_pending(at_once: int) -> int:

@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxdelta.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
 from jaxdelta.model import MIN_QUERY_BLOCK, query_block
+from jaxdelta.parallel import share
 from jaxdelta.pooling import pool_bytes
 from jaxdelta.sweep import Blocks, Weights
 
@@ -52,7 +54,7 @@ class Plan:
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What is to be computed, as far as memory goes. `pool`: of a long text, how many parts and groups its
-    moments have."""
+    moments have. `data` devices share the windows, `model` devices a layer's weights."""
 
     weights: Weights
     tokens: tuple[int, int]  # (windows, length)
@@ -61,6 +63,8 @@ class Work:
     resident: bool
     pool: tuple[int, int] | None = None
     scratch: bool = False
+    data: int = 1
+    model: int = 1
 
     @property
     def config(self) -> ModelConfig:
@@ -75,7 +79,7 @@ class Work:
         for blocks in self._divisions():
             parts = self._parts(blocks)
             at_once, parts["spectra"] = self._spectra(blocks, limit - sum(parts.values()))
-            waiting = 0 if blocks.place == "device" else self._state * math.prod(self.tokens)
+            waiting = 0 if blocks.place == "device" else self._state * self._share(math.prod(self.tokens))
             mode = "resident" if self.resident else "stream"
             plan = Plan(mode, blocks, at_once, parts, limit, waiting)
             if plan.total <= limit:
@@ -90,21 +94,32 @@ class Work:
         (windows, length), d = self.tokens, self.config.hidden_size
         if self.pool:
             # The block before is kept until the next is under way.
-            return 1, pool_bytes(*self.pool, d) + 2 * update_bytes(blocks.windows * length, d)
-        shape = windows * (length - 1), d
-        count = layers_at_once(*shape, left)
-        return count, count * spectrum_bytes(*shape) + layers_pending(count) * update_bytes(*shape)
+            return 1, pool_bytes(*self.pool, d) + 2 * update_bytes(self._share(blocks.windows * length), d)
+        shape, devices = (windows * (length - 1), d), self.data * self.model
+        count = layers_at_once(*shape, left, devices)
+        return count, count * spectrum_bytes(*shape) + layers_pending(count * devices) * update_bytes(*shape)
 
     def _divisions(self) -> Iterator[Blocks]:
         windows, length = self.tokens
-        most = min(windows, max(1, BLOCK_TOKENS // length)) if self.pool else windows
-        counts = dict.fromkeys(-(-windows // blocks) for blocks in range(-(-windows // most), windows + 1))
+        most = min(windows, max(1, self.data * BLOCK_TOKENS // length)) if self.pool else windows
+        counts = dict.fromkeys(
+            self._filled(-(-windows // blocks)) for blocks in range(-(-windows // most), windows + 1)
+        )
         for place in ("device", "scratch" if self.scratch else "host"):
             for count in counts:
-                queries = query_block(self.config, (count, length))
+                queries = query_block(self.config, (self._share(count), length))
                 yield Blocks(count, queries, place)
                 if queries > MIN_QUERY_BLOCK:
                     yield Blocks(count, MIN_QUERY_BLOCK, place)
+
+    def _filled(self, windows: int) -> int:
+        """As many windows for each device; moments are taken by all of them, the layers passed by `data`."""
+        devices = self.data * (self.model if self.pool else 1)
+        return -(-windows // devices) * devices
+
+    def _share(self, count: int) -> int:
+        """Of windows or tokens, what a device has."""
+        return -(-count // self.data)
 
     @property
     def _state(self) -> int:
@@ -113,7 +128,7 @@ class Work:
 
     def _parts(self, blocks: Blocks) -> dict[str, int]:
         config, (windows, length) = self.config, self.tokens
-        m, n, d = blocks.windows * length, windows * length, config.hidden_size
+        m, n, d = self._share(blocks.windows) * length, self._share(windows * length), config.hidden_size
         layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
         embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
         return {
@@ -127,9 +142,10 @@ class Work:
     def _layer_workspace(self, blocks: Blocks) -> int:
         """Queries, keys, values, scores and the MLP's inside in float32, weights in the compute dtype."""
         config, (_, length) = self.config, self.tokens
-        m, wide = blocks.windows * length, DTYPE_BYTES[self.compute_dtype]
-        heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
-        scores = 3 * blocks.windows * config.num_heads * blocks.queries * length
+        windows, wide = self._share(blocks.windows), DTYPE_BYTES[self.compute_dtype]
+        m, model = windows * length, self.model
+        heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim // model
+        scores = 3 * windows * (config.num_heads // model) * blocks.queries * length
         inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
         # Of experts one is at work at a time: the axes before a weight's own two do not count.
         largest = max(math.prod(leaf.shape[-2:]) for leaves in self._layers for leaf in leaves)
@@ -138,20 +154,25 @@ class Work:
     def _mlp_width(self) -> int:
         """Numbers a token has inside the MLP; with experts also its scores and shares."""
         experts, dense = self.config.experts, self.config.layers_of(sparse=False)
-        widths = [3 * self.config.intermediate_size] if dense else []
-        return max([*widths, *([3 * experts.intermediate_size + 2 * experts.count] if experts else [])])
+        widths = [3 * self.config.intermediate_size // self.model] if dense else []
+        if experts:
+            widths.append(3 * experts.intermediate_size // self.model + 2 * experts.count)
+        return max(widths)
 
     @cached_property
     def _layers(self) -> list[list[Any]]:
-        """Every layer's arrays, as shapes."""
-        count = self.config.num_layers
-        return [jax.tree.leaves(self.weights.abstract_layer(i)) for i in range(count)]
+        """Every layer's arrays, as the shapes that a device has of them."""
+        layers = map(self.weights.abstract_layer, range(self.config.num_layers))
+        return [
+            [share(path, leaf, self.model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers
+        ]
 
 
-def device_limit(gigabytes: float | None = None) -> int:
-    """The bytes that may be used: of the device's memory, on a CPU of the machine's; `gigabytes` caps it."""
+def device_limit(gigabytes: float | None = None, devices: int = 1) -> int:
+    """The bytes that may be used: of the device's memory, on a CPU of the machine's, which so many simulated
+    devices share; `gigabytes` caps it."""
     stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
     return int(min(USABLE * memory, math.inf if gigabytes is None else gigabytes * 1e9))
 
 

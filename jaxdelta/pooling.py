@@ -4,9 +4,9 @@ Axes: n tokens that count, s of them set aside; B windows of a block, T tokens o
 windows, d hidden size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,29 @@ class Windows(NamedTuple):
     halves: Float64[np.ndarray, "R 2 G"]
 
 
+class Programs(NamedTuple):
+    """What is computed of a layer where its update is, on one device or on several.
+
+    The first four as `moments` and `figures` have them; `take`: rows of an update; `total`: the moments of
+    all devices together, on one of the `devices` that solve layers, in turn; None where there is but one.
+    """
+
+    find_frame: Callable[..., Any]
+    accumulate: Callable[..., Any]
+    products: Callable[[Update], dict[str, jax.Array]]
+    zeros: Callable[[int, int, int], Moments]
+    take: Callable[[Update, np.ndarray], Update]
+    total: Callable[[Moments], Moments] | None = None
+    devices: int = 1
+
+
+def _take(update: Update, places: Int[np.ndarray, " s"]) -> Update:
+    return Update(*(jnp.take(part, places, axis=0) for part in update))
+
+
+ONE_DEVICE = Programs(find_frame, accumulate, jax.jit(state_products), Moments.zeros, _take)
+
+
 def parts_looked_at(views: Sequence[View]) -> tuple[str, ...]:
     """The parts of an update that any of the views is of."""
     return tuple(part for part in PARTS if any(view.part == part for view in views))
@@ -49,9 +72,15 @@ def pool_bytes(parts: int, groups: int, hidden: int) -> int:
 
 
 def pool_layers(
-    layers: Iterable[Iterable[Wrote]], windows: Windows, hidden: int, design: Design, clock: Clock
+    layers: Iterable[Iterable[Wrote]],
+    windows: Windows,
+    hidden: int,
+    design: Design,
+    clock: Clock,
+    programs: Programs = ONE_DEVICE,
 ) -> Iterator[LayerFigures]:
-    """`measure` of a text that is too long to keep; a layer is solved while the next one passes.
+    """`measure` of a text that is too long to keep; a layer is solved while the next one passes, on one of
+    several devices while as many pass.
 
     Args:
         layers: what each wrote, block by block, all tokens of them.
@@ -59,27 +88,29 @@ def pool_layers(
         hidden: their size.
         design: what is measured.
         clock: is told the time that goes into spectra.
+        programs: what runs where the updates are.
     """
 
     def solved(pool: Pool) -> LayerFigures:
         with clock("spectra"):
             return pool.figures()
 
-    with single_threaded_blas(), ThreadPoolExecutor(1, "spectra") as beside:
+    with single_threaded_blas(), ThreadPoolExecutor(programs.devices, "spectra") as beside:
         pending: list[Future[LayerFigures]] = []
         for blocks in layers:
-            pools = [Pool(windows, hidden, design), Pool(windows, hidden, design)]
+            pools = [Pool(windows, hidden, design, programs) for _ in range(2)]
             for block, wrote in enumerate(blocks):
                 with clock("moments"):
                     for pool, update in zip(pools, wrote, strict=True):
                         if update:
                             pool.add(block, update)
             for pool in pools[: 1 + bool(wrote.normed)]:
-                if pending:
-                    yield pending.pop().result()
+                if len(pending) == programs.devices:
+                    yield pending.pop(0).result()
+                pool.gather()
                 pending.append(beside.submit(solved, pool))
             del pool, pools, wrote
-        yield pending.pop().result()
+        yield from (found.result() for found in pending)
 
 
 class _Aside(NamedTuple):
@@ -93,9 +124,6 @@ class _Aside(NamedTuple):
         return _Aside(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
 
 
-_state_products = jax.jit(state_products)
-
-
 class Pool:
     """Takes a layer's update block by block; `figures` are what `measure` finds of the whole of it.
 
@@ -103,8 +131,8 @@ class Pool:
     mean being known only when they have gone, and owners of σ_1 where the frame does not hold v_1.
     """
 
-    def __init__(self, windows: Windows, hidden: int, design: Design):
-        self._windows, self._design = windows, design
+    def __init__(self, windows: Windows, hidden: int, design: Design, programs: Programs = ONE_DEVICE):
+        self._windows, self._design, self._programs = windows, design, programs
         self._parts = parts_looked_at(design.views)
         self._masked = any(view.masked for view in design.views)
         self._shape = len(self._parts), windows.halves.shape[2], hidden
@@ -122,14 +150,14 @@ class Pool:
         with jax.enable_x64(True):
             if block == 0:
                 self._begin(update, counted)
-            self._moments, *found = accumulate(
+            self._moments, *found = self._programs.accumulate(
                 self._moments, self._frame, update, counted, groups, self._bounds, self._parts
             )
         self._take()  # the block before this one, which the device has done
         self._waiting.append((block, update, *found))
 
     def _begin(self, update: Update, counted: Bool[np.ndarray, "B T"]) -> None:
-        table = _state_products(update)
+        table = self._programs.products(update)
         entering, leaving = (np.asarray(table[name]) for name in Bounds._fields)
         usual = [np.inf, np.inf]
         if self._masked:
@@ -137,8 +165,8 @@ class Pool:
             usual = [np.square(_SUSPECT * self._design.sink_factor) * middle for middle in middles]
         self._bounds = Bounds(*map(np.asarray, usual))
         within = (entering <= usual[0]) & (leaving <= usual[1])
-        self._frame = find_frame(update, counted.ravel() & within, self._parts)
-        self._moments = Moments.zeros(*self._shape)
+        self._frame = self._programs.find_frame(update, counted.ravel() & within, self._parts)
+        self._moments = self._programs.zeros(*self._shape)
 
     def _take(self) -> None:
         """Brings what is known of each token of a block to the host."""
@@ -149,10 +177,23 @@ class Pool:
             aside = np.flatnonzero(~np.asarray(kept).ravel()[counted])
             if len(aside):
                 owners = np.repeat(self._windows.groups[block], np.asarray(kept).shape[1])[counted]
-                rows = _rows(update, counted[aside], self._parts)
+                rows = self._rows(update, counted[aside])
                 self._aside.append(_Aside(self._n + aside, owners[aside], rows))
             self._n += len(counted)
         self._waiting.clear()
+
+    def _rows(self, update: Update, places: Int[np.ndarray, " s"]) -> Float32[np.ndarray, "P s d"]:
+        """The rows of these tokens; as many are taken as a power of two: few programs serve all blocks."""
+        padded = np.resize(places, 1 << (len(places) - 1).bit_length())
+        taken = self._programs.take(update, padded)
+        return np.asarray(parts_of(taken, self._parts))[:, : len(places)]
+
+    def gather(self) -> None:
+        """Ends what several devices do together: the rest is one's."""
+        if self._programs.total is not None:
+            with jax.enable_x64(True):
+                self._take()
+                self._moments = self._programs.total(self._moments)
 
     def figures(self) -> LayerFigures:
         """Everything that is measured of the layer."""
@@ -241,12 +282,3 @@ def _solved(of: Pooled, size: int) -> tuple[PooledFigures, bool]:
     if failed := not float(found.spectrum.defect) <= CERTIFIED:
         found = pooled.describe(of, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
     return found, failed
-
-
-def _rows(
-    update: Update, places: Int[np.ndarray, " s"], parts: tuple[str, ...]
-) -> Float32[np.ndarray, "P s d"]:
-    """The rows of these tokens; as many are taken as a power of two: few programs serve all blocks."""
-    padded = np.resize(places, 1 << (len(places) - 1).bit_length())
-    taken = Update(*(jnp.take(part, padded, axis=0) for part in update))
-    return np.asarray(parts_of(taken, parts))[:, : len(places)]

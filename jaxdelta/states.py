@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.types import AnyArray
@@ -57,15 +57,29 @@ def scratch_directory(parent: str | None, place: str) -> Iterator[Path | None]:
         yield Path(path)
 
 
+def own_copy(part: np.ndarray) -> Array:
+    """On the device, in memory of its own: what is donated may be written over."""
+    return jax.device_put(part, may_alias=False)
+
+
 class States:
     """The blocks' states: `states[block] = state` keeps one in its place, `in_turn` gives them back.
+
+    `fetch` brings an array to the host, `put` one to the device.
 
     Raises:
         JaxDeltaError: a file in the scratch directory cannot be written.
     """
 
-    def __init__(self, place: str = "device", directory: Path | None = None):
+    def __init__(
+        self,
+        place: str = "device",
+        directory: Path | None = None,
+        fetch: Callable[[Any], np.ndarray] = np.asarray,
+        put: Callable[[np.ndarray], Array] = own_copy,
+    ):
         self._place, self._directory = place, directory
+        self._fetch, self._put = fetch, put
         self._kept: dict[int, State] = {}
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
 
@@ -73,7 +87,7 @@ class States:
         if self._place == "device":
             self._kept[block] = state
             return
-        state = State(*map(np.asarray, state))
+        state = State(*map(self._fetch, state))
         if self._place == "host":
             self._kept[block] = state
             return
@@ -99,8 +113,7 @@ class States:
         jax.block_until_ready(list(self._kept.values()))
 
     def _load(self, block: int) -> State:
-        # In memory of its own: what is donated may be written over.
-        return State(*(jax.device_put(part, may_alias=False) for part in self._read(block)))
+        return State(*map(self._put, self._read(block)))
 
     def _read(self, block: int) -> State:
         if self._place == "host":

@@ -31,7 +31,7 @@ from jaxdelta.model import (
     block_context,
     query_block,
 )
-from jaxdelta.states import State, States, read_ahead
+from jaxdelta.states import State, States, own_copy, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 
@@ -179,14 +179,20 @@ class Sweep:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
         config, shape = self.weights.config, self.tokens[0].shape
         context = block_context(config, shape, self.dtypes[0], self.blocks.queries, self._positions[0])
-        self._context = jax.device_put(context)
+        self._context = self._put_context(context)
         layers = [self.weights.abstract_layer(i) for i in range(config.num_layers)]
         # A layer's dtypes may differ from the others', too.
         self._kinds = [(config.is_sparse(i), *jax.tree.leaves(layer)) for i, layer in enumerate(layers)]
         self._traced = {}
         for kind, layer in dict(zip(self._kinds, layers, strict=True)).items():
             graph = nnx.graphdef(abstract_block(config, sparse=kind[0]))
-            self._traced[kind] = _step.lower(graph, layer, *self._abstract_state(), context, self._rows[0])
+            self._traced[kind] = self._lower(graph, layer, context)
+
+    def _put_context(self, context: Context) -> Context:
+        return jax.device_put(context)
+
+    def _lower(self, graph: Any, layer: nnx.State, context: Context) -> Any:
+        return _step.lower(graph, layer, *self._abstract_state(), context, self._rows[0])
 
     def _abstract_state(self) -> State:
         shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
@@ -201,14 +207,14 @@ class Sweep:
             contextlib.closing(read_ahead(self._read, config.num_layers)) as layers,
             ThreadPoolExecutor(1, "enter") as beside,
         ):
-            states = States(self.blocks.place, self._scratch)
+            states = States(self.blocks.place, self._scratch, self._fetch, self._put)
             entering = beside.submit(self._fill, states)
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
             entering.result()
             windows = attention_windows(config, self.tokens[0].shape[1])
             for kind, window in zip(self._kinds[:-1], windows[:-1], strict=True):
                 yield from _all_of(self._pass(self._step(steps[kind], layers, window), states))
-            final = _Final(self.weights, 1 if self._whole else len(self.tokens))
+            final = _Final(self.weights, 1 if self._whole else len(self.tokens), self._final_norm)
             step = self._step(steps[self._kinds[-1]], layers, windows[-1])
             yield from _all_of(self._pass(step, states, final))
         self._last_normed, self.closure_error = final.normed, final.closure_error
@@ -221,7 +227,7 @@ class Sweep:
 
         def of_block(state: State, block: int) -> Any:
             own = dataclasses.replace(context, positions=self._positions[block])
-            return step(layer, *map(_owned, state), own, self._rows[block])
+            return step(layer, *map(self._owned, state), own, self._rows[block])
 
         return of_block
 
@@ -249,6 +255,22 @@ class Sweep:
         count = len(self._taken[block])
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
 
+    def _fetch(self, state: AnyArray) -> np.ndarray:
+        """A block's state, on the host."""
+        return np.asarray(state)
+
+    def _fetch_all(self, array: Array) -> np.ndarray:
+        return np.asarray(array)
+
+    def _put(self, state: np.ndarray) -> Array:
+        return own_copy(state)
+
+    def _owned(self, state: AnyArray) -> Array:
+        return state if isinstance(state, jax.Array) else self._put(state)
+
+    def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
+        return _final_norm(*arguments, eps=eps)
+
     def _fill(self, states: States) -> None:
         for block, tokens in enumerate(self.tokens):
             h = self._enter(tokens)
@@ -274,7 +296,7 @@ class Sweep:
             count = len(self._last_normed)
             targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens[:count]]
             blocks = zip(targets, self._last_normed, strict=True)
-            losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0])
+            losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0], self._fetch_all)
             counted = np.concatenate(self.counted[:count])[:, 1:]
             self.loss = float(np.concatenate(losses)[counted].mean())
 
@@ -291,8 +313,9 @@ class Sweep:
 class _Final:
     """The final norm, block by block: the first `keep` states after it, and the closure of all so far."""
 
-    def __init__(self, weights: Weights, keep: int):
+    def __init__(self, weights: Weights, keep: int, norm: Callable[..., Any]):
         self._weight, self._eps, self._keep = weights.final_norm(), weights.config.rms_norm_eps, keep
+        self._norm = norm
         self._missing = self._energy = 0.0
         self.normed: list[Array] = []
 
@@ -301,7 +324,7 @@ class _Final:
     ) -> Update:
         """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
         states = (first, entered, *last)
-        normed, update, missing, energy = _final_norm(*states, attention, self._weight, rows, eps=self._eps)
+        normed, update, missing, energy = self._norm(*states, attention, self._weight, rows, eps=self._eps)
         if len(self.normed) < self._keep:
             self.normed.append(normed)
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
@@ -340,21 +363,18 @@ def _step(
     h: Float[Array, "B T D"],
     written: Float32[Array, "B T D"],
     context: Context,
-    rows: Int32[Array, " m"],
+    rows: Int32[Array, " m"] | None,
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
-    """One layer on a block: the new state, the sum of all updates so far, and the layer's own."""
+    """One layer on a block: the new state, the sum of all updates so far, and the layer's own, of these rows,
+    or of all."""
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
     update = Update(*(_tokens(x, rows) for x in (attention, mlp, h.astype(jnp.float32))))
     return new, written + (attention + mlp), update
 
 
-def _tokens(x: Float32[Array, "B T D"], rows: Int32[Array, " m"]) -> Float32[Array, "m D"]:
-    return x.reshape(-1, x.shape[-1])[rows]
-
-
-def _owned(state: AnyArray) -> Array:
-    """On the device, in memory of its own: what is donated may be written over."""
-    return state if isinstance(state, jax.Array) else jax.device_put(state, may_alias=False)
+def _tokens(x: Float32[Array, "B T D"], rows: Int32[Array, " m"] | None) -> Float32[Array, "m D"]:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if rows is None else flat[rows]
 
 
 def _join(blocks: Sequence[Any]) -> Any:

@@ -1,0 +1,275 @@
+"""The pass, the spectra and the moments on several devices.
+
+A layer passes on each device its own windows, whatever is in it (sorting tokens by expert, too): no device
+waits for another but for sums over `model`. What a layer wrote into a short text then comes together on all
+devices, and each computes the spectra of its own layers. A long text's moments are added up on each device of
+all windows it has, and summed over devices once a layer; the layers are solved on the devices in turn.
+
+Axes: as in `jaxdelta.model` and `jaxdelta.moments`; D devices.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Float64, Int
+
+from jaxdelta import moments, sweep
+from jaxdelta.checkpoint import Checkpoint
+from jaxdelta.config import ModelConfig
+from jaxdelta.figures import state_products
+from jaxdelta.model import Context
+from jaxdelta.moments import Bounds, Moments
+from jaxdelta.parallel import ALL, DATA, WHOLE, Grid, weight_spec
+from jaxdelta.pooling import Programs
+from jaxdelta.states import State
+from jaxdelta.sweep import Sweep, Update, Weights
+from jaxdelta.types import AnyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitWeights:
+    """Weights as the devices of a grid have them.
+
+    Of a checkpoint each process reads the rows it needs. Others, as a control's, are made whole on one device
+    of every process. `embeddings` are on the host, of the tokens that are asked for.
+    """
+
+    weights: Weights
+    grid: Grid
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    def layer(self, index: int) -> nnx.State:
+        def place(path: Any, shape: tuple[int, ...], read: Callable[..., np.ndarray]) -> Array:
+            return self.grid.place(shape, weight_spec(path, len(shape)), read)
+
+        if isinstance(self.weights, Checkpoint):
+            return self.weights.placed_layer(index, place)
+        return _by_path(
+            lambda path, leaf: self.grid.put(leaf, weight_spec(path, leaf.ndim)), self.weights.layer(index)
+        )
+
+    def abstract_layer(self, index: int) -> nnx.State:
+        def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = self.grid.split(weight_spec(path, len(leaf.shape)))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return _by_path(placed, self.weights.abstract_layer(index))
+
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[AnyArray, "*batch D"]:
+        return self.weights.embeddings(ids)
+
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        return self.grid.to_devices(np.asarray(self.weights.head_rows(self.grid.mine(ids))))
+
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        axis = None if (stop - start) % self.grid.model else "model"
+        return self.grid.put(self.weights.head_slice(start, stop), PartitionSpec(axis))
+
+    def final_norm(self) -> Float[Array, " D"]:
+        return self.grid.put(self.weights.final_norm())
+
+    def first_bad_tensor(self) -> str | None:
+        return self.weights.first_bad_tensor()
+
+
+def _by_path(function: Callable[[Any, Any], Any], layer: nnx.State) -> nnx.State:
+    flat = nnx.to_flat_state(layer)
+    return nnx.from_flat_state([(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in flat])
+
+
+class SplitSweep(Sweep):
+    """The pass on a grid. A state on the host is the process' own windows of a block."""
+
+    def __init__(self, grid: Grid, weights: Weights, *arguments: Any):
+        super().__init__(SplitWeights(weights, grid), *arguments)
+        self._grid = grid
+        self._positions = [self._own(part) if part is not None else None for part in self._positions]
+
+    def _own(self, windows: np.ndarray) -> Array:
+        return self._grid.to_devices(self._grid.mine(windows))
+
+    @cached_property
+    def _rows(self) -> list[Any]:
+        # An update of all tokens stays where they are.
+        return [None] * len(self.tokens) if self._whole else super()._rows
+
+    def _put_context(self, context: Context) -> Context:
+        positions = dataclasses.replace(context, positions=None)
+        return jax.tree.map(self._grid.put, positions)
+
+    def _abstract_state(self) -> State:
+        split = self._grid.split()
+        return State(
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in super()._abstract_state())
+        )
+
+    def _lower(self, graph: Any, layer: nnx.State, context: Context) -> Any:
+        positions = None if context.positions is None else DATA
+        specs = dataclasses.replace(context, rotary=WHOLE, window=WHOLE, positions=positions)
+        over = partial(sweep._step.__wrapped__, graph, rows=None)
+        own = self._grid.over(DATA, over, (WHOLE, DATA, DATA, specs), DATA)
+
+        def step(layer: nnx.State, h: Array, written: Array, context: Context, rows: Any) -> Any:
+            h, written, update = own(layer, h, written, context)
+            return h, written, update if rows is None else jax.tree.map(lambda part: part[rows], update)
+
+        split, everywhere = self._grid.split(), self._grid.everywhere
+        placed = jax.tree.map(lambda leaf: leaf.sharding, layer), split, split
+        inputs = (*placed, jax.tree.map(self._grid.split, specs), everywhere)
+        outputs = split, split, split if self._whole else everywhere
+        compiled = jax.jit(step, donate_argnums=2, in_shardings=inputs, out_shardings=outputs)
+        return compiled.lower(layer, *self._abstract_state(), context, self._rows[0])
+
+    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
+        return super()._enter(self._grid.mine(tokens))
+
+    def _fetch(self, state: AnyArray) -> np.ndarray:
+        return self._grid.to_host(state) if isinstance(state, jax.Array) else state
+
+    def _fetch_all(self, array: Array) -> np.ndarray:
+        return self._grid.whole(array)
+
+    def _put(self, state: np.ndarray) -> Array:
+        return self._grid.to_devices(state)
+
+    @cached_property
+    def _norm(self) -> Callable[..., Any]:
+        split, everywhere = self._grid.split(), self._grid.everywhere
+        outputs = split, split if self._whole else everywhere, everywhere, everywhere
+        return jax.jit(sweep._final_norm.__wrapped__, static_argnames="eps", out_shardings=outputs)
+
+    def _final_norm(self, first: Any, entered: Any, *others: Any, eps: float) -> Any:
+        *others, rows = others
+        rows = None if rows is None else self._grid.put(rows)
+        return self._norm(self._owned(first), self._owned(entered), *others, rows, eps=eps)
+
+    def compile_rest(self) -> None:
+        """Nothing: a run on several devices is long."""
+
+
+def spread(grid: Grid) -> Callable[..., list[Any]]:
+    """How `measure` computes a batch of layers: the first on the first device, and so on, and round again."""
+    size, devices = grid.mesh.size, list(grid.mesh.devices.flat)
+
+    def beside(*leaves: Any) -> Array:
+        """One layer's array on each device."""
+        own = [
+            _on(leaf, device) for leaf, device in zip(leaves, devices, strict=True) if device in grid.local
+        ]
+        shape = (size * leaves[0].shape[0], *leaves[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, grid.split(ALL), own)
+
+    def call(function: Any, each: Sequence[tuple[Any, ...]], common: Any = (), static: Any = ()) -> list[Any]:
+        filled = [*each, *[each[-1]] * (-len(each) % size)]
+        rounds = [jax.tree.map(beside, *filled[i : i + size]) for i in range(0, len(filled), size)]
+        found = jax.tree.map(
+            np.asarray, _spread(function, grid, rounds, jax.tree.map(grid.put, common), static)
+        )
+        places = itertools.islice(itertools.product(range(len(rounds)), range(size)), len(each))
+        return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), found) for turn, at in places]
+
+    return call
+
+
+def _on(leaf: AnyArray, device: jax.Device) -> Array:
+    if isinstance(leaf, jax.Array):
+        return next(shard.data for shard in leaf.addressable_shards if shard.device == device)
+    return jax.device_put(leaf, device)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def _spread(function: Any, grid: Grid, rounds: list[Any], common: Any, static: Any) -> Any:
+    """(devices, rounds, ...) of what the function finds of each layer, on all devices."""
+
+    def own(rounds: list[Any], common: Any) -> Any:
+        def of_layer(arguments: Any) -> Any:
+            return function(*arguments, *common, *static)
+
+        if len(rounds) == 1:
+            return jax.tree.map(lambda leaf: leaf[None, None], of_layer(rounds[0]))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
+        return jax.tree.map(lambda leaf: leaf[None], jax.vmap(of_layer)(stacked))
+
+    found = grid.over(ALL, own, (ALL, WHOLE), ALL)(rounds, common)
+    return jax.lax.with_sharding_constraint(found, grid.everywhere)
+
+
+def split_programs(grid: Grid) -> Programs:
+    """What a pool runs of updates that are split; what it wants on the host comes to all processes."""
+    everywhere, turns = grid.everywhere, itertools.count()
+
+    def gathered(function: Any, **options: Any) -> Any:
+        return jax.jit(function, out_shardings=everywhere, **options)
+
+    found_frame = gathered(moments.find_frame.__wrapped__, static_argnums=2)
+
+    def find_frame(*arguments: Any) -> Float64[np.ndarray, "P p d"]:
+        return np.asarray(found_frame(*arguments))
+
+    def zeros(*shape: int) -> Moments:
+        def on_each() -> Moments:
+            return jax.tree.map(
+                lambda x: jnp.zeros((grid.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape)
+            )
+
+        return jax.jit(on_each, out_shardings=grid.split(ALL))()
+
+    total = gathered(lambda of: jax.tree.map(lambda part: part.sum(axis=0), of))
+
+    def in_turn(of: Moments) -> Moments:
+        place = next(turns) % len(grid.local)
+        return jax.tree.map(lambda part: part.addressable_data(place), total(of))
+
+    return Programs(
+        find_frame,
+        _split_accumulate(grid),
+        gathered(state_products),
+        zeros,
+        gathered(lambda update, places: jax.tree.map(lambda part: part[places], update)),
+        in_turn,
+        len(grid.local),
+    )
+
+
+def _split_accumulate(grid: Grid) -> Callable[..., Any]:
+    """`moments.accumulate` of the windows of each device, with moments for each along a leading axis."""
+
+    def accumulate(
+        moments_of: Moments,
+        frame: Float64[AnyArray, "P p d"],
+        update: Update,
+        counted: Bool[AnyArray, "B T"],
+        groups: Int[AnyArray, " B"],
+        bounds: Bounds,
+        parts: tuple[str, ...],
+    ) -> Any:
+        def own(mine: Moments, *others: Any) -> Any:
+            mine = jax.tree.map(lambda part: part[0], mine)
+            mine, *found = moments.accumulate.__wrapped__(mine, *others, parts)
+            return jax.tree.map(lambda part: part[None], mine), *found
+
+        inputs = ALL, WHOLE, ALL, ALL, ALL, WHOLE
+        outputs = ALL, ALL, PartitionSpec(None, *ALL), ALL
+        return grid.over(ALL, own, inputs, outputs)(moments_of, frame, update, counted, groups, bounds)
+
+    outputs = grid.split(ALL), grid.everywhere, grid.everywhere, grid.everywhere
+    compiled = jax.jit(accumulate, static_argnums=6, donate_argnums=0, out_shardings=outputs)
+
+    def run(moments_of: Moments, frame: Any, update: Update, *others: Any) -> Any:
+        *arrays, parts = others
+        return compiled(
+            moments_of, *jax.tree.map(grid.put, (frame,)), update, *jax.tree.map(grid.put, arrays), parts
+        )
+
+    return run
