@@ -17,6 +17,7 @@ from jaxdelta.calibration import DEFAULT_MAX_TOKENS, Tokens, load_documents, loa
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.excerpt import excerpt
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
@@ -211,6 +212,7 @@ def _measure(
         num_layers=weights.config.num_layers,
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
+        text=excerpt(tokens, result["per_layer"]),
         run=_run_facts(weights, options, plan, sweep, spectra, sample)
         | {"seconds": dict(stages.clock.seconds)},
         **result,
