@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from jaxdelta.report.charts import (
-    BARS,
     BLUE,
     GREEN,
     GREY,
@@ -19,6 +18,7 @@ from jaxdelta.report.charts import (
     Number,
     Panel,
     Series,
+    bars,
     by_layer,
     phase_bands,
 )
@@ -93,8 +93,9 @@ def phases(analysis: Analysis) -> Figure:
     return Figure(
         "phases",
         "Phases",
-        "Phases of several layers: blue above chance's 95 % point means that their directions are shared; "
-        f"a rank near their number means that each has its own; {BARS}.",
+        "Directions are shared where layers of a phase are closer to each other than "
+        + ("chance's 95 % point" if any("null_95" in one for one in intra) else "to all others")
+        + f", and each layer has its own where the rank is near their number{bars(analysis)}.",
         tuple(panels),
     )
 
@@ -133,7 +134,7 @@ def captures(analysis: Analysis) -> Figure:
         "captures",
         title,
         "How much of a layer's v_L lies in the first 8 directions of its phase; with the layer among them, "
-        f"chance is high too, so only what is left out and above chance tells; {BARS}.",
+        f"chance is high too, so only what is left out and above chance tells{bars(analysis)}.",
         tuple(panel for panel in panels if panel.series),
     )
 

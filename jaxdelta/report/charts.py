@@ -15,7 +15,6 @@ GREY = "#888888"  # chance and other yardsticks
 DEPTH = (BLUE, PURPLE, YELLOW)  # from the first layer to the last
 MAP = "viridis"  # perceptually uniform
 
-BARS = "bars are 95 % intervals over documents"
 SHARE = (0.0, 1.0)  # the whole range of a share, or of a |cos|
 
 Number = float | int  # beartype does not take an int for a float
@@ -116,6 +115,12 @@ def phase_bands(analysis: Analysis) -> tuple[Band, ...]:
         layers = [row["L"] for row in rows]
         bands.append((layers[0], layers[-1], name))
     return tuple(bands)
+
+
+def bars(analysis: Analysis) -> str:
+    """What a caption says of the intervals, where there are any."""
+    there = any("intervals" in row for row in analysis.per_layer)
+    return "; bars are 95 % intervals over documents" if there else ""
 
 
 def by_layer(

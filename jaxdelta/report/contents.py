@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxdelta.report.across import captures, overlaps, phases
 from jaxdelta.report.charts import (
-    BARS,
     BLUE,
     GREEN,
     GREY,
@@ -22,6 +21,7 @@ from jaxdelta.report.charts import (
     Figure,
     Panel,
     Series,
+    bars,
     by_layer,
     depth_color,
 )
@@ -52,7 +52,7 @@ def norms(analysis: Analysis) -> Figure:
         "How much each layer writes",
         "The update's length beside the state's, their ratio, its size γ_L = σ₁ along the first direction, "
         "and whether a layer amplifies what is there (cosine above 0) or erases it (below 0); "
-        f"means over tokens, {BARS}.",
+        f"means over tokens{bars(analysis)}.",
         (
             lengths_panel(analysis, lengths),
             by_layer(analysis, "Relative step", Axis("mean ‖δ‖ / ‖h‖ (ratio)", log=True), step),
@@ -92,8 +92,7 @@ def ranks(analysis: Analysis) -> Figure:
         "ranks",
         "How many directions a layer writes",
         "A low rank and much energy along v_L mean that a layer writes one thing for all tokens; "
-        f"{_masking(analysis)}; {BARS}, and v_L is noise where its |cos| between halves of the text, or with "
-        "that of other draws of documents, is low.",
+        f"{_masking(analysis)}{_steadiness_said(panels[-1])}{bars(analysis)}.",
         tuple(panel for panel in panels if panel.series),
     )
 
@@ -151,7 +150,7 @@ def ledger(analysis: Analysis) -> Figure:
         ]
 
     layers = [row["L"] for row in rows]
-    bars = [Series(names[part], layers, shares(part), color, "bars") for part, color in parts.items()]
+    shown = [Series(names[part], layers, shares(part), color, "bars") for part, color in parts.items()]
     lines = [
         Series(names.get(part, "update"), layers, [row["ledger"][part] for row in rows], color)
         for part, color in (parts | {"update": GREY}).items()
@@ -162,7 +161,7 @@ def ledger(analysis: Analysis) -> Figure:
         title,
         "‖δ‖² = ‖attention‖² + ‖MLP‖² + cross term: the bars of a layer add up to 1; below 0 the two cancel.",
         (
-            by_layer(analysis, "Shares of the update's energy", Axis("share of ‖δ‖²"), bars),
+            by_layer(analysis, "Shares of the update's energy", Axis("share of ‖δ‖²"), shown),
             by_layer(analysis, "Energy", Axis("energy (activation units²)", log=True), lines),
         ),
     )
@@ -214,6 +213,10 @@ def _control(analysis: Analysis, key: str) -> Series | None:
     rows = control["per_layer"]
     name = f"control: {control['name']}"
     return Series(name, [row["L"] for row in rows], [row[key] for row in rows], GREY, dash="dash")
+
+
+def _steadiness_said(panel: Panel) -> str:
+    return "; v_L is noise where its |cos| with that of another text is low" if panel.series else ""
 
 
 def _masking(analysis: Analysis) -> str:
