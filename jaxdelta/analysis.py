@@ -17,6 +17,7 @@ from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
 from jaxdelta.corpus import DEFAULT_SPLIT, DEFAULT_TEXT_KEY, read_documents, shuffled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
@@ -228,6 +229,7 @@ def _measure(
         num_layers=weights.config.num_layers,
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
+        text=excerpt(tokens, result["per_layer"]),
         run=_run_facts(weights, options, plan, sweep, spectra, sample)
         | {"seconds": dict(stages.clock.seconds)},
         **result,
