@@ -19,12 +19,13 @@ from jaxdelta.corpus import DEFAULT_SPLIT, DEFAULT_TEXT_KEY, read_documents, shu
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
+from jaxdelta.gathered import parts_looked_at
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import MODES, Plan, Work, device_limit
-from jaxdelta.pooling import Windows, parts_looked_at, pool_layers
+from jaxdelta.pooling import Windows, pool_layers
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row

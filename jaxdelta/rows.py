@@ -196,12 +196,13 @@ def _intervals(
     scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
     without = _statistics(figures, sample, sample.without[there], scaled)
     found: dict[str, list[float]] = {}
-    for scale in dict.fromkeys(SCALES.values()):
-        names = [name for name in SCALES if SCALES[name] == scale and name in point]
+    measured = [name for name in SCALES if name in point]
+    for scale in dict.fromkeys(SCALES[name] for name in measured):
+        names = [name for name in measured if SCALES[name] == scale]
         estimates, moved = (np.stack([of[name] for name in names]) for of in (point, without))
         bounds = t_interval(estimates[:, 0], moved, scale)
         found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
-    return {name: found[name] for name in SCALES if name in found}
+    return {name: found[name] for name in measured}
 
 
 def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:
