@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
 from jaxdelta.gathered import parts_looked_at
+from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
@@ -77,6 +79,7 @@ class Options:
     seed: int = 0
     control: str | None = None
     scratch: str | None = None
+    keep_moments: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -159,7 +162,11 @@ def analyze(
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
-        return _measure(name, weights, tokens, phases, chosen, stages, progress)
+        with keeping(chosen.keep_moments) as kept:
+            result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept)
+            if kept:
+                result.save(kept / RUN)
+        return result
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JaxDeltaError(
@@ -203,8 +210,10 @@ def _measure(
     options: Options,
     stages: Stages,
     progress: bool,
+    kept: Path | None,
 ) -> Analysis:
-    sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled)
+    pooled = options.keep_moments is not None
+    sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled, pooled)
     weights, plan = _planned(weights, tokens, options, sample, stages)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
@@ -215,7 +224,7 @@ def _measure(
         sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
         sweep.trace()
         passing = _with_loss(sweep, progress, sweep.compile_rest)
-        layers = _measured(sweep, passing, sample, options, plan.at_once)
+        layers = _measured(sweep, passing, sample, options, plan.at_once, kept)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -223,8 +232,10 @@ def _measure(
             note(f"spectra done again on the host: rows {spectra.on_host}")
     stages.listener(_times(sweep.clock.seconds))
     _check_finite(weights, layers, sweep.loss)
+    if kept:
+        keep_text(kept, sample)
     with stages("overlaps"):
-        result = _collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
+        result = collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
     return Analysis(
         model=name,
         num_layers=weights.config.num_layers,
@@ -238,7 +249,12 @@ def _measure(
 
 
 def _measured(
-    sweep: Sweep, passing: Iterator[Iterator[Wrote]], sample: Sample, options: Options, at_once: int
+    sweep: Sweep,
+    passing: Iterator[Iterator[Wrote]],
+    sample: Sample,
+    options: Options,
+    at_once: int,
+    kept: Path | None,
 ) -> list[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
     views, short = parse_views(options.views), sample.windows is None
@@ -247,7 +263,8 @@ def _measured(
     if sample.windows is None:
         return measure(passing, sweep.shape, design, at_once, sweep.clock)
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
-    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock))
+    keep = partial(keep_layer, kept) if kept else None
+    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +367,7 @@ def _check_finite(weights: Weights, layers: Sequence[LayerFigures], loss: float)
     raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
 
 
-def _collect(
+def collect(
     layers: list[LayerFigures], phases: Phases, sample: Sample, options: Options, hidden: int
 ) -> dict[str, Any]:
     """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""

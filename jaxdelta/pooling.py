@@ -4,7 +4,8 @@ Axes: n tokens that count, s of them set aside; B windows of a block, T tokens o
 windows, d hidden size.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -40,7 +41,12 @@ def pool_bytes(parts: int, groups: int, hidden: int) -> int:
 
 
 def pool_layers(
-    layers: Iterable[Iterable[Wrote]], windows: Windows, hidden: int, design: Design, clock: Clock
+    layers: Iterable[Iterable[Wrote]],
+    windows: Windows,
+    hidden: int,
+    design: Design,
+    clock: Clock,
+    keep: Callable[[int, Gathered], None] | None = None,
 ) -> Iterator[LayerFigures]:
     """`measure` of a text that is too long to keep; a layer is solved while the next one passes.
 
@@ -50,11 +56,17 @@ def pool_layers(
         hidden: their size.
         design: what is measured.
         clock: is told the time that goes into spectra.
+        keep: is called with every layer's number, and the next number for the last one normed, and what is
+            kept of it.
     """
+    numbers = itertools.count()
 
     def solved(pool: Pool) -> LayerFigures:
         with clock("spectra"):
-            return pool.gathered().figures(design, windows.halves)
+            layer = pool.gathered()
+            if keep:
+                keep(next(numbers), layer)
+            return layer.figures(design, windows.halves)
 
     with single_threaded_blas(), ThreadPoolExecutor(1, "spectra") as beside:
         pending: list[Future[LayerFigures]] = []

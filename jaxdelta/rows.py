@@ -71,12 +71,14 @@ class Sample:
     windows: Int32[np.ndarray, " W"] | None = None
 
     @classmethod
-    def of(cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True) -> "Sample":
+    def of(
+        cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True, pooled: bool = False
+    ) -> "Sample":
         """Groups of the text's documents, `bootstrap` draws of them, and their divisions into halves; a long
-        text that is not to be resampled is one group."""
+        text, or one to be `pooled` like that, is one group if it is not to be resampled."""
         counted, windows = tokens.counted, None
         owners: np.ndarray
-        if counted.sum() > LONG:
+        if pooled or counted.sum() > LONG:
             count = min(MAX_WINDOW_GROUPS, len(counted)) if resampled else 1
             windows = (np.arange(len(counted)) * count // len(counted)).astype(np.int32)
             owners = np.repeat(windows, counted.sum(axis=1))

@@ -75,6 +75,9 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "scratch", DEFAULTS.scratch, "a directory for the states of a long text that the device cannot hold"
 )
+flags.DEFINE_string(
+    "keep_moments", DEFAULTS.keep_moments, "a directory to keep the moments in, for merge_runs.py"
+)
 flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
 flags.DEFINE_float(
     "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"
