@@ -18,14 +18,17 @@ from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
 from jaxdelta.corpus import DEFAULT_SPLIT, DEFAULT_TEXT_KEY, read_documents, shuffled
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
+from jaxdelta.gathered import parts_looked_at
+from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
-from jaxdelta.parallel import Grid, make_grid, parse_mesh
+from jaxdelta.parallel import Grid, leads, make_grid, parse_mesh
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import MODES, Plan, Work, device_limit
-from jaxdelta.pooling import ONE_DEVICE, Windows, parts_looked_at, pool_layers
+from jaxdelta.pooling import ONE_DEVICE, Windows, pool_layers
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
@@ -77,6 +80,7 @@ class Options:
     seed: int = 0
     control: str | None = None
     scratch: str | None = None
+    keep_moments: str | None = None
     mesh: str | None = None
 
     def __post_init__(self) -> None:
@@ -163,7 +167,11 @@ def analyze(
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
-        return _measure(name, weights, tokens, phases, chosen, stages, progress, grid)
+        with keeping(chosen.keep_moments if leads() else None) as kept:
+            result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept, grid)
+            if kept:
+                result.save(kept / RUN)
+        return result
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise JaxDeltaError(
@@ -207,9 +215,11 @@ def _measure(
     options: Options,
     stages: Stages,
     progress: bool,
+    kept: Path | None,
     grid: Grid | None,
 ) -> Analysis:
-    sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled)
+    pooled = options.keep_moments is not None
+    sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled, pooled)
     weights, plan = _planned(weights, tokens, options, sample, stages, grid)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
@@ -221,7 +231,7 @@ def _measure(
         sweep = make_sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
         sweep.trace()
         passing = _with_loss(sweep, progress, sweep.compile_rest)
-        layers = _measured(sweep, passing, sample, options, plan.at_once, grid)
+        layers = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -229,13 +239,16 @@ def _measure(
             note(f"spectra done again on the host: rows {spectra.on_host}")
     stages.listener(_times(sweep.clock.seconds))
     _check_finite(weights, layers, sweep.loss)
+    if kept:
+        keep_text(kept, sample)
     with stages("overlaps"):
-        result = _collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
+        result = collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
     return Analysis(
         model=name,
         num_layers=weights.config.num_layers,
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
+        text=excerpt(tokens, result["per_layer"]),
         run=_run_facts(weights, options, plan, sweep, spectra, sample)
         | {"seconds": dict(stages.clock.seconds)},
         **result,
@@ -248,6 +261,7 @@ def _measured(
     sample: Sample,
     options: Options,
     at_once: int,
+    kept: Path | None,
     grid: Grid | None,
 ) -> list[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
@@ -261,8 +275,9 @@ def _measured(
             passing, sweep.shape, design, at_once * grid.mesh.size, sweep.clock, split.spread(grid)
         )
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
+    keep = partial(keep_layer, kept) if kept else None
     programs = ONE_DEVICE if grid is None else split.split_programs(grid)
-    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, programs))
+    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +387,7 @@ def _check_finite(weights: Weights, layers: Sequence[LayerFigures], loss: float)
     raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
 
 
-def _collect(
+def collect(
     layers: list[LayerFigures], phases: Phases, sample: Sample, options: Options, hidden: int
 ) -> dict[str, Any]:
     """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""

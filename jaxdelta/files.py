@@ -22,8 +22,12 @@ def json_path(path: str | Path) -> Path:
     return path
 
 
-def check_output(path: Path) -> None:
-    """Fails now, before any work, if `path` cannot be written later.
+def check_output(path: Path, *beside: str) -> None:
+    """Fails now, before any work, if `path` cannot be written later, or a file beside it.
+
+    Args:
+        path: the JSON; .safetensors is written beside it.
+        beside: other endings of files that will be.
 
     Raises:
         UsageError: the name does not end in .json.
@@ -35,7 +39,7 @@ def check_output(path: Path) -> None:
     with _plain_errors(path):
         if not path.parent.is_dir():
             raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
-        _refuse_directories([path, path.with_suffix(".safetensors")])
+        _refuse_directories([path, *map(path.with_suffix, (".safetensors", *beside))])
         try:
             probe.touch()
         finally:

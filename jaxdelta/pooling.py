@@ -4,7 +4,8 @@ Axes: n tokens that count, s of them set aside; B windows of a block, T tokens o
 windows, d hidden size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,19 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, Int32
 
-from jaxdelta import pooled
-from jaxdelta.figures import Found, state_products
-from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, single_threaded_blas
-from jaxdelta.moments import Bounds, Moments, accumulate, add_rows, assembled, find_frame, parts_of
-from jaxdelta.pooled import Pooled, PooledFigures
-from jaxdelta.spectrum import CERTIFIED
+from jaxdelta.figures import state_products
+from jaxdelta.gathered import Aside, Gathered, Located, parts_looked_at
+from jaxdelta.measure import Design, LayerFigures, single_threaded_blas
+from jaxdelta.moments import Bounds, Moments, accumulate, assembled, find_frame, parts_of
 from jaxdelta.sweep import Update, Wrote
 from jaxdelta.timing import Clock
-from jaxdelta.views import PARTS, View, without_sinks
 
 # Times the sinks' factor: beyond that, a state is set aside before the text's median is known.
 _SUSPECT = 0.5
-_FOUND_SHARE = 0.99  # of σ_1²: tokens are named as its owners where their coordinates in the frame hold it
 
 
 class Windows(NamedTuple):
@@ -60,11 +57,6 @@ def _take(update: Update, places: Int[np.ndarray, " s"]) -> Update:
 ONE_DEVICE = Programs(find_frame, accumulate, jax.jit(state_products), Moments.zeros, _take)
 
 
-def parts_looked_at(views: Sequence[View]) -> tuple[str, ...]:
-    """The parts of an update that any of the views is of."""
-    return tuple(part for part in PARTS if any(view.part == part for view in views))
-
-
 def pool_bytes(parts: int, groups: int, hidden: int) -> int:
     """What a layer's moments take, with those of the layer before, which is being solved in three matrices
     of workspace, and assembled."""
@@ -77,10 +69,11 @@ def pool_layers(
     hidden: int,
     design: Design,
     clock: Clock,
+    keep: Callable[[int, Gathered], None] | None = None,
     programs: Programs = ONE_DEVICE,
 ) -> Iterator[LayerFigures]:
-    """`measure` of a text that is too long to keep; a layer is solved while the next one passes, on one of
-    several devices while as many pass.
+    """`measure` of a text that is too long to keep; a layer is solved while the next one passes, or, where
+    several devices solve them in turn, while as many pass.
 
     Args:
         layers: what each wrote, block by block, all tokens of them.
@@ -88,12 +81,18 @@ def pool_layers(
         hidden: their size.
         design: what is measured.
         clock: is told the time that goes into spectra.
+        keep: is called with every layer's number, and the next number for the last one normed, and what is
+            kept of it.
         programs: what runs where the updates are.
     """
+    numbers = itertools.count()
 
-    def solved(pool: Pool) -> LayerFigures:
+    def solved(pool: Pool, number: int) -> LayerFigures:
         with clock("spectra"):
-            return pool.figures()
+            layer = pool.gathered()
+            if keep:
+                keep(number, layer)
+            return layer.figures(design, windows.halves)
 
     with single_threaded_blas(), ThreadPoolExecutor(programs.devices, "spectra") as beside:
         pending: list[Future[LayerFigures]] = []
@@ -107,29 +106,14 @@ def pool_layers(
             for pool in pools[: 1 + bool(wrote.normed)]:
                 if len(pending) == programs.devices:
                     yield pending.pop(0).result()
-                pool.gather()
-                pending.append(beside.submit(solved, pool))
+                pool.add_up()
+                pending.append(beside.submit(solved, pool, next(numbers)))
             del pool, pools, wrote
         yield from (found.result() for found in pending)
 
 
-class _Aside(NamedTuple):
-    """Tokens whose rows are kept: their places among those that count, groups, and rows."""
-
-    places: Int[np.ndarray, " s"]
-    groups: Int[np.ndarray, " s"]
-    rows: Float32[np.ndarray, "P s d"]
-
-    def take(self, chosen: Bool[np.ndarray, " s"]) -> "_Aside":
-        return _Aside(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
-
-
 class Pool:
-    """Takes a layer's update block by block; `figures` are what `measure` finds of the whole of it.
-
-    Beside what `figures` have of tokens at hand: tokens' own statistics of a centred view are missing, the
-    mean being known only when they have gone, and owners of σ_1 where the frame does not hold v_1.
-    """
+    """Takes a layer's update block by block, and gives what is kept of all of it."""
 
     def __init__(self, windows: Windows, hidden: int, design: Design, programs: Programs = ONE_DEVICE):
         self._windows, self._design, self._programs = windows, design, programs
@@ -139,7 +123,7 @@ class Pool:
         self._waiting: list[tuple[int, Update, dict[str, jax.Array], jax.Array, jax.Array]] = []
         self._tables: list[dict[str, np.ndarray]] = []
         self._coordinates: list[np.ndarray] = []
-        self._aside: list[_Aside] = []
+        self._aside: list[Aside] = []
         self._n = 0
 
     _moments: Moments
@@ -178,7 +162,7 @@ class Pool:
             if len(aside):
                 owners = np.repeat(self._windows.groups[block], np.asarray(kept).shape[1])[counted]
                 rows = self._rows(update, counted[aside])
-                self._aside.append(_Aside(self._n + aside, owners[aside], rows))
+                self._aside.append(Aside(self._n + aside, owners[aside], rows))
             self._n += len(counted)
         self._waiting.clear()
 
@@ -188,97 +172,26 @@ class Pool:
         taken = self._programs.take(update, padded)
         return np.asarray(parts_of(taken, self._parts))[:, : len(places)]
 
-    def gather(self) -> None:
-        """Ends what several devices do together: the rest is one's."""
+    def add_up(self) -> None:
+        """Ends what several devices do together: they must all do that in one order, and so on one thread."""
         if self._programs.total is not None:
             with jax.enable_x64(True):
                 self._take()
                 self._moments = self._programs.total(self._moments)
 
-    def figures(self) -> LayerFigures:
-        """Everything that is measured of the layer."""
+    def gathered(self) -> Gathered:
+        """Everything, when all blocks have come."""
         with jax.enable_x64(True):
             self._take()
-            table = {name: np.concatenate([part[name] for part in self._tables]) for name in self._tables[0]}
-            aside = self._set_aside()
-            entering, leaving = (np.sqrt(table[name]) for name in Bounds._fields)
-            sinks = np.flatnonzero(~without_sinks(entering, leaving, self._design.sink_factor))
-            kept = np.ones(self._n, bool)
-            kept[np.intersect1d(sinks, aside.places)] = False  # no other can be taken out again
-            views = dict(self._views(table, aside, kept))
-        ledger = {name: float(column.sum()) for name, column in table.items()}
-        return LayerFigures({view: views[view] for view in self._design.views}, ledger)
-
-    def _set_aside(self) -> _Aside:
-        nothing = _Aside(
-            np.zeros(0, int), np.zeros(0, int), np.zeros((self._shape[0], 0, self._shape[2]), "f")
+            squares = assembled(self._moments, self._frame)
+        places = np.zeros(0, int)
+        nothing = Aside(places, places, np.zeros((self._shape[0], 0, self._shape[2]), np.float32))
+        return Gathered(
+            self._parts,
+            squares,
+            np.asarray(self._moments.sums),
+            np.asarray(self._moments.counts),
+            {name: np.concatenate([part[name] for part in self._tables]) for name in self._tables[0]},
+            Aside.of([nothing, *self._aside]),
+            (Located(np.asarray(self._frame), np.concatenate(self._coordinates, axis=1)),),
         )
-        places, groups, rows = zip(*[nothing, *self._aside], strict=True)
-        return _Aside(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1))
-
-    def _views(
-        self, table: dict[str, np.ndarray], aside: _Aside, kept: Bool[np.ndarray, " n"]
-    ) -> Iterator[tuple[View, ViewFigures]]:
-        squares, sums, counts = assembled(self._moments, self._frame), *map(np.array, self._moments[3:])
-        without: dict[View, ViewFigures] = {}
-        for masked in (True, False):
-            rows = aside.take(kept[aside.places] == masked)
-            squares = add_rows(squares, rows.rows, rows.groups)
-            for part, row, group in zip(sums, rows.rows, [rows.groups] * len(sums), strict=True):
-                np.add.at(part, group, row.astype(np.float64))
-            np.add.at(counts, rows.groups, 1)
-            chosen = kept if masked else np.ones_like(kept)
-            for view in (view for view in self._design.views if view.masked == masked):
-                same = without.get(view._replace(masked=True)) if kept.all() else None
-                if same is None:
-                    part = self._parts.index(view.part)
-                    of = Pooled(
-                        squares[part],
-                        sums[part],
-                        counts,
-                        np.asarray(float(view.centred)),
-                        self._windows.halves,
-                    )
-                    same = without[view] = self._view(view, of, table, aside, chosen)
-                yield view, same
-
-    def _view(
-        self,
-        view: View,
-        of: Pooled,
-        table: dict[str, np.ndarray],
-        aside: _Aside,
-        kept: Bool[np.ndarray, " n"],
-    ) -> ViewFigures:
-        found, on_host = _solved(of, self._design.basis_size(self._n, self._shape[2]))
-        found = jax.tree.map(np.asarray, found)
-        resampled = found.resampled if self._design.groups else None
-        own = table[view.part], table["entering"], table[f"{view.part}_h"]
-        owned = self._owned(view, of, found, aside, kept)
-        whole = Found(
-            found.spectrum, None if view.centred else own, owned, found.mean_energy, resampled, None
-        )
-        compared = found.crossed if self._design.groups and view in CROSSED else None
-        return ViewFigures(whole, self._design.k, kept, on_host, compared)
-
-    def _owned(
-        self, view: View, of: Pooled, found: PooledFigures, aside: _Aside, kept: Bool[np.ndarray, " n"]
-    ) -> Float64[np.ndarray, " n"] | None:
-        """Each token's share of σ_1²; None where the frame does not hold v_1."""
-        part = self._parts.index(view.part)
-        first, mean = found.spectrum.directions[0], np.asarray(of.mean)
-        within = np.asarray(self._frame[part]) @ first
-        along = np.concatenate([block[part] for block in self._coordinates]).astype(np.float64) @ within
-        along[aside.places] = aside.rows[part].astype(np.float64) @ first
-        energy = max(float(found.spectrum.singular_values[0]) ** 2, np.finfo(np.float64).tiny)
-        shares = np.where(kept, np.square(along - mean @ first) / energy, 0)
-        return shares if abs(shares.sum() - 1) <= 1 - _FOUND_SHARE else None
-
-
-def _solved(of: Pooled, size: int) -> tuple[PooledFigures, bool]:
-    """The figures, and whether NumPy had to solve again."""
-    matrix = pooled.total(of)
-    found = pooled.describe(of, matrix, *pooled.solve(matrix), size)
-    if failed := not float(found.spectrum.defect) <= CERTIFIED:
-        found = pooled.describe(of, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
-    return found, failed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class Analysis:
     names. `last_layer_normed` and `last_layer_residual` are the last layer's row with the last state after
     and before the final norm. `overlap` holds, by view, what relates the layers, with nulls and intervals;
     `verdict` what that says of the hypothesis; `control` a control's figures, see
-    `compare_control`. What a file of an older version lacks is None.
+    `compare_control`; `text` excerpts from the text, see `excerpt`. What a file of an
+    older version lacks is None.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Analysis:
     overlap: dict[str, dict[str, Any]] | None = None
     verdict: list[dict[str, Any]] | None = None
     control: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
     principal_cosines: Float32[np.ndarray, "N N k"] | None = dataclasses.field(default=None, repr=False)
     projection_distance: Float32[np.ndarray, "N N"] | None = dataclasses.field(default=None, repr=False)
     grassmann_distance: Float32[np.ndarray, "N N"] | None = dataclasses.field(default=None, repr=False)
@@ -58,24 +61,35 @@ class Analysis:
         "grassmann_distance",
     )
 
-    def save(self, path: str | Path) -> list[Path]:
+    def save(self, path: str | Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
         """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither.
+
+        Args:
+            path: the JSON's name.
+            more: other files and what is in them, which appear with these two or not at all.
+
+        Returns:
+            What was written.
 
         Raises:
             UsageError: the name does not end in .json.
             JaxDeltaError: a file cannot be written.
         """
         path = json_path(path)
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        held = {name: fields.pop(name) for name in self.ARRAYS}
-        arrays = {name: np.ascontiguousarray(array) for name, array in held.items() if array is not None}
-        # The JSON is renamed last: where it is, the arrays are.
-        files = {
-            path.with_suffix(".safetensors"): save(arrays, {"schema_version": str(self.schema_version)}),
-            path: (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode(),
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.ARRAYS
         }
-        write_together(files)
-        return [path, path.with_suffix(".safetensors")]
+        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
+        beside, more = path.with_suffix(".safetensors"), more or {}
+        # The JSON is renamed last: where it is, the others are.
+        write_together({**more, beside: self.arrays_file(), path: text.encode()})
+        return [path, beside, *more]
+
+    def arrays_file(self) -> bytes:
+        """What the .safetensors file holds: the same run gives the same bytes."""
+        held = {name: getattr(self, name) for name in self.ARRAYS}
+        arrays = {name: np.ascontiguousarray(array) for name, array in held.items() if array is not None}
+        return save(arrays, {"schema_version": str(self.schema_version)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Analysis":

@@ -71,12 +71,14 @@ class Sample:
     windows: Int32[np.ndarray, " W"] | None = None
 
     @classmethod
-    def of(cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True) -> "Sample":
+    def of(
+        cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True, pooled: bool = False
+    ) -> "Sample":
         """Groups of the text's documents, `bootstrap` draws of them, and their divisions into halves; a long
-        text that is not to be resampled is one group."""
+        text, or one to be `pooled` like that, is one group if it is not to be resampled."""
         counted, windows = tokens.counted, None
         owners: np.ndarray
-        if counted.sum() > LONG:
+        if pooled or counted.sum() > LONG:
             count = min(MAX_WINDOW_GROUPS, len(counted)) if resampled else 1
             windows = (np.arange(len(counted)) * count // len(counted)).astype(np.int32)
             owners = np.repeat(windows, counted.sum(axis=1))
@@ -196,12 +198,13 @@ def _intervals(
     scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
     without = _statistics(figures, sample, sample.without[there], scaled)
     found: dict[str, list[float]] = {}
-    for scale in dict.fromkeys(SCALES.values()):
-        names = [name for name in SCALES if SCALES[name] == scale and name in point]
+    measured = [name for name in SCALES if name in point]
+    for scale in dict.fromkeys(SCALES[name] for name in measured):
+        names = [name for name in measured if SCALES[name] == scale]
         estimates, moved = (np.stack([of[name] for name in names]) for of in (point, without))
         bounds = t_interval(estimates[:, 0], moved, scale)
         found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
-    return {name: found[name] for name in SCALES if name in found}
+    return {name: found[name] for name in measured}
 
 
 def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class SplitWeights:
 
 def _by_path(function: Callable[[Any, Any], Any], layer: nnx.State) -> nnx.State:
     flat = nnx.to_flat_state(layer)
-    return nnx.from_flat_state([(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in flat])
+    return nnx.from_flat_state(
+        [(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in flat]
+    )
 
 
 class SplitSweep(Sweep):

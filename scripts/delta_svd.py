@@ -3,7 +3,8 @@
     python scripts/delta_svd.py --model=demo --out=demo.json
 
 The demo model takes ten seconds on two cores, most of them compiling; its calibration loss is 5.10 nats per
-token. Writes demo.json and demo.safetensors; see README.md for every figure.
+token. Writes demo.json, demo.safetensors and the page that shows them, demo.html; see README.md for every
+figure.
 """
 
 from jaxdelta import console
@@ -16,12 +17,13 @@ from pathlib import Path  # noqa: E402
 from absl import flags  # noqa: E402
 
 from jaxdelta import analysis, calibration, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
+from jaxdelta.report import output  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
 DEFAULTS = analysis.Options()
 
 _MODEL = flags.DEFINE_string("model", None, "hub id, local directory, or `demo`")
-_OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors is written beside it")
+_OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .html are written beside it")
 _CALIBRATION = flags.DEFINE_string(
     "calibration",
     None,
@@ -31,6 +33,8 @@ _CALIBRATION = flags.DEFINE_string(
 _COMPARE = flags.DEFINE_string(
     "compare_control", None, "the JSON of a control's run, whose figures are set beside this run's"
 )
+_REPORT = flags.DEFINE_bool("report", True, "one HTML page that shows the run, beside the JSON")
+_FIGURES = flags.DEFINE_string("figures", None, "a directory for every figure as PNG and PDF, with captions")
 _QUIET = flags.DEFINE_bool("quiet", False, "no progress, no tables: the files alone")
 
 flags.DEFINE_string("revision", DEFAULTS.revision, "branch, tag or commit of a hub id")
@@ -71,6 +75,9 @@ flags.DEFINE_float(
 flags.DEFINE_string(
     "scratch", DEFAULTS.scratch, "a directory for the states of a long text that the device cannot hold"
 )
+flags.DEFINE_string(
+    "keep_moments", DEFAULTS.keep_moments, "a directory to keep the moments in, for merge_runs.py"
+)
 flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
 flags.DEFINE_float(
     "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"
@@ -87,7 +94,11 @@ OPTION_FLAGS = tuple(vars(DEFAULTS))
 
 def main() -> None:
     out = Path(_OUT.value).expanduser()
-    files.check_output(out)
+    page = out.with_suffix(output.PAGE) if _REPORT.value else None
+    figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
+    files.check_output(out, *([output.PAGE] if page else []))
+    if figures:
+        output.check_figures(figures)
     file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()
     beside = file and comparison.load_control(file)
     check = partial(comparison.check_control, beside) if beside else None
@@ -99,11 +110,15 @@ def main() -> None:
     )
     if file and beside:
         result = comparison.compare_control(result, beside, file.name)
-    written = result.save(out)  # before the tables: whoever reads them may stop reading
+    # All files before the tables: whoever reads them may stop reading.
+    more = output.shown(result, page, figures)
+    with output.directory_for(figures):
+        result.save(out, more)
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")
     say(tables(result))
-    say("\nSaved: " + ", ".join(map(str, written)))
+    saved = (out, out.with_suffix(".safetensors"), page, figures)
+    say("\nSaved: " + ", ".join(str(path) for path in saved if path))
 
 
 if __name__ == "__main__":

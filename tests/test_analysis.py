@@ -56,6 +56,7 @@ TOP = [
     "per_layer",
     "top1_cos_adjacent",
     "schema_version",
+    "text",
     "phase_overlap",
     "block_capture",
     "last_layer_normed",

@@ -118,11 +118,25 @@ def test_what_works(run: Run, tiny_checkpoint: Path, text: Path, out: Path) -> N
     arguments = [f"--model={tiny_checkpoint}", f"--calibration={text}", f"--out={out}", "--top_k=2"]
     status, stdout, stderr = run(*arguments)
     assert (status, stderr) == (0, "")
-    assert sorted(path.name for path in out.parent.iterdir()) == ["a.json", "a.safetensors"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["a.html", "a.json", "a.safetensors"]
     assert stdout.splitlines()[0] == f"Loading {tiny_checkpoint} ..."
-    assert stdout.splitlines()[-1] == f"Saved: {out}, {out.with_suffix('.safetensors')}"
+    assert (
+        stdout.splitlines()[-1]
+        == f"Saved: {out}, {out.with_suffix('.safetensors')}, {out.with_suffix('.html')}"
+    )
     flags_of_run = json.loads(out.read_text())["run"]["flags"]
     assert (flags_of_run["top_k"], flags_of_run["max_tokens"]) == (2, 2048)
+
+
+def test_without_the_page_or_with_figures(run: Run, tiny_checkpoint: Path, text: Path, out: Path) -> None:
+    arguments = [f"--model={tiny_checkpoint}", f"--calibration={text}", f"--out={out}", "--top_k=2"]
+    fast = ["--views=none", "--bootstrap=0", "--null_draws=0"]
+    assert run(*arguments, *fast, "--noreport")[0] == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["a.json", "a.safetensors"]
+    figures = out.parent / "figures"
+    status, stdout, stderr = run(*arguments, *fast, "--noreport", f"--figures={figures}")
+    assert (status, stderr) == (0, "") and stdout.splitlines()[-1].endswith(f", {figures}")
+    assert {"norms.png", "norms.pdf", "captions.md"} <= {path.name for path in figures.iterdir()}
 
 
 # The model

@@ -41,7 +41,7 @@ def pooled(wrote: Update, text: Windows) -> LayerFigures:
     parts = [np.split(part, len(text.counted)) for part in wrote]
     for block in range(len(text.counted)):
         pool.add(block, Update(*(jnp.asarray(part[block]) for part in parts)))
-    return pool.figures()
+    return pool.gathered().figures(pool._design, text.halves)
 
 
 def whole(wrote: Update) -> LayerFigures:
@@ -114,7 +114,7 @@ def test_of_fifty_thousand_tokens(dominated: bool) -> None:
         pool = Pool(text, hidden, Design(8))
         for block, place in enumerate(order):
             pool.add(block, Update(jnp.asarray(x[place]), *[jnp.zeros((length, hidden), jnp.float32)] * 2))
-        found = pool.figures().views[RAW]
+        found = pool.gathered().figures(Design(8), text.halves).views[RAW]
         np.testing.assert_allclose(found.singular_values[:64], wanted[1][:64], rtol=1e-6)
         assert effective_rank(found.singular_values) == pytest.approx(effective_rank(wanted[1]), rel=1e-6)
         assert abs(found.directions[0] @ wanted[2][0]) >= 1 - 1e-9

@@ -1,0 +1,108 @@
+"""A paragraph on the methods of a run, ready for a paper: what was measured, how, and with which seeds."""
+
+import hashlib
+from collections.abc import Iterator
+
+from jaxdelta.report.charts import phase_bands
+from jaxdelta.report.trust import view_of
+from jaxdelta.result import Analysis
+
+
+def methods(analysis: Analysis) -> str:
+    """The paragraph."""
+    parts = (_subject, _text, _numbers, _definitions, _views, _uncertainty, _phases, _checks)
+    return " ".join(sentence for part in parts for sentence in part(analysis))
+
+
+def array_hash(analysis: Analysis) -> str:
+    """SHA-256 of the run's .safetensors file."""
+    return hashlib.sha256(analysis.arrays_file()).hexdigest()
+
+
+def _subject(analysis: Analysis) -> Iterator[str]:
+    run = analysis.run
+    versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    revision = run.get("flags", {}).get("revision")
+    model = analysis.model + (f" (revision {revision})" if revision else "")
+    yield (
+        f"We measured with {versions or 'jaxdelta'} what each of the {analysis.num_layers} layers of {model} "
+        f"(hidden size {analysis.hidden}, weights {run.get('weights_dtype', 'of unknown dtype')}) writes "
+        "into the residual stream: its update δ_L = h_{L+1} − h_L, what attention and the MLP wrote together."
+    )
+    if control := run.get("flags", {}).get("control"):
+        yield f"The run is a control ({control}), not the model itself."
+
+
+def _text(analysis: Analysis) -> Iterator[str]:
+    documents = analysis.run.get("documents")
+    of = f" of {documents} document{'s' * (documents != 1)}" if documents else ""
+    fingerprint = analysis.run.get("text_fingerprint")
+    digest = f" (SHA-256 of its tokens, documents and positions {fingerprint})" if fingerprint else ""
+    yield f"The text had {analysis.n_calib_tokens} tokens{of}{digest}."
+    yield "Its first token, an attention sink, was left out of every figure."
+
+
+def _numbers(analysis: Analysis) -> Iterator[str]:
+    run = analysis.run
+    method = {"gram": "Gram matrices", "full": "a full SVD"}.get(
+        run.get("flags", {}).get("svd", ""), "an SVD"
+    )
+    last = {"residual": "before", "normed": "after"}.get(run.get("last_state", ""), "before or after")
+    yield (
+        f"Products were taken in {run.get('compute_dtype', 'an unknown dtype')}, the stream kept in "
+        f"{run.get('residual_dtype', 'an unknown dtype')}, spectra computed in float64 from {method}; "
+        f"the last layer's update was taken {last} the final norm."
+    )
+
+
+def _definitions(analysis: Analysis) -> Iterator[str]:
+    yield (
+        "The effective rank is exp(−Σ p ln p) with p = σ²/Σσ² (Giraldo et al. 2014), v_L the first right "
+        "singular vector of layer L's update, and its relative step the mean of ‖δ_i‖/‖h_i‖ over tokens "
+        "(Csordás et al. 2025)."
+    )
+
+
+def _views(analysis: Analysis) -> Iterator[str]:
+    masked = [view for row in analysis.per_layer if (view := view_of(row, "masked"))]
+    if masked:
+        most = max(row["n"] - view["n"] for row, view in zip(analysis.per_layer, masked, strict=True))
+        factor = analysis.run.get("flags", {}).get("sink_factor", 10)
+        yield (
+            f"In masked views, tokens whose state was longer than {factor:g} times the layer's median were "
+            f"left out as sinks (at most {most} in a layer)."
+        )
+
+
+def _uncertainty(analysis: Analysis) -> Iterator[str]:
+    flags = analysis.run.get("flags", {})
+    if any("intervals" in row for row in analysis.per_layer):
+        yield (
+            "Intervals are at 95 % and treat documents as the unit: for a layer's figures by leaving out "
+            f"each in turn, for those across layers by {flags['bootstrap']} draws of documents."
+        )
+    if analysis.overlap and flags.get("null_draws"):
+        yield (
+            f"Chance is {flags['null_draws']} draws of directions from the pooled covariance of the layers "
+            "compared; p = (b+1)/(m+1) (Phipson & Smyth 2010), adjusted over layers after Benjamini & "
+            "Hochberg (1995)."
+        )
+    if "seed" in flags:
+        yield f"The seed was {flags['seed']}."
+
+
+def _phases(analysis: Analysis) -> Iterator[str]:
+    bands = (
+        f"{name} {first}" + (f"–{last}" if last > first else "")
+        for first, last, name in phase_bands(analysis)
+    )
+    yield f"Phases by layer: {', '.join(bands)}."
+
+
+def _checks(analysis: Analysis) -> Iterator[str]:
+    run = analysis.run
+    yield (
+        f"The updates account for the last state to {run['closure_error']:.1e}; the loss on the text was "
+        f"{run['calibration_loss']:.4f} nats per token."
+    )
+    yield f"The SHA-256 of the run's .safetensors file is {array_hash(analysis)}."
