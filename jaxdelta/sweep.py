@@ -390,7 +390,7 @@ def _final_norm(
     written: Array,
     attention: Array,
     weight: Array,
-    rows: Array,
+    rows: Array | None,
     *,
     eps: float,
 ) -> tuple[Array, Update, Array, Array]:

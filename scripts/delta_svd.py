@@ -11,12 +11,23 @@ from jaxdelta import console
 
 console.install()
 
+from contextlib import nullcontext  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta import analysis, calibration, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
+from jaxdelta import (  # noqa: E402
+    analysis,
+    calibration,
+    checkpoint,
+    comparison,
+    control,
+    files,
+    parallel,
+    plan,
+    spectrum,
+)
 from jaxdelta.report import output  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
@@ -89,27 +100,46 @@ flags.DEFINE_enum(
     "control", DEFAULTS.control, control.CONTROLS, "instead of the real run: other weights, or another text"
 )
 
+flags.DEFINE_string("mesh", DEFAULTS.mesh, "devices as in data:2,model:4 (default: all of them on data)")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "one of several processes, as SLURM, GKE or the next three flags say"
+)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of the process 0")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_PROCESS = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
 OPTION_FLAGS = tuple(vars(DEFAULTS))
 
 
 def main() -> None:
+    given = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    with parallel.processes(*given) if _DISTRIBUTED.value else nullcontext():
+        run(leads=not _DISTRIBUTED.value or parallel.leads())
+
+
+def run(leads: bool) -> None:
+    """The whole run; of several processes one writes files and prints."""
     out = Path(_OUT.value).expanduser()
     page = out.with_suffix(output.PAGE) if _REPORT.value else None
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
-    files.check_output(out, *([output.PAGE] if page else []))
-    if figures:
+    if leads:
+        files.check_output(out, *([output.PAGE] if page else []))
+    if leads and figures:
         output.check_figures(figures)
     file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()
     beside = file and comparison.load_control(file)
     check = partial(comparison.check_control, beside) if beside else None
     options = {name: flags.FLAGS[name].value for name in OPTION_FLAGS}
-    say = (lambda line: None) if _QUIET.value else partial(print, flush=True)
+    quiet = _QUIET.value or not leads
+    say = (lambda line: None) if quiet else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value, _CALIBRATION.value, listener=say, progress=not _QUIET.value, before=check, **options
+        _MODEL.value, _CALIBRATION.value, listener=say, progress=not quiet, before=check, **options
     )
     if file and beside:
         result = comparison.compare_control(result, beside, file.name)
+    if not leads:
+        return
     # All files before the tables: whoever reads them may stop reading.
     more = output.shown(result, page, figures)
     with output.directory_for(figures):
