@@ -249,7 +249,7 @@ def _measure(
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
         text=excerpt(tokens, result["per_layer"]),
-        run=_run_facts(weights, options, plan, sweep, spectra, sample)
+        run=_run_facts(weights, options, plan, sweep, spectra, sample, grid)
         | {"seconds": dict(stages.clock.seconds)},
         **result,
     )
@@ -321,12 +321,19 @@ def _planned(
 
 
 def _run_facts(
-    weights: Weights, options: Options, plan: Plan, sweep: Sweep, spectra: _Spectra, sample: Sample
+    weights: Weights,
+    options: Options,
+    plan: Plan,
+    sweep: Sweep,
+    spectra: _Spectra,
+    sample: Sample,
+    grid: Grid | None,
 ) -> dict[str, Any]:
     documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return {
         "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "mesh": grid and grid.facts,
         "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
         "residual_dtype": options.residual_dtype,

@@ -245,7 +245,8 @@ def _view(
     found = call(figures.view_figures, own, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
-        again = figures.host_figures(*jax.tree.map(np.asarray, own[row]), selection, design.groups, size)
+        update = jax.tree.map(np.asarray, batch[row])
+        again = figures.host_figures(update, own[row][1], selection, design.groups, size)
         found[row] = jax.tree.map(np.array, again)
     compared: list[Crossed | None] = [None] * len(batch)
     if design.groups and view in CROSSED:

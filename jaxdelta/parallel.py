@@ -49,6 +49,11 @@ class Grid:
         """By windows, or as the specification says."""
         return NamedSharding(self.mesh, spec)
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """Its sizes, and the number of processes."""
+        return {"data": self.data, "model": self.model, "processes": jax.process_count()}
+
     @cached_property
     def everywhere(self) -> NamedSharding:
         """The whole on each device."""
@@ -76,7 +81,7 @@ class Grid:
         share = len(mine) // len(self.own)
         first, count = self.own.start * share, self.data * share
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             rows = range(*index[0].indices(count))
             return mine[rows.start - first : rows.stop - first].copy()
 
@@ -96,7 +101,7 @@ class Grid:
         """An array of which every process can read any slice; each slice is read once."""
         held: dict[str, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             # Rows lie together on disk: of whole ones columns are taken.
             rows = (*index[:-1], slice(None)) if len(shape) > 1 else index
             if str(rows) not in held:
@@ -107,6 +112,8 @@ class Grid:
 
     def put(self, value: Any, spec: PartitionSpec = WHOLE) -> Array:
         """An array that every process has whole."""
+        if jax.process_count() == 1:
+            return jax.device_put(value, self.split(spec))
         whole = np.asarray(value)
         return self.place(whole.shape, spec, lambda index: np.asarray(whole[index]))
 

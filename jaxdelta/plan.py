@@ -162,10 +162,9 @@ class Work:
     @cached_property
     def _layers(self) -> list[list[Any]]:
         """Every layer's arrays, as the shapes that a device has of them."""
+        model = 1 if self.resident else self.model  # a resident model is whole on the first device
         layers = map(self.weights.abstract_layer, range(self.config.num_layers))
-        return [
-            [share(path, leaf, self.model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers
-        ]
+        return [[share(path, leaf, model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers]
 
 
 def device_limit(gigabytes: float | None = None, devices: int = 1) -> int:

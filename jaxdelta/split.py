@@ -9,6 +9,7 @@ Axes: as in `jaxdelta.model` and `jaxdelta.moments`; D devices.
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -39,7 +40,7 @@ class SplitWeights:
     """Weights as the devices of a grid have them.
 
     Of a checkpoint each process reads the rows it needs. Others, as a control's, are made whole on one device
-    of every process. `embeddings` are on the host, of the tokens that are asked for.
+    of every process. `embeddings` are as they come, of the tokens that are asked for.
     """
 
     weights: Weights
@@ -66,7 +67,7 @@ class SplitWeights:
 
         return _by_path(placed, self.weights.abstract_layer(index))
 
-    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[AnyArray, "*batch D"]:
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
         return self.weights.embeddings(ids)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
@@ -111,15 +112,13 @@ class SplitSweep(Sweep):
         return jax.tree.map(self._grid.put, positions)
 
     def _abstract_state(self) -> State:
-        split = self._grid.split()
-        return State(
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) for x in super()._abstract_state())
-        )
+        abstract: Any = partial(jax.ShapeDtypeStruct, sharding=self._grid.split())
+        return State(*(abstract(part.shape, part.dtype) for part in super()._abstract_state()))
 
     def _lower(self, graph: Any, layer: nnx.State, context: Context) -> Any:
         positions = None if context.positions is None else DATA
         specs = dataclasses.replace(context, rotary=WHOLE, window=WHOLE, positions=positions)
-        over = partial(sweep._step.__wrapped__, graph, rows=None)
+        over = partial(inspect.unwrap(sweep._step), graph, rows=None)
         own = self._grid.over(DATA, over, (WHOLE, DATA, DATA, specs), DATA)
 
         def step(layer: nnx.State, h: Array, written: Array, context: Context, rows: Any) -> Any:
@@ -149,12 +148,12 @@ class SplitSweep(Sweep):
     def _norm(self) -> Callable[..., Any]:
         split, everywhere = self._grid.split(), self._grid.everywhere
         outputs = split, split if self._whole else everywhere, everywhere, everywhere
-        return jax.jit(sweep._final_norm.__wrapped__, static_argnames="eps", out_shardings=outputs)
+        return jax.jit(inspect.unwrap(sweep._final_norm), static_argnames="eps", out_shardings=outputs)
 
-    def _final_norm(self, first: Any, entered: Any, *others: Any, eps: float) -> Any:
-        *others, rows = others
-        rows = None if rows is None else self._grid.put(rows)
-        return self._norm(self._owned(first), self._owned(entered), *others, rows, eps=eps)
+    def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
+        first, entered, *others, rows = arguments
+        placed = None if rows is None else self._grid.put(rows)
+        return self._norm(self._owned(first), self._owned(entered), *others, placed, eps=eps)
 
     def compile_rest(self) -> None:
         """Nothing: a run on several devices is long."""
@@ -214,7 +213,7 @@ def split_programs(grid: Grid) -> Programs:
     def gathered(function: Any, **options: Any) -> Any:
         return jax.jit(function, out_shardings=everywhere, **options)
 
-    found_frame = gathered(moments.find_frame.__wrapped__, static_argnums=2)
+    found_frame = gathered(inspect.unwrap(moments.find_frame), static_argnums=2)
 
     def find_frame(*arguments: Any) -> Float64[np.ndarray, "P p d"]:
         return np.asarray(found_frame(*arguments))
@@ -258,7 +257,7 @@ def _split_accumulate(grid: Grid) -> Callable[..., Any]:
     ) -> Any:
         def own(mine: Moments, *others: Any) -> Any:
             mine = jax.tree.map(lambda part: part[0], mine)
-            mine, *found = moments.accumulate.__wrapped__(mine, *others, parts)
+            mine, *found = inspect.unwrap(moments.accumulate)(mine, *others, parts)
             return jax.tree.map(lambda part: part[None], mine), *found
 
         inputs = ALL, WHOLE, ALL, ALL, ALL, WHOLE

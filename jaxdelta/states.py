@@ -76,7 +76,7 @@ class States:
         place: str = "device",
         directory: Path | None = None,
         fetch: Callable[[Any], np.ndarray] = np.asarray,
-        put: Callable[[np.ndarray], Array] = own_copy,
+        put: Callable[[Any], Array] = own_copy,
     ):
         self._place, self._directory = place, directory
         self._fetch, self._put = fetch, put

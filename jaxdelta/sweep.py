@@ -148,7 +148,8 @@ class Sweep:
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
-        self._positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
+        positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
+        self._positions: list[Any] = positions
         self._whole, self._scratch = whole, scratch
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.clock = Clock()
