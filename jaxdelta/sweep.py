@@ -134,6 +134,11 @@ class Sweep:
 
     closure_error: float
     loss: float
+    # How a state comes to the host and back, an array of all windows to the host, a context to the device.
+    _fetch: Any = staticmethod(np.asarray)
+    _put: Any = staticmethod(own_copy)
+    _fetch_all: Any = staticmethod(np.asarray)
+    _put_context: Any = staticmethod(jax.device_put)
 
     def __init__(
         self,
@@ -188,9 +193,6 @@ class Sweep:
         for kind, layer in dict(zip(self._kinds, layers, strict=True)).items():
             graph = nnx.graphdef(abstract_block(config, sparse=kind[0]))
             self._traced[kind] = self._lower(graph, layer, context)
-
-    def _put_context(self, context: Context) -> Context:
-        return jax.device_put(context)
 
     def _lower(self, graph: Any, layer: nnx.State, context: Context) -> Any:
         return _step.lower(graph, layer, *self._abstract_state(), context, self._rows[0])
@@ -255,16 +257,6 @@ class Sweep:
         """Without the rows that fill up a block's."""
         count = len(self._taken[block])
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
-
-    def _fetch(self, state: AnyArray) -> np.ndarray:
-        """A block's state, on the host."""
-        return np.asarray(state)
-
-    def _fetch_all(self, array: Array) -> np.ndarray:
-        return np.asarray(array)
-
-    def _put(self, state: np.ndarray) -> Array:
-        return own_copy(state)
 
     def _owned(self, state: AnyArray) -> Array:
         return state if isinstance(state, jax.Array) else self._put(state)
@@ -366,8 +358,7 @@ def _step(
     context: Context,
     rows: Int32[Array, " m"] | None,
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
-    """One layer on a block: the new state, the sum of all updates so far, and the layer's own, of these rows,
-    or of all."""
+    """One layer on a block: the new state, the sum of all updates so far, the layer's own of these rows."""
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
     update = Update(*(_tokens(x, rows) for x in (attention, mlp, h.astype(jnp.float32))))
     return new, written + (attention + mlp), update

@@ -78,7 +78,7 @@ _RESULTS = flags.DEFINE_string("results", None, "a JSON file to keep the figures
 Figures = dict[str, Any]
 
 # The reference's figures and no more.
-PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0")
+PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 
 
 def main(command: str) -> None:

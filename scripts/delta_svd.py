@@ -28,6 +28,7 @@ from jaxdelta import (  # noqa: E402
     plan,
     spectrum,
 )
+from jaxdelta.errors import UsageError  # noqa: E402
 from jaxdelta.report import output  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
@@ -113,6 +114,8 @@ OPTION_FLAGS = tuple(vars(DEFAULTS))
 
 def main() -> None:
     given = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    if not (_DISTRIBUTED.value or given == (None, None, None)):
+        raise UsageError("coordinator_address, num_processes and process_id need --distributed")
     with parallel.processes(*given) if _DISTRIBUTED.value else nullcontext():
         run(leads=not _DISTRIBUTED.value or parallel.leads())
 
@@ -120,8 +123,8 @@ def main() -> None:
 def run(leads: bool) -> None:
     """The whole run; of several processes one writes files and prints."""
     out = Path(_OUT.value).expanduser()
-    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
+    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     if leads:
         files.check_output(out, *([output.PAGE] if page else []))
     if leads and figures:
