@@ -1,5 +1,6 @@
 """analyze(): the whole way from a checkpoint and a text to an Analysis."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdelta import __version__
+from jaxdelta import __version__, resume
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS, Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
@@ -22,7 +23,7 @@ from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
 from jaxdelta.gathered import parts_looked_at
 from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
-from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
+from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, in_batches, measured
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
 from jaxdelta.phases import default_phases, parse_phases
@@ -32,7 +33,7 @@ from jaxdelta.relations import Phases, reference_tables, relate, stacked_directi
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
-from jaxdelta.states import scratch_directory
+from jaxdelta.states import States, scratch_directory
 from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
@@ -80,6 +81,7 @@ class Options:
     control: str | None = None
     scratch: str | None = None
     keep_moments: str | None = None
+    checkpoint_dir: str | None = None
 
     def __post_init__(self) -> None:
         choices = {
@@ -112,6 +114,8 @@ class Options:
             if not (value := getattr(self, name)) == 0 and value < MIN_DRAWS:
                 raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
         parse_views(self.views)
+        if self.keep_moments is not None and self.checkpoint_dir is not None:
+            raise UsageError("keep_moments: a run with --checkpoint_dir keeps none; leave one of the two out")
 
     @property
     def resampled(self) -> bool:
@@ -126,6 +130,7 @@ def analyze(
     listener: Listener | None = None,
     progress: bool = False,
     before: Callable[..., None] | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Analysis:
     """Runs a model over a calibration text and measures what each layer writes into the residual stream.
@@ -137,6 +142,8 @@ def analyze(
         listener: told a line as each stage ends.
         progress: show a bar over the layers where standard error is a terminal.
         before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
+        keep_checkpoint: leave what is in `checkpoint_dir` to the caller, who calls `resume.remove` when the
+            result is where it cannot be lost.
         **options: the fields of Options.
 
     Raises:
@@ -154,6 +161,8 @@ def analyze(
         note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
     if isinstance(weights, Resident) and chosen.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
+    if isinstance(weights, Resident) and chosen.checkpoint_dir is not None:
+        raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
     phases = _phases(chosen.phases, weights.config.num_layers)
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
@@ -166,6 +175,8 @@ def analyze(
             result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept)
             if kept:
                 result.save(kept / RUN)
+        if not keep_checkpoint:
+            resume.remove(chosen.checkpoint_dir)
         return result
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -214,17 +225,22 @@ def _measure(
 ) -> Analysis:
     pooled = options.keep_moments is not None
     sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled, pooled)
+    original = weights
     weights, plan = _planned(weights, tokens, options, sample, stages)
+    begun = _begun(original, tokens, options, plan, sample, stages.listener)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
     if options.control:
         stages.listener(f" control: {options.control} (seed {options.seed})")
-    with stages("layers") as note, scratch_directory(options.scratch, plan.blocks.place) as scratch:
-        dtypes = options.compute_dtype, options.residual_dtype
-        sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
+    scratch = scratch_directory(options.scratch, plan.blocks.place)
+    with stages("layers") as note, scratch as directory, begun as run:
+        dtypes, states = (options.compute_dtype, options.residual_dtype), States(plan.blocks.place, directory)
+        going_on = (run.restore(states), run.keep) if run else ()
+        sweep = Sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, states, *going_on)
         sweep.trace()
         passing = _with_loss(sweep, progress, sweep.compile_rest)
-        layers = _measured(sweep, passing, sample, options, plan.at_once, kept)
+        found = _measured(sweep, passing, sample, options, plan.at_once, kept)
+        layers = list(run.keeping(found) if run else found)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -255,16 +271,29 @@ def _measured(
     options: Options,
     at_once: int,
     kept: Path | None,
-) -> list[LayerFigures]:
+) -> Iterator[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
     views, short = parse_views(options.views), sample.windows is None
     groups = (sample.groups if short else Groups.none(sample.halves)) if options.resampled else None
     design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
     if sample.windows is None:
-        return measure(passing, sweep.shape, design, at_once, sweep.clock)
+        pending = resume.PENDING if options.checkpoint_dir else None
+        return measured(passing, sweep.shape, design, at_once, sweep.clock, pending)
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
     keep = partial(keep_layer, kept) if kept else None
-    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep))
+    return pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep)
+
+
+def _begun(
+    weights: Weights, tokens: Tokens, options: Options, plan: Plan, sample: Sample, listener: Listener
+) -> contextlib.AbstractContextManager[resume.Run | None]:
+    """The checkpoint of this run, begun now or before it was killed; None where none is wanted."""
+    if options.checkpoint_dir is None or not isinstance(weights, Checkpoint):
+        return contextlib.nullcontext()
+    stride = plan.at_once if sample.windows is None and in_batches() else 1
+    program = {**_versions(), "device": _device(), "layers measured at once": stride}
+    manifest = resume.manifest(program, weights, dataclasses.asdict(options), tokens, plan.blocks)
+    return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, stride, listener)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,8 +334,8 @@ def _run_facts(
 ) -> dict[str, Any]:
     documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return {
-        "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "versions": _versions(),
+        "device": _device(),
         "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
         "residual_dtype": options.residual_dtype,
@@ -330,6 +359,14 @@ def _run_facts(
     }
 
 
+def _versions() -> dict[str, str]:
+    return {"jaxdelta": __version__, **{package: metadata.version(package) for package in VERSIONED}}
+
+
+def _device() -> str:
+    return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+
+
 def _times(seconds: Mapping[str, float]) -> str:
     """What bound the pass: the layers wait where reading is slower than computing."""
     own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("compute", "wait", "loss"))
@@ -343,7 +380,8 @@ def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) ->
     computed beside it."""
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
-    bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
+    shown = None if progress else True
+    bar = tqdm(sweep, " layers", count, initial=sweep.start, leave=False, unit="layer", disable=shown)
     with ThreadPoolExecutor(1, "compile") as beside:
         for layer, blocks in enumerate(bar):
             yield blocks

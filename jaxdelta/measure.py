@@ -106,13 +106,19 @@ class LayerFigures(NamedTuple):
     ledger: dict[str, float] | None
 
 
-def measure(
+def measure(*args: Any, **kwargs: Any) -> list[LayerFigures]:
+    """All that `measured` finds."""
+    return list(measured(*args, **kwargs))
+
+
+def measured(
     layers: Iterable[Iterable[Wrote]],
     shape: tuple[int, int],
     design: Design,
     at_once: int | None = None,
     clock: Clock | None = None,
-) -> list[LayerFigures]:
+    pending: int | None = None,
+) -> Iterator[LayerFigures]:
     """The figures of every layer, in their order, as they come, and of the last one normed.
 
     Args:
@@ -121,14 +127,21 @@ def measure(
         design: what is measured.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
         clock: is told the time that goes into spectra.
+        pending: on a CPU, how many layers pass at most before the first one's figures come.
     """
-    run = _on_threads if jax.default_backend() == "cpu" else _in_batches
-    at_once = at_once or layers_at_once(*shape, _WORKSPACE_BYTES)
-    return list(run(joined(layers), shape, design, at_once, clock or Clock()))
+    at_once, clock = at_once or layers_at_once(*shape, _WORKSPACE_BYTES), clock or Clock()
+    if in_batches():
+        return _in_batches(joined(layers), design, at_once, clock)
+    return _on_threads(joined(layers), shape, design, at_once, clock, pending or layers_pending(at_once))
+
+
+def in_batches() -> bool:
+    """Whether several layers are measured in one call, and not each by itself."""
+    return jax.default_backend() != "cpu"
 
 
 def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
+    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock, most: int
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
@@ -146,13 +159,13 @@ def _on_threads(
         compiled = pool.submit(_prepare, shape, design, stack)
         for update in updates:
             pending.append(pool.submit(run_one, update))
-            if len(pending) >= layers_pending(at_once):
+            if len(pending) >= most:
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
 
 
 def _in_batches(
-    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
+    updates: Iterable[Update], design: Design, at_once: int, clock: Clock
 ) -> Iterator[LayerFigures]:
     """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
     iterator = iter(updates)

@@ -51,7 +51,7 @@ def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np
     # What `_open` expects; and weights hardly shrink, while unpacking them takes longer than reading them.
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
     context.array.saving.use_compression = False
-    with _quiet(), context:
+    with quiet(), context:
         try:
             for portion in _portions(_leaves(source, names, dtype)):
                 ocp.partial.save(directory, portion)
@@ -178,7 +178,7 @@ def _read_into(buffer: np.ndarray, array: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then."""
     verbosity, hook = logging.get_verbosity(), sys.unraisablehook
     logging.set_verbosity(logging.FATAL)

@@ -16,7 +16,17 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta import analysis, calibration, checkpoint, comparison, control, files, plan, spectrum  # noqa: E402
+from jaxdelta import (  # noqa: E402
+    analysis,
+    calibration,
+    checkpoint,
+    comparison,
+    control,
+    files,
+    plan,
+    resume,
+    spectrum,
+)
 from jaxdelta.report import output  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
@@ -78,6 +88,11 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "keep_moments", DEFAULTS.keep_moments, "a directory to keep the moments in, for merge_runs.py"
 )
+flags.DEFINE_string(
+    "checkpoint_dir",
+    DEFAULTS.checkpoint_dir,
+    "a directory to keep every finished layer in: the same command goes on from there after a kill",
+)
 flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
 flags.DEFINE_float(
     "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"
@@ -106,7 +121,13 @@ def main() -> None:
     say = (lambda line: None) if _QUIET.value else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value, _CALIBRATION.value, listener=say, progress=not _QUIET.value, before=check, **options
+        _MODEL.value,
+        _CALIBRATION.value,
+        listener=say,
+        progress=not _QUIET.value,
+        before=check,
+        keep_checkpoint=True,
+        **options,
     )
     if file and beside:
         result = comparison.compare_control(result, beside, file.name)
@@ -114,6 +135,7 @@ def main() -> None:
     more = output.shown(result, page, figures)
     with output.directory_for(figures):
         result.save(out, more)
+    resume.remove(options["checkpoint_dir"])
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")
     say(tables(result))
