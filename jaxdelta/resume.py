@@ -7,8 +7,8 @@ In the directory of a run, `DIR/jaxdelta-run`:
     figures-L           the figures of layer L
     step-L.json         the step is whole: the digests of its blocks, and of the figures of layers 0 .. L
 
-Orbax writes and reads blocks and figures; one thread writes them beside the pass, in the order in which they
-come, so what a step consists of is on disk before the file that says so.
+Orbax writes blocks and figures, read as `orbax_store` reads weights. One thread writes them beside the pass, in
+the order in which they come, so what a step consists of is on disk before the file that says so.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from jaxdelta.checkpoint import Checkpoint
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.files import locked, write_together
 from jaxdelta.measure import LayerFigures
-from jaxdelta.orbax_store import quiet
+from jaxdelta.orbax_store import open_arrays, quiet, saving
 from jaxdelta.states import State, States
 from jaxdelta.sweep import Blocks
 from jaxdelta.tensors import safetensors_files
@@ -273,10 +273,8 @@ def _save(path: Path, arrays: Arrays) -> str:
     """Writes arrays with Orbax, and returns their digest."""
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # states hardly shrink
     try:
-        with context:
+        with saving():
             ocp.save(path, dict(arrays))
     except Exception as error:  # Orbax raises whatever comes to hand.
         raise JaxDeltaError(
@@ -286,12 +284,10 @@ def _save(path: Path, arrays: Arrays) -> str:
 
 
 def _load(path: Path, digest: str) -> Arrays:
-    from orbax.checkpoint import v1 as ocp
-
     what = "/".join(path.parts[path.parts.index(RUN) + 1 :])
     try:
-        arrays: dict[str, np.ndarray] = {name: np.asarray(x) for name, x in ocp.load(path).items()}
-    except Exception as error:  # Orbax raises whatever comes to hand.
+        arrays = {name: array.read().result() for name, array in open_arrays(path).items()}
+    except Exception as error:  # TensorStore raises whatever comes to hand.
         raise _Damaged(f"{what}: {first_line(error)[:80]}") from error
     if _digest(arrays) != digest:
         raise _Damaged(f"{what}: its digest differs")
