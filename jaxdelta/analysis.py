@@ -368,11 +368,14 @@ def _device() -> str:
 
 
 def _times(seconds: Mapping[str, float]) -> str:
-    """What bound the pass: the layers wait where reading is slower than computing."""
-    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("compute", "wait", "loss"))
+    """What bound the pass: the layers wait where reading is slower than computing, or the disk they are kept
+    on is."""
+    bounds = {"compute": "computing", "wait": "reading", "keep": "keeping"}
+    told = [what for what in (*bounds, "loss") if what in seconds]
+    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in told)
     beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
-    bound = "reading" if seconds["wait"] > seconds["compute"] else "computing"
-    return f"           {own}; beside them {beside}: bound by {bound}"
+    bound = max(set(bounds) & set(told), key=lambda what: seconds[what])
+    return f"           {own}; beside them {beside}: bound by {bounds[bound]}"
 
 
 def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Iterator[Wrote]]:

@@ -106,9 +106,11 @@ class LayerFigures(NamedTuple):
     ledger: dict[str, float] | None
 
 
-def measure(*args: Any, **kwargs: Any) -> list[LayerFigures]:
+def measure(
+    layers: Iterable[Iterable[Wrote]], shape: tuple[int, int], design: Design, at_once: int | None = None
+) -> list[LayerFigures]:
     """All that `measured` finds."""
-    return list(measured(*args, **kwargs))
+    return list(measured(layers, shape, design, at_once))
 
 
 def measured(

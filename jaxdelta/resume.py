@@ -7,8 +7,8 @@ In the directory of a run, `DIR/jaxdelta-run`:
     figures-L           the figures of layer L
     step-L.json         the step is whole: the digests of its blocks, and of the figures of layers 0 .. L
 
-Orbax writes blocks and figures, read as `orbax_store` reads weights. One thread writes them beside the pass, in
-the order in which they come, so what a step consists of is on disk before the file that says so.
+Orbax writes blocks and figures, which are read as `orbax_store` reads weights. One thread writes them beside
+the pass, in the order in which they come: what a step consists of is on disk before the file that says so.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jaxdelta import hub
 from jaxdelta.archive import pack, unpack
 from jaxdelta.calibration import Tokens
 from jaxdelta.checkpoint import Checkpoint
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.files import locked, write_together
 from jaxdelta.measure import LayerFigures
 from jaxdelta.orbax_store import open_arrays, quiet, saving
@@ -44,7 +45,10 @@ PENDING = 2  # layers of a short text whose figures are computed at once: a step
 
 # Options that change no number, or only by the blocks, which are told apart as they are.
 _FREE = ("checkpoint_dir", "scratch", "device_memory_gb", "keep_moments")
-_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each file of weights, evenly spread: they tell one model from another
+_SAMPLES, _SAMPLE_BYTES = (
+    256,
+    4096,
+)  # of each file of weights, evenly spread: they tell one model from another
 
 _WAITING = 2  # pieces that are to be written: the pass waits for the disk when there are more
 _NUMBERED = re.compile(r"(?:step|figures)-(\d{6})(?:\.json)?")
@@ -86,7 +90,7 @@ class Run:
             self.start = layer + 1
             self._listener(f" resumed after layer {layer}")
             break
-        for path in self._directory.iterdir():
+        for path in list(self._directory.iterdir()):
             number = _NUMBERED.fullmatch(path.name)
             if path.name != "manifest.json" and not (number and int(number[1]) < self.start):
                 _remove(path)
@@ -177,10 +181,13 @@ def opened(
 
     Raises:
         JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
+        UsageError: there are several hosts.
     """
     if directory is None:
         yield None
         return
+    if jax.process_count() > 1:
+        raise UsageError("checkpoint_dir: a run on several hosts cannot be kept yet; leave it out")
     parent = Path(directory).expanduser().absolute()
     with _plain_errors(parent):
         (parent / RUN).mkdir(parents=True, exist_ok=True)
@@ -241,10 +248,12 @@ def remove(directory: str | None) -> None:
 
 
 def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses what another run left; writes the manifest where there is none."""
+    """Refuses what another run left; where there is no manifest, nothing else counts either."""
     file, wanted = directory / "manifest.json", json.loads(json.dumps(manifest))
     mend = f"choose another --checkpoint_dir, or delete {directory}"
     if not file.exists():
+        for path in list(directory.iterdir()):
+            _remove(path)
         write_together({file: json.dumps(wanted, indent=1).encode()})
         return
     try:
@@ -255,14 +264,8 @@ def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
         raise JaxDeltaError(f"{file}: cannot be read ({first_line(error)}); {mend}") from error
     for name in {**wanted, **found}:
         if (there := found.get(name)) != (here := wanted.get(name)):
-            raise JaxDeltaError(
-                f"{directory}: is of another run: {name} was {_short(there)}, now it is {_short(here)}; {mend}"
-            )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            was, now = (shorten(json.dumps(value), 80, placeholder="...") for value in (there, here))
+            raise JaxDeltaError(f"{directory}: is of another run: {name} was {was}, now it is {now}; {mend}")
 
 
 class _Damaged(Exception):
@@ -278,7 +281,7 @@ def _save(path: Path, arrays: Arrays) -> str:
             ocp.save(path, dict(arrays))
     except Exception as error:  # Orbax raises whatever comes to hand.
         raise JaxDeltaError(
-            f"{path}: cannot be written ({first_line(error)}); it is kept for --checkpoint_dir"
+            f"{path}: cannot be written ({first_line(error)}); choose another --checkpoint_dir"
         ) from error
     return _digest(arrays)
 

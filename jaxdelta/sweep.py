@@ -34,7 +34,6 @@ from jaxdelta.states import State, States, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 
-
 # Called with a layer, a block, and the state after it.
 Keep = Callable[[int, int, State], None]
 
@@ -132,8 +131,8 @@ class Sweep:
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`.
     A pass that goes on from another one's `states` begins with layer `start`; `keep` is called with every
-    state that it leaves. The clock's times: read (from disk) and transfer (to the device), both beside the computing; wait (for
-    them), compute (the layers), loss.
+    state that it leaves. The clock's times: read (from disk) and transfer (to the device), both beside the
+    computing; wait (for them), compute (the layers), keep (what is computed), loss.
     """
 
     closure_error: float
@@ -233,9 +232,7 @@ class Sweep:
 
         return of_block
 
-    def _pass(
-        self, index: int, step: Callable[..., Any], final: "_Final | None" = None
-    ) -> Iterator[Wrote]:
+    def _pass(self, index: int, step: Callable[..., Any], final: "_Final | None" = None) -> Iterator[Wrote]:
         """Takes all states through a layer; ends when they are computed, so that the layer can go."""
         states = self._states
         with contextlib.closing(states.in_turn(len(self.tokens))) as waiting:
@@ -245,8 +242,11 @@ class Sweep:
                 with self.clock("compute"):
                     h, written, update = step(state, block)
                     states[block] = state = State(h, written)
+                    if self._keep:
+                        jax.block_until_ready(state)
                 if self._keep:
-                    self._keep(index, block, state)
+                    with self.clock("keep"):
+                        self._keep(index, block, state)
                 normed = None
                 if final:
                     first = self._enter(self.tokens[block])

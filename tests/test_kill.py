@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -10,7 +11,6 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
-from killable import delta_svd
 
 from jaxdelta.resume import RUN
 
@@ -26,14 +26,19 @@ def command(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
+    context.set_forkserver_preload(["killable"])  # imported once, where Python finds it
+    here = Path(__file__).resolve().parent
+    path = [str(here), str(here.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    from killable import delta_svd
+
     model = make_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS)
     started: list[ForkServerProcess] = []
 
     def start(name: str) -> ForkServerProcess:
         flags = {
             "model": model, "out": tmp_path / f"{name}.json", "checkpoint_dir": tmp_path / name, "top_k": 4,
-            "bootstrap": 20, "null_draws": 20, "max_tokens": 200,
+            "bootstrap": 20, "null_draws": 20, "max_tokens": 200, "views": "masked",
         }  # fmt: skip
         given = [*(f"--{flag}={value}" for flag, value in flags.items()), "--noreport"]
         started.append(context.Process(target=delta_svd, args=(given, tmp_path / f"{name}.log")))
@@ -56,7 +61,7 @@ def wait_for_moment(process: ForkServerProcess, directory: Path, rng: random.Ran
     if rng.random() < 0.8:
         wanted = newest(directory) + rng.randint(1, 3)
         while process.is_alive() and newest(directory) < wanted:
-            time.sleep(0.002)
+            time.sleep(0.01)
     process.join(rng.uniform(0, 0.15))
 
 
