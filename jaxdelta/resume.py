@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import deque
@@ -39,16 +40,14 @@ from jaxdelta.states import State, States
 from jaxdelta.sweep import Blocks
 from jaxdelta.tensors import safetensors_files
 
-RUN = "jaxdelta-run"
+RUN, MANIFEST = "jaxdelta-run", "manifest.json"
 STEPS = 2  # whole ones whose states are kept
 PENDING = 2  # layers of a short text whose figures are computed at once: a step waits for them
 
 # Options that change no number, or only by the blocks, which are told apart as they are.
-_FREE = ("checkpoint_dir", "scratch", "device_memory_gb", "keep_moments")
-_SAMPLES, _SAMPLE_BYTES = (
-    256,
-    4096,
-)  # of each file of weights, evenly spread: they tell one model from another
+_FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
+# Of each file of weights so many bytes are looked at in so many places: they tell one model from another.
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 _WAITING = 2  # pieces that are to be written: the pass waits for the disk when there are more
 _NUMBERED = re.compile(r"(?:step|figures)-(\d{6})(?:\.json)?")
@@ -91,10 +90,15 @@ class Run:
             self._listener(f" resumed after layer {layer}")
             break
         for path in list(self._directory.iterdir()):
-            number = _NUMBERED.fullmatch(path.name)
-            if path.name != "manifest.json" and not (number and int(number[1]) < self.start):
+            if path.name != MANIFEST and not self._is_used(path):
                 _remove(path)
         return self.start
+
+    def _is_used(self, path: Path) -> bool:
+        """Whether the run goes on from it, or may have to later: a step only where it is called whole."""
+        number = _NUMBERED.fullmatch(path.name)
+        whole = path.name.startswith("figures") or path.with_suffix(".json").exists()
+        return number is not None and int(number[1]) < self.start and whole
 
     def _restore(self, layer: int, states: States) -> None:
         try:
@@ -164,13 +168,13 @@ class Run:
 
 @contextlib.contextmanager
 def opened(
-    directory: str | None,
+    directory: str,
     manifest: Mapping[str, Any],
     layers: int,
     stride: int,
     listener: Callable[[str], None],
-) -> Iterator[Run | None]:
-    """The run whose checkpoint is in this directory, or a new one; None where there is no directory.
+) -> Iterator[Run]:
+    """The run whose checkpoint is in this directory, or a new one.
 
     Args:
         directory: as the user gave it; it is made where it is not there.
@@ -183,9 +187,6 @@ def opened(
         JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
         UsageError: there are several hosts.
     """
-    if directory is None:
-        yield None
-        return
     if jax.process_count() > 1:
         raise UsageError("checkpoint_dir: a run on several hosts cannot be kept yet; leave it out")
     parent = Path(directory).expanduser().absolute()
@@ -219,6 +220,9 @@ def manifest(
         **program,
         "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
         "devices": jax.device_count(),
+        "cores": os.cpu_count()
+        if jax.default_backend() == "cpu"
+        else None,  # products are shared out to them
         **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
         "weights": _weights_digest(checkpoint.directory),
         **{f"--{name}": value for name, value in options.items() if name not in _FREE},
@@ -249,7 +253,7 @@ def remove(directory: str | None) -> None:
 
 def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Refuses what another run left; where there is no manifest, nothing else counts either."""
-    file, wanted = directory / "manifest.json", json.loads(json.dumps(manifest))
+    file, wanted = directory / MANIFEST, json.loads(json.dumps(manifest))
     mend = f"choose another --checkpoint_dir, or delete {directory}"
     if not file.exists():
         for path in list(directory.iterdir()):
@@ -287,7 +291,7 @@ def _save(path: Path, arrays: Arrays) -> str:
 
 
 def _load(path: Path, digest: str) -> Arrays:
-    what = "/".join(path.parts[path.parts.index(RUN) + 1 :])
+    what = "/".join(path.parts[-2:]).removeprefix(f"{RUN}/")
     try:
         arrays = {name: array.read().result() for name, array in open_arrays(path).items()}
     except Exception as error:  # TensorStore raises whatever comes to hand.

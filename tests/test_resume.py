@@ -154,7 +154,6 @@ def test_the_caller_removes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_batches_on_an_accelerator(tmp_path: Path) -> None:
     """Where three layers are measured in one call, states are kept behind the third: the batches stay."""
     with resume.opened(str(tmp_path), {}, 8, 3, print) as kept:
-        assert kept is not None
         assert [layer for layer in range(8) if kept.keeps(layer)] == [2, 5]
 
 
@@ -313,6 +312,14 @@ def test_nothing_whole_is_left(copy: Path, tiny_checkpoint: Path) -> None:
     ]
     assert bits(found) == bits(run(tiny_checkpoint, None)[0])
     assert not [*copy.iterdir()]
+
+
+def test_a_step_that_was_being_removed(copy: Path) -> None:
+    """Its states do not stay on disk."""
+    (copy / RUN / f"step-{LAYERS - 3:06}.json").unlink()
+    assert restored(copy)[0] == LAYERS - 1
+    newest = f"step-{LAYERS - 2:06}"
+    assert {path.name for path in (copy / RUN).glob("step-*")} == {newest, f"{newest}.json"}
 
 
 def test_a_piece_that_cannot_be_written(
