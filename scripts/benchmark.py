@@ -5,6 +5,7 @@
     python scripts/benchmark.py trust           # what views, intervals and nulls cost
     python scripts/benchmark.py stream          # the layer-major pass beside reading, and beside computing
     python scripts/benchmark.py memory          # peak memory of a run, at half of the layers and at all
+    python scripts/benchmark.py throughput      # a long text, beside PyTorch and the bare pass
     python scripts/benchmark.py compile         # compile time at 8 and at 64 layers
 
 Both sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. A ratio above 1 means
@@ -21,7 +22,6 @@ import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import platform  # noqa: E402
-import shutil  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -38,14 +38,12 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
+from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint  # noqa: E402
 
-from jaxdelta import hub  # noqa: E402
 from jaxdelta.calibration import Tokens  # noqa: E402
-from jaxdelta.checkpoint import open_checkpoint, save_model  # noqa: E402
-from jaxdelta.config import ModelConfig, Rope  # noqa: E402
+from jaxdelta.checkpoint import open_checkpoint  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
-from jaxdelta.measure import Design, measure  # noqa: E402
+from jaxdelta.measure import Design, LayerFigures, measure  # noqa: E402
 from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate  # noqa: E402
@@ -55,14 +53,6 @@ from jaxdelta.views import ALL, RAW  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-# layers, hidden, heads, key/value heads, head size, MLP
-SHAPES = {
-    "0.6B": (28, 1024, 16, 8, 128, 3072),
-    "1.7B": (28, 2048, 16, 8, 128, 6144),
-    "4B": (36, 2560, 32, 8, 128, 9728),
-}
-VOCABULARY = 151_936
-
 _SHAPE = flags.DEFINE_enum("shape", "0.6B", list(SHAPES), "all but analysis: shape of the random checkpoint")
 _TOKENS = flags.DEFINE_integer("tokens", 295, "all but analysis: tokens of calibration text")
 _DTYPE = flags.DEFINE_enum(
@@ -73,6 +63,7 @@ _SIZES = flags.DEFINE_list(
     ["294x1024x28", "294x5120x8", "2047x2560x4"],
     "analysis: tokens x hidden x layers, comma-separated",
 )
+_LAYERS = flags.DEFINE_integer("layers", 4, "throughput: layers of the checkpoint")
 _CACHE = flags.DEFINE_enum(
     "cache", "cold", ["cold", "warm"], "end_to_end: compiled programs of an earlier run"
 )
@@ -87,7 +78,7 @@ _RESULTS = flags.DEFINE_string("results", None, "a JSON file to keep the figures
 Figures = dict[str, Any]
 
 # The reference's figures and no more.
-PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0")
+PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 
 
 def main(command: str) -> None:
@@ -268,6 +259,36 @@ def forget(files: list[Path], cache: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def throughput() -> list[Figures]:
+    """The passes over a long text, moments and masks included, beside PyTorch's with the same moments, and
+    beside our own without: of a few layers, imports and compilation not counted. The ratio is that of tokens
+    per second."""
+    import throughput as sides
+
+    length, layers = 2048, _LAYERS.value
+    with tempfile.TemporaryDirectory() as scratch:
+        name = f"{_SHAPE.value}-{layers}"
+        directory = random_checkpoint(Path(_WORK_DIR.value or scratch) / name, _SHAPE.value, layers)
+        windows = max(1, _TOKENS.value // length)
+        ids = np.random.default_rng(0).integers(0, VOCABULARY, (windows, length)).astype(np.int32)
+        ours, bare = (
+            sides.measuring(directory, ids, _DTYPE.value),
+            sides.passing(directory, ids, _DTYPE.value),
+        )
+        theirs = sides.torch_measuring(directory, ids, _DTYPE.value)
+        title = f"{ids.size} tokens through {layers} layers of {_SHAPE.value} shape, {_DTYPE.value}"
+        found = [
+            in_turn(f"{title}, beside PyTorch", partial(timed, ours), partial(timed, theirs)),
+            in_turn(f"{title}, beside the pass alone", partial(timed, ours), partial(timed, bare)),
+        ]
+    for figures in found:
+        for side in ("seconds", "seconds_beside"):
+            figures[side.replace("seconds", "tokens_per_second")] = ids.size / statistics.median(
+                figures[side]
+            )
+    return found
+
+
 def memory() -> list[Figures]:
     """Peak resident memory of delta_svd.py, in GB, at half of the shape's layers and at all of them."""
     depth = SHAPES[_SHAPE.value][0]
@@ -320,6 +341,7 @@ COMMANDS = {
     "analysis": analysis,
     "trust": trust,
     "stream": stream,
+    "throughput": throughput,
     "memory": memory,
     "compile": compile_time,
 }
@@ -354,54 +376,6 @@ def run_script(name: str, arguments: Sequence[str]) -> float:
     if done.returncode:
         raise JaxDeltaError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
     return time.perf_counter() - start
-
-
-def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConfig:
-    """A Qwen3 configuration with tied embeddings."""
-    layers, hidden, heads, kv_heads, head_dim, mlp = shape
-    return ModelConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-6,
-        rope=Rope(theta=1e6),
-        windows=(None,) * layers,
-        tie_embeddings=True,
-        dtype="bfloat16",
-    )
-
-
-def random_checkpoint(directory: Path, shape: str, layers: int | None = None) -> Path:
-    """A checkpoint with random bfloat16 weights, a file for each layer, and the demo model's tokenizer."""
-    if (directory / hub.INDEX).exists():
-        return directory
-    print(f"making a random checkpoint of {shape} shape ...", flush=True)
-    depth, *sizes = SHAPES[shape]
-    config = config_of((layers or depth, *sizes))
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for i in range(config.num_layers):
-        # The first file has the embeddings, too.
-        part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
-        with tempfile.TemporaryDirectory() as scratch:
-            save_model(Qwen3(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
-            tensors = load_file(Path(scratch) / hub.WEIGHTS)
-        chosen = {
-            name.replace("layers.0.", f"layers.{i}."): tensor
-            for name, tensor in tensors.items()
-            if i == 0 or ".layers." in name
-        }
-        save_file(chosen, directory / f"model-{i:05}.safetensors", metadata={"format": "pt"})
-        files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
-    for name in hub.TOKENIZER_FILES:
-        shutil.copy(hub.resolve(hub.DEMO) / name, directory)
-    (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
-    (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return directory
 
 
 def machine() -> Figures:

@@ -109,9 +109,9 @@ OPTION_FLAGS = tuple(vars(DEFAULTS))
 
 def main() -> None:
     out = Path(_OUT.value).expanduser()
-    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
-    files.check_output(out, *([output.PAGE] if page else []))
+    files.check_output(out, *([output.PAGE] if _REPORT.value else []))
+    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     if figures:
         output.check_figures(figures)
     file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()

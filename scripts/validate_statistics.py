@@ -38,7 +38,7 @@ from jaxdelta.spectrum import (  # noqa: E402
     stable_rank,
 )
 from jaxdelta.subspaces import inner_products, shared_subspaces  # noqa: E402
-from jaxdelta.sweep import Update  # noqa: E402
+from jaxdelta.sweep import Update, Wrote  # noqa: E402
 from jaxdelta.views import MASKED, RAW  # noqa: E402
 
 _QUICK = flags.DEFINE_bool(

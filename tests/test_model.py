@@ -243,6 +243,22 @@ def test_scan_equals_loop(model: Qwen3, stream: ResidualStream) -> None:
         assert relative(mlp, stream.mlp[i]) <= 1e-6
 
 
+@pytest.mark.parametrize("queries", [10, 1000])
+def test_spans_of_queries(
+    queries: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that no query of a span sees are left out of it, whether or not it is cut further."""
+    monkeypatch.setattr(model_module, "MIN_SPAN", 30)
+    monkeypatch.setattr(model_module, "query_block", lambda config, shape: queries)
+    jax.clear_caches()
+    try:
+        found = residual_stream(model, TOKENS)
+    finally:
+        jax.clear_caches()
+    for name in ("states", "attention", "mlp"):
+        assert relative(getattr(found, name), getattr(stream, name)) <= 1e-6
+
+
 def test_a_later_token_changes_no_earlier_state(model: Qwen3, stream: ResidualStream) -> None:
     changed = TOKENS.copy()
     changed[:, 70] = (changed[:, 70] + 1) % 256

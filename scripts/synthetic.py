@@ -1,0 +1,71 @@
+"""Checkpoints with random weights of real shapes, for the benchmarks."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxdelta import hub
+from jaxdelta.checkpoint import save_model
+from jaxdelta.config import ModelConfig, Rope
+from jaxdelta.model import Qwen3
+
+# layers, hidden, heads, key/value heads, head size, MLP
+SHAPES = {
+    "0.6B": (28, 1024, 16, 8, 128, 3072),
+    "1.7B": (28, 2048, 16, 8, 128, 6144),
+    "4B": (36, 2560, 32, 8, 128, 9728),
+}
+VOCABULARY = 151_936
+
+
+def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConfig:
+    """A Qwen3 configuration with tied embeddings."""
+    layers, hidden, heads, kv_heads, head_dim, mlp = shape
+    return ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        rope=Rope(theta=1e6),
+        windows=(None,) * layers,
+        tie_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def random_checkpoint(directory: Path, shape: str, layers: int | None = None) -> Path:
+    """A checkpoint with random bfloat16 weights, a file for each layer, and the demo model's tokenizer."""
+    if (directory / hub.INDEX).exists():
+        return directory
+    print(f"making a random checkpoint of {shape} shape ...", flush=True)
+    depth, *sizes = SHAPES[shape]
+    config = config_of((layers or depth, *sizes))
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for i in range(config.num_layers):
+        # The first file has the embeddings, too.
+        part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
+        with tempfile.TemporaryDirectory() as scratch:
+            save_model(Qwen3(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
+            tensors = load_file(Path(scratch) / hub.WEIGHTS)
+        chosen = {
+            name.replace("layers.0.", f"layers.{i}."): tensor
+            for name, tensor in tensors.items()
+            if i == 0 or ".layers." in name
+        }
+        save_file(chosen, directory / f"model-{i:05}.safetensors", metadata={"format": "pt"})
+        files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
+    for name in hub.TOKENIZER_FILES:
+        shutil.copy(hub.resolve(hub.DEMO) / name, directory)
+    (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
+    (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return directory

@@ -1,0 +1,95 @@
+"""The two sides of `benchmark.py throughput`: a long text through a few layers, with moments of each.
+
+Axes: B windows, T tokens of each, d hidden size.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from jaxdelta.calibration import Tokens
+from jaxdelta.checkpoint import open_checkpoint
+from jaxdelta.figures import Groups
+from jaxdelta.measure import Design
+from jaxdelta.model import query_block
+from jaxdelta.plan import BLOCK_TOKENS
+from jaxdelta.pooling import Pool, Windows
+from jaxdelta.rows import Sample
+from jaxdelta.sweep import Blocks, Resident, Sweep
+from jaxdelta.views import DEFAULT_VIEWS, parse_views
+
+Side = Callable[[], object]
+
+
+def measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
+    """Our pass, gathering what the default views, masks and intervals need; the spectra are not taken."""
+    sweep, sample = _sweep(directory, ids, dtype)
+    assert sample.windows is not None
+    windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
+    design = Design(8, views=parse_views(DEFAULT_VIEWS), groups=Groups.none(sample.halves))
+
+    def run() -> None:
+        for layer in sweep:
+            pool = Pool(windows, sweep.shape[1], design)
+            for block, wrote in enumerate(layer):
+                pool.add(block, wrote.update)
+            jax.block_until_ready(pool.gathered().squares)
+
+    return run
+
+
+def passing(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
+    """Our pass alone."""
+    sweep, _ = _sweep(directory, ids, dtype)
+
+    def run() -> None:
+        for layer in sweep:
+            for wrote in layer:
+                jax.block_until_ready(wrote.update)
+
+    return run
+
+
+def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[Sweep, Sample]:
+    weights = Resident(open_checkpoint(str(directory)).load())
+    tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
+    count = max(1, min(len(ids), BLOCK_TOKENS // ids.shape[1]))
+    blocks = Blocks(count, query_block(weights.config, (count, ids.shape[1])))
+    sweep = Sweep(weights, tokens, dtype, blocks=blocks, whole=True)
+    return sweep, Sample.of(tokens, 200, 0, pooled=True)
+
+
+def torch_measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
+    """transformers' pass with all hidden states, and Σxxᵀ of what each layer, its attention and its MLP
+    wrote: float32 products, float64 sums, a window at a time."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    wrote: dict[tuple[int, str], Any] = {}
+    for index, layer in enumerate(model.layers):
+        for name in ("self_attn", "mlp"):
+            _keep_output(getattr(layer, name), wrote, (index, name))
+
+    @torch.inference_mode()
+    def run() -> None:
+        sums: dict[tuple[int, str], Any] = {}
+        for window in torch.from_numpy(ids.astype(np.int64)):
+            states = model(window[None], output_hidden_states=True, use_cache=False).hidden_states
+            parts = dict(wrote) | {(i, "update"): states[i + 1] - states[i] for i in range(len(model.layers))}
+            for name, part in parts.items():
+                x = part[0, 1:].float()
+                sums[name] = sums.get(name, 0) + (x.T @ x).double()
+
+    return run
+
+
+def _keep_output(module: Any, kept: dict[tuple[int, str], Any], name: tuple[int, str]) -> None:
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        kept[name] = output[0] if isinstance(output, tuple) else output
+
+    module.register_forward_hook(keep)
