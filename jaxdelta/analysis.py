@@ -1,5 +1,6 @@
 """analyze(): the whole way from a checkpoint and a text to an Analysis."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdelta import __version__, split
+from jaxdelta import __version__, resume, split
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS, Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import LOADERS, Checkpoint, open_checkpoint
 from jaxdelta.control import CONTROLS, controlled
@@ -22,7 +23,7 @@ from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
 from jaxdelta.gathered import parts_looked_at
 from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
-from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, measure
+from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, in_batches, measured
 from jaxdelta.model import Qwen3
 from jaxdelta.overlap import overlaps, principal_angles
 from jaxdelta.parallel import Grid, leads, make_grid, parse_mesh
@@ -33,7 +34,7 @@ from jaxdelta.relations import Phases, reference_tables, relate, stacked_directi
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import METHODS, numerical_rank
-from jaxdelta.states import scratch_directory
+from jaxdelta.states import States, scratch_directory
 from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
@@ -81,6 +82,7 @@ class Options:
     control: str | None = None
     scratch: str | None = None
     keep_moments: str | None = None
+    checkpoint_dir: str | None = None
     mesh: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class Options:
         parse_views(self.views)
         if self.mesh is not None:
             parse_mesh(self.mesh)
+        if self.keep_moments is not None and self.checkpoint_dir is not None:
+            raise UsageError("keep_moments: a run with --checkpoint_dir keeps none; leave one of the two out")
 
     @property
     def resampled(self) -> bool:
@@ -130,6 +134,7 @@ def analyze(
     listener: Listener | None = None,
     progress: bool = False,
     before: Callable[..., None] | None = None,
+    keep_checkpoint: bool = False,
     **options: Any,
 ) -> Analysis:
     """Runs a model over a calibration text and measures what each layer writes into the residual stream.
@@ -141,6 +146,8 @@ def analyze(
         listener: told a line as each stage ends.
         progress: show a bar over the layers where standard error is a terminal.
         before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
+        keep_checkpoint: leave what is in `checkpoint_dir` to the caller, who calls `resume.remove` when the
+            result is where it cannot be lost.
         **options: the fields of Options.
 
     Raises:
@@ -158,6 +165,8 @@ def analyze(
         note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
     if isinstance(weights, Resident) and chosen.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
+    if isinstance(weights, Resident) and chosen.checkpoint_dir is not None:
+        raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
     phases = _phases(chosen.phases, weights.config.num_layers)
     grid = make_grid(chosen.mesh, weights.config)
     with stages("tokenize") as note:
@@ -171,6 +180,8 @@ def analyze(
             result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept, grid)
             if kept:
                 result.save(kept / RUN)
+        if not keep_checkpoint:
+            resume.remove(chosen.checkpoint_dir)
         return result
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -220,18 +231,23 @@ def _measure(
 ) -> Analysis:
     pooled = options.keep_moments is not None
     sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled, pooled)
+    original = weights
     weights, plan = _planned(weights, tokens, options, sample, stages, grid)
+    begun = _begun(original, tokens, options, plan, sample, stages.listener, grid)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
     if options.control:
         stages.listener(f" control: {options.control} (seed {options.seed})")
-    with stages("layers") as note, scratch_directory(options.scratch, plan.blocks.place) as scratch:
-        dtypes = options.compute_dtype, options.residual_dtype
-        make_sweep = Sweep if grid is None else partial(split.SplitSweep, grid)
-        sweep = make_sweep(weights, tokens, *dtypes, plan.blocks, sample.windows is not None, scratch)
+    scratch = scratch_directory(options.scratch, plan.blocks.place)
+    with stages("layers") as note, scratch as directory, begun as run:
+        dtypes, states = (options.compute_dtype, options.residual_dtype), States(plan.blocks.place, directory)
+        going_on = (run.restore(states), run.keep) if run else ()
+        passed = weights, tokens, *dtypes, plan.blocks, sample.windows is not None, states, *going_on
+        sweep = Sweep(*passed) if grid is None else split.SplitSweep(grid, *passed)
         sweep.trace()
         passing = _with_loss(sweep, progress, sweep.compile_rest)
-        layers = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
+        found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
+        layers = list(run.keeping(found) if run else found)
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -263,21 +279,40 @@ def _measured(
     at_once: int,
     kept: Path | None,
     grid: Grid | None,
-) -> list[LayerFigures]:
+) -> Iterator[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
     views, short = parse_views(options.views), sample.windows is None
     groups = (sample.groups if short else Groups.none(sample.halves)) if options.resampled else None
     design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
     if sample.windows is None:
-        if grid is None:
-            return measure(passing, sweep.shape, design, at_once, sweep.clock)
-        return measure(
-            passing, sweep.shape, design, at_once * grid.mesh.size, sweep.clock, split.spread(grid)
-        )
+        pending = resume.PENDING if options.checkpoint_dir else None
+        call = None if grid is None else split.spread(grid)
+        at_once *= 1 if grid is None else grid.mesh.size
+        return measured(passing, sweep.shape, design, at_once, sweep.clock, pending, call)
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
     keep = partial(keep_layer, kept) if kept else None
     programs = ONE_DEVICE if grid is None else split.split_programs(grid)
-    return list(pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs))
+    return pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs)
+
+
+def _begun(
+    weights: Weights,
+    tokens: Tokens,
+    options: Options,
+    plan: Plan,
+    sample: Sample,
+    listener: Listener,
+    grid: Grid | None,
+) -> contextlib.AbstractContextManager[resume.Run | None]:
+    """The checkpoint of this run, begun now or before it was killed; None where none is wanted."""
+    if options.checkpoint_dir is None or not isinstance(weights, Checkpoint):
+        return contextlib.nullcontext()
+    stride = 1
+    if sample.windows is None and (grid or in_batches()):
+        stride = plan.at_once * (grid.mesh.size if grid else 1)
+    program = {**_versions(), "device": _device(), "layers measured at once": stride}
+    manifest = resume.manifest(program, weights, dataclasses.asdict(options), tokens, plan.blocks)
+    return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, stride, listener)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,8 +366,8 @@ def _run_facts(
 ) -> dict[str, Any]:
     documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return {
-        "versions": {"jaxdelta": __version__, **{p: metadata.version(p) for p in VERSIONED}},
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "versions": _versions(),
+        "device": _device(),
         "mesh": grid and grid.facts,
         "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
@@ -357,12 +392,23 @@ def _run_facts(
     }
 
 
+def _versions() -> dict[str, str]:
+    return {"jaxdelta": __version__, **{package: metadata.version(package) for package in VERSIONED}}
+
+
+def _device() -> str:
+    return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+
+
 def _times(seconds: Mapping[str, float]) -> str:
-    """What bound the pass: the layers wait where reading is slower than computing."""
-    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("compute", "wait", "loss"))
+    """What bound the pass: the layers wait where reading is slower than computing, or the disk they are kept
+    on is."""
+    bounds = {"compute": "computing", "wait": "reading", "keep": "keeping"}
+    told = [what for what in (*bounds, "loss") if what in seconds]
+    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in told)
     beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
-    bound = "reading" if seconds["wait"] > seconds["compute"] else "computing"
-    return f"           {own}; beside them {beside}: bound by {bound}"
+    bound = max(set(bounds) & set(told), key=lambda what: seconds[what])
+    return f"           {own}; beside them {beside}: bound by {bounds[bound]}"
 
 
 def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Iterator[Wrote]]:
@@ -370,7 +416,8 @@ def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) ->
     computed beside it."""
     count = sweep.weights.config.num_layers
     # None: only where standard error is a terminal.
-    bar = tqdm(sweep, " layers", count, leave=False, unit="layer", disable=None if progress else True)
+    shown = None if progress else True
+    bar = tqdm(sweep, " layers", count, initial=sweep.start, leave=False, unit="layer", disable=shown)
     with ThreadPoolExecutor(1, "compile") as beside:
         for layer, blocks in enumerate(bar):
             yield blocks

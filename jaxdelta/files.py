@@ -1,6 +1,7 @@
 """Output files that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import time
@@ -88,6 +89,27 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             _remove_while_written(temporary)
             raise
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[bool]:
+    """Holds a directory; False where another process does. The system ends it with the process, however
+    that ends.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        ours = False
+    else:
+        ours = True
+    try:
+        yield ours
+    finally:
+        os.close(handle)
 
 
 def _remove_while_written(directory: Path) -> None:

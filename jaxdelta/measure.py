@@ -107,13 +107,21 @@ class LayerFigures(NamedTuple):
 
 
 def measure(
+    layers: Iterable[Iterable[Wrote]], shape: tuple[int, int], design: Design, at_once: int | None = None
+) -> list[LayerFigures]:
+    """All that `measured` finds."""
+    return list(measured(layers, shape, design, at_once))
+
+
+def measured(
     layers: Iterable[Iterable[Wrote]],
     shape: tuple[int, int],
     design: Design,
     at_once: int | None = None,
     clock: Clock | None = None,
+    pending: int | None = None,
     call: "Caller | None" = None,
-) -> list[LayerFigures]:
+) -> Iterator[LayerFigures]:
     """The figures of every layer, in their order, as they come, and of the last one normed.
 
     Args:
@@ -122,16 +130,22 @@ def measure(
         design: what is measured.
         at_once: how many are computed at once; by default as many as memory, or cores, allow.
         clock: is told the time that goes into spectra.
+        pending: on a CPU, how many layers pass at most before the first one's figures come.
         call: how several devices compute a batch; by default one does.
     """
     at_once, clock = at_once or layers_at_once(*shape, _WORKSPACE_BYTES), clock or Clock()
-    if jax.default_backend() == "cpu" and call is None:
-        return list(_on_threads(joined(layers), shape, design, at_once, clock))
-    return list(_in_batches(joined(layers), design, at_once, clock, call or _together))
+    if call or in_batches():
+        return _in_batches(joined(layers), design, at_once, clock, call or _together)
+    return _on_threads(joined(layers), shape, design, at_once, clock, pending or layers_pending(at_once))
+
+
+def in_batches() -> bool:
+    """Whether several layers are measured in one call, and not each by itself."""
+    return jax.default_backend() != "cpu"
 
 
 def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock
+    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock, most: int
 ) -> Iterator[LayerFigures]:
     """A thread for each core, whose linear algebra runs on that core alone.
 
@@ -149,7 +163,7 @@ def _on_threads(
         compiled = pool.submit(_prepare, shape, design, stack)
         for update in updates:
             pending.append(pool.submit(run_one, update))
-            if len(pending) >= layers_pending(at_once):
+            if len(pending) >= most:
                 yield pending.pop(0).result()
         yield from (future.result() for future in pending)
 

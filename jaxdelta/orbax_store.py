@@ -47,11 +47,7 @@ def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np
     """
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    # What `_open` expects; and weights hardly shrink, while unpacking them takes longer than reading them.
-    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
-    context.array.saving.use_compression = False
-    with _quiet(), context:
+    with quiet(), saving():
         try:
             for portion in _portions(_leaves(source, names, dtype)):
                 ocp.partial.save(directory, portion)
@@ -62,6 +58,17 @@ def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np
             raise OSError(errno.EIO, _reason(error)) from error
 
 
+def saving() -> Any:
+    """Orbax's context in which all is written here."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    # What `open_arrays` expects; and numbers hardly shrink, while unpacking takes longer than reading them.
+    context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
+    context.array.saving.use_compression = False
+    return context
+
+
 def open_orbax(directory: Path) -> Source:
     """Lists what `write_orbax` wrote; tensors, or some of their rows, are then read one by one.
 
@@ -69,7 +76,7 @@ def open_orbax(directory: Path) -> Source:
         JaxDeltaError: it is no such checkpoint, or not the whole of one.
     """
     with _plain_errors(f"{directory}: is not a whole Orbax checkpoint"):
-        arrays = _open_arrays(directory.absolute())
+        arrays = open_arrays(directory.absolute())
     slices: dict[str, list[_Slice]] = {}
     for leaf in sorted(arrays):  # The numbers of rows are padded: their order is the names'.
         name, first = match.groups() if (match := _SLICE.fullmatch(leaf)) else (leaf, 0)
@@ -101,8 +108,8 @@ def open_orbax(directory: Path) -> Source:
     return Source(specs, read)
 
 
-def _open_arrays(directory: Path) -> dict[str, Any]:
-    """Every leaf as a TensorStore; none of the data is read."""
+def open_arrays(directory: Path) -> dict[str, Any]:
+    """Every leaf as a TensorStore; none of the data is read. Raises whatever TensorStore does."""
     import tensorstore
 
     manifests = [*directory.glob("*/manifest.ocdbt")]
@@ -178,7 +185,7 @@ def _read_into(buffer: np.ndarray, array: Any, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then."""
     verbosity, hook = logging.get_verbosity(), sys.unraisablehook
     logging.set_verbosity(logging.FATAL)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Shaped
 
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.types import AnyArray
 
 AXES = ("data", "model")
 WHOLE, DATA, ALL = PartitionSpec(), PartitionSpec("data"), PartitionSpec(AXES)
@@ -87,8 +88,10 @@ class Grid:
 
         return jax.make_array_from_callback((count, *mine.shape[1:]), self.split(), part)
 
-    def to_host(self, block: Shaped[Array, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
-        """This process' windows of a block."""
+    def to_host(self, block: Shaped[AnyArray, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
+        """This process' windows of a block; what is on the host are they."""
+        if isinstance(block, np.ndarray):
+            return block
         parts = {shard.index[0].start or 0: shard.data for shard in block.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 

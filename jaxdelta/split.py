@@ -97,6 +97,7 @@ class SplitSweep(Sweep):
     def __init__(self, grid: Grid, weights: Weights, *arguments: Any):
         super().__init__(SplitWeights(weights, grid), *arguments)
         self._grid = grid
+        self._states.fetch, self._states.put = grid.to_host, grid.to_devices
         self._positions = [self._own(part) if part is not None else None for part in self._positions]
 
     def _own(self, windows: np.ndarray) -> Array:
@@ -135,14 +136,8 @@ class SplitSweep(Sweep):
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
         return super()._enter(self._grid.mine(tokens))
 
-    def _fetch(self, state: AnyArray) -> np.ndarray:
-        return self._grid.to_host(state) if isinstance(state, jax.Array) else state
-
     def _fetch_all(self, array: Array) -> np.ndarray:
         return self._grid.whole(array)
-
-    def _put(self, state: np.ndarray) -> Array:
-        return self._grid.to_devices(state)
 
     @cached_property
     def _norm(self) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jaxdelta.errors import JaxDeltaError
+from jaxdelta.files import locked
 from jaxdelta.types import AnyArray
 
 T = TypeVar("T")
@@ -27,11 +28,11 @@ class State(NamedTuple):
     written: Float32[AnyArray, "B T D"]
 
 
-def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]:
-    """read(0), ..., read(count - 1), each read on another thread while the one before is in use."""
+def read_ahead(read: Callable[[int], T], count: int, start: int = 0) -> Generator[T, None, None]:
+    """read(start), ..., read(count - 1), each read on another thread while the one before is in use."""
     with ThreadPoolExecutor(1, "read-ahead") as pool:
-        upcoming = [pool.submit(read, 0)]
-        for index in range(1, count + 1):
+        upcoming = [pool.submit(read, start)]
+        for index in range(start + 1, count + 1):
             # Handed over without a reference left here, which would keep it in memory.
             item = [upcoming.pop().result()]
             if index < count:
@@ -43,18 +44,39 @@ def read_ahead(read: Callable[[int], T], count: int) -> Generator[T, None, None]
 def scratch_directory(parent: str | None, place: str) -> Iterator[Path | None]:
     """A directory of the run's own for states that wait in files, gone when it ends; None where none do.
 
+    Those of runs that were killed are removed: nobody holds them.
+
     Raises:
         JaxDeltaError: it cannot be made.
     """
     if place != "scratch" or parent is None:
         yield None
         return
-    try:
-        directory = tempfile.TemporaryDirectory(prefix="jaxdelta-", dir=Path(parent).expanduser())
-    except OSError as error:
-        raise JaxDeltaError(f"{parent}: no scratch directory can be made there ({error.strerror})") from error
-    with directory as path:
-        yield Path(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            path = stack.enter_context(_held_directory(Path(parent).expanduser()))
+        except OSError as error:
+            raise JaxDeltaError(
+                f"{parent}: no scratch directory can be made there ({error.strerror})"
+            ) from error
+        yield path
+
+
+@contextlib.contextmanager
+def _held_directory(parent: Path) -> Iterator[Path]:
+    for left in parent.glob("jaxdelta-scratch-*"):
+        with contextlib.suppress(OSError), locked(left) as ours:
+            if ours:
+                for file in left.glob("state-*"):
+                    file.unlink()
+                left.rmdir()
+    # It has another name until it is held: nobody takes it for one that was left.
+    with tempfile.TemporaryDirectory(prefix=".jaxdelta-scratch-", dir=parent) as made, locked(Path(made)):
+        path = Path(made).rename(parent / Path(made).name.removeprefix("."))
+        try:
+            yield path
+        finally:
+            path.rename(made)
 
 
 def own_copy(part: np.ndarray) -> Array:
@@ -71,15 +93,10 @@ class States:
         JaxDeltaError: a file in the scratch directory cannot be written.
     """
 
-    def __init__(
-        self,
-        place: str = "device",
-        directory: Path | None = None,
-        fetch: Callable[[Any], np.ndarray] = np.asarray,
-        put: Callable[[Any], Array] = own_copy,
-    ):
+    def __init__(self, place: str = "device", directory: Path | None = None):
         self._place, self._directory = place, directory
-        self._fetch, self._put = fetch, put
+        self.fetch: Callable[[Any], np.ndarray] = np.asarray
+        self.put: Callable[[Any], Array] = own_copy
         self._kept: dict[int, State] = {}
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
 
@@ -87,7 +104,7 @@ class States:
         if self._place == "device":
             self._kept[block] = state
             return
-        state = State(*map(self._fetch, state))
+        state = State(*map(self.fetch, state))
         if self._place == "host":
             self._kept[block] = state
             return
@@ -113,7 +130,7 @@ class States:
         jax.block_until_ready(list(self._kept.values()))
 
     def _load(self, block: int) -> State:
-        return State(*map(self._put, self._read(block)))
+        return State(*map(self.put, self._read(block)))
 
     def _read(self, block: int) -> State:
         if self._place == "host":

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -31,9 +30,12 @@ from jaxdelta.model import (
     block_context,
     query_block,
 )
-from jaxdelta.states import State, States, own_copy, read_ahead
+from jaxdelta.states import State, States, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
+
+# Called with a layer, a block, and the state after it.
+Keep = Callable[[int, int, State], None]
 
 
 @runtime_checkable
@@ -128,15 +130,14 @@ class Sweep:
     each block, of the tokens that count. What is known at the end stays here.
 
     After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`.
-    The clock's times: read (from disk) and transfer (to the device), both beside the computing; wait (for
-    them), compute (the layers), loss.
+    A pass that goes on from another one's `states` begins with layer `start`; `keep` is called with every
+    state that it leaves. The clock's times: read (from disk) and transfer (to the device), both beside the
+    computing; wait (for them), compute (the layers), keep (what is computed), loss.
     """
 
     closure_error: float
     loss: float
-    # How a state comes to the host and back, an array of all windows to the host, a context to the device.
-    _fetch: Any = staticmethod(np.asarray)
-    _put: Any = staticmethod(own_copy)
+    # How an array of all windows comes to the host, and a context to the device.
     _fetch_all: Any = staticmethod(np.asarray)
     _put_context: Any = staticmethod(jax.device_put)
 
@@ -148,14 +149,17 @@ class Sweep:
         residual_dtype: DTypeLike = jnp.float32,
         blocks: Blocks | None = None,
         whole: bool = False,
-        scratch: Path | None = None,
+        states: States | None = None,
+        start: int = 0,
+        keep: Keep | None = None,
     ):
         self.weights = weights
         self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
         positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
         self._positions: list[Any] = positions
-        self._whole, self._scratch = whole, scratch
+        self._whole, self.start, self._keep = whole, start, keep
+        self._states = states or States(self.blocks.place)
         self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
         self.clock = Clock()
 
@@ -207,19 +211,20 @@ class Sweep:
         if not hasattr(self, "_traced"):
             self.trace()
         with (
-            contextlib.closing(read_ahead(self._read, config.num_layers)) as layers,
+            contextlib.closing(read_ahead(self._read, config.num_layers, self.start)) as layers,
             ThreadPoolExecutor(1, "enter") as beside,
         ):
-            states = States(self.blocks.place, self._scratch, self._fetch, self._put)
-            entering = beside.submit(self._fill, states)
+            entering = beside.submit(self._fill)
             steps = {kind: traced.compile() for kind, traced in self._traced.items()}
             entering.result()
             windows = attention_windows(config, self.tokens[0].shape[1])
-            for kind, window in zip(self._kinds[:-1], windows[:-1], strict=True):
-                yield from _all_of(self._pass(self._step(steps[kind], layers, window), states))
+            last = config.num_layers - 1
+            for index in range(self.start, last):
+                step = self._step(steps[self._kinds[index]], layers, windows[index])
+                yield from _all_of(self._pass(index, step))
             final = _Final(self.weights, 1 if self._whole else len(self.tokens), self._final_norm)
             step = self._step(steps[self._kinds[-1]], layers, windows[-1])
-            yield from _all_of(self._pass(step, states, final))
+            yield from _all_of(self._pass(last, step, final))
         self._last_normed, self.closure_error = final.normed, final.closure_error
 
     def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
@@ -234,10 +239,9 @@ class Sweep:
 
         return of_block
 
-    def _pass(
-        self, step: Callable[..., Any], states: States, final: "_Final | None" = None
-    ) -> Iterator[Wrote]:
+    def _pass(self, index: int, step: Callable[..., Any], final: "_Final | None" = None) -> Iterator[Wrote]:
         """Takes all states through a layer; ends when they are computed, so that the layer can go."""
+        states = self._states
         with contextlib.closing(states.in_turn(len(self.tokens))) as waiting:
             for block, rows in enumerate(self._rows):
                 state = next(waiting)
@@ -245,6 +249,11 @@ class Sweep:
                 with self.clock("compute"):
                     h, written, update = step(state, block)
                     states[block] = state = State(h, written)
+                    if self._keep:
+                        jax.block_until_ready(state)
+                if self._keep:
+                    with self.clock("keep"):
+                        self._keep(index, block, state)
                 normed = None
                 if final:
                     first = self._enter(self.tokens[block])
@@ -259,15 +268,15 @@ class Sweep:
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
 
     def _owned(self, state: AnyArray) -> Array:
-        return state if isinstance(state, jax.Array) else self._put(state)
+        return state if isinstance(state, jax.Array) else self._states.put(state)
 
     def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
         return _final_norm(*arguments, eps=eps)
 
-    def _fill(self, states: States) -> None:
-        for block, tokens in enumerate(self.tokens):
+    def _fill(self) -> None:
+        for block, tokens in enumerate(self.tokens if self.start == 0 else ()):
             h = self._enter(tokens)
-            states[block] = State(h, np.zeros(h.shape, np.float32))
+            self._states[block] = State(h, np.zeros(h.shape, np.float32))
 
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
         """The state that enters the first layer; cast by NumPy, for which nothing need be compiled."""

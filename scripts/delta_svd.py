@@ -26,6 +26,7 @@ from jaxdelta import (  # noqa: E402
     files,
     parallel,
     plan,
+    resume,
     spectrum,
 )
 from jaxdelta.errors import UsageError  # noqa: E402
@@ -90,6 +91,11 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "keep_moments", DEFAULTS.keep_moments, "a directory to keep the moments in, for merge_runs.py"
 )
+flags.DEFINE_string(
+    "checkpoint_dir",
+    DEFAULTS.checkpoint_dir,
+    "a directory to keep every finished layer in: the same command goes on from there after a kill",
+)
 flags.DEFINE_string("views", DEFAULTS.views, "all, none, or views of each update, see README")
 flags.DEFINE_float(
     "sink_factor", DEFAULTS.sink_factor, "a token is a sink beyond so many times the median state's norm"
@@ -137,7 +143,13 @@ def run(leads: bool) -> None:
     say = (lambda line: None) if quiet else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value, _CALIBRATION.value, listener=say, progress=not quiet, before=check, **options
+        _MODEL.value,
+        _CALIBRATION.value,
+        listener=say,
+        progress=not quiet,
+        before=check,
+        keep_checkpoint=True,
+        **options,
     )
     if file and beside:
         result = comparison.compare_control(result, beside, file.name)
@@ -147,6 +159,7 @@ def run(leads: bool) -> None:
     more = output.shown(result, page, figures)
     with output.directory_for(figures):
         result.save(out, more)
+    resume.remove(options["checkpoint_dir"])
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")
     say(tables(result))

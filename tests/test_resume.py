@@ -1,0 +1,412 @@
+"""A run that was stopped goes on from its last finished layer, and ends in the same numbers bit for bit."""
+
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxdelta import Analysis, analysis, analyze, archive, load_model, resume, rows
+from jaxdelta.calibration import Tokens, tokenize
+from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.files import locked
+from jaxdelta.measure import LayerFigures
+from jaxdelta.plan import Work
+from jaxdelta.resume import RUN, Run
+from jaxdelta.states import PLACES, State, States, scratch_directory
+from jaxdelta.sweep import Blocks, Sweep
+
+LAYERS = 4  # of the tiny checkpoint
+OPTIONS: dict[str, Any] = {"top_k": 4, "bootstrap": 20, "null_draws": 20}
+
+Stopped = RuntimeError
+
+
+def text(count: int = 14) -> Tokens:
+    """Documents in windows of 64."""
+    words = [f"document {i} says {'something ' * (i % 7 + 1)}" for i in range(count)]
+    return tokenize(
+        words, lambda texts: [(list(text.encode()), list(range(len(text)))) for text in texts],
+        max_tokens=700, vocab_size=256, layout="packed", seq_len=64,
+    )  # fmt: skip
+
+
+TEXT = text()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("checkpoint")] == []
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`short`: kept whole; else where the states of a long text wait, in several blocks."""
+    if request.param != "short":
+        monkeypatch.setattr(rows, "LONG", 100)
+        monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, request.param)]))
+    return request.param
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    """The next run stops when this layer is to pass; behind the last one, when the loss is to be computed."""
+
+    def fails(*_: object) -> None:
+        raise Stopped("the machine is taken away")
+
+    step = Sweep._step
+
+    def stops(sweep: Sweep, kind: Any, layers: Any, window: Any) -> Any:
+        steps.append(None)
+        return fails() if sweep.start + len(steps) > layer else step(sweep, kind, layers, window)
+
+    steps: list[None] = []
+    monkeypatch.setattr(Sweep, "_step", stops)
+    monkeypatch.setattr(Sweep, "finish_loss", fails)
+
+
+def run(
+    model: Path, directory: Path | None, tokens: Tokens = TEXT, **options: Any
+) -> tuple[Analysis, list[str]]:
+    """The result, and what is said of going on."""
+    said: list[str] = []
+    where = None if directory is None else str(directory)
+    result = analyze(str(model), tokens, listener=said.append, checkpoint_dir=where, **OPTIONS | options)
+    return result, told(said)
+
+
+def stopped(model: Path, directory: Path, layer: int, **options: Any) -> list[str]:
+    """A run that is stopped before this layer; what is said of going on."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Stopped):
+        stop_at(patched, layer)
+        where = str(directory)
+        analyze(str(model), TEXT, listener=said.append, checkpoint_dir=where, **OPTIONS | options)
+    return told(said)
+
+
+def told(said: list[str]) -> list[str]:
+    return [line.strip() for line in said if "resumed" in line or "damaged" in line]
+
+
+def bits(result: Analysis) -> tuple[str, bytes]:
+    """All but times and the directories' names."""
+    facts = {name: x for name, x in result.run.items() if "seconds" not in name}
+    facts["flags"] = facts["flags"] | {"checkpoint_dir": None, "scratch": None}
+    fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    kept = {name: x for name, x in fields.items() if name not in Analysis.ARRAYS}
+    return json.dumps(kept | {"run": facts}), result.arrays_file()
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("place", ["short", *PLACES], indirect=True)
+def test_stopped_at_every_layer(place: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """One run, stopped a layer further every time; the states of two steps are kept and no more."""
+    scratch, directory = tmp_path / "scratch", tmp_path / "checkpoints"
+    scratch.mkdir()
+    where = {"scratch": str(scratch)}
+    for layer in range(1, LAYERS + 1):
+        said = stopped(tiny_checkpoint, directory, layer, **where)
+        # A layer is finished when its figures are there: while the next one passes.
+        assert said == ([f"resumed after layer {layer - 3}"] if layer >= 3 else [])
+        steps = range(max(0, layer - 3), layer - 1)
+        assert {path.name for path in (directory / RUN).iterdir()} == {
+            "manifest.json",
+            *(f"step-{step:06}{suffix}" for step in steps for suffix in ("", ".json")),
+            *(f"step-{step:06}" for step in {layer - 1} & set(range(LAYERS - 1))),
+            *(f"figures-{index:06}" for index in range(layer - 1)),
+        }
+    found, said = run(tiny_checkpoint, directory, **where)
+    assert said == [f"resumed after layer {LAYERS - 2}"]
+    assert not [*directory.iterdir(), *scratch.iterdir()]
+    assert bits(found) == bits(run(tiny_checkpoint, None, **where)[0])
+
+
+def test_bfloat16_and_resident(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The residual stream in bfloat16, all weights loaded before, a control's at that."""
+    options = {"residual_dtype": "bfloat16", "memory": "resident", "control": "permuted_weights"}
+    stopped(tiny_checkpoint, tmp_path, 3, **options)
+    found, said = run(tiny_checkpoint, tmp_path, **options)
+    assert said == ["resumed after layer 1"]
+    assert bits(found) == bits(run(tiny_checkpoint, None, **options)[0])
+
+
+def test_the_caller_removes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As long as the result is nowhere, what was kept is not given up."""
+    found, _ = run(tiny_checkpoint, tmp_path, keep_checkpoint=True)
+    again, said = run(tiny_checkpoint, tmp_path, keep_checkpoint=True)
+    assert said == [f"resumed after layer {LAYERS - 2}"]
+    assert bits(again) == bits(found)
+    (tmp_path / "of the user").touch()
+    resume.remove(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["of the user"]
+
+
+def test_batches_on_an_accelerator(tmp_path: Path) -> None:
+    """Where three layers are measured in one call, states are kept behind the third: the batches stay."""
+    with resume.opened(str(tmp_path), {}, 8, 3, print) as kept:
+        assert [layer for layer in range(8) if kept.keeps(layer)] == [2, 5]
+
+
+# --------------------------------------------------------------------------------------------- other runs
+
+
+@pytest.fixture(scope="module")
+def left(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that stopped after its last layer; not to be written to."""
+    directory = tmp_path_factory.mktemp("left")
+    stopped(tiny_checkpoint, directory, LAYERS)
+    return directory
+
+
+@pytest.fixture
+def copy(left: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(left, tmp_path / "copy"))
+
+
+def test_each_entry_of_the_manifest_is_compared(left: Path) -> None:
+    manifest = json.loads((left / RUN / "manifest.json").read_text())
+    assert {"jax", "jaxdelta", "device", "weights", "text", "--seed", "--views", "blocks: windows"} <= set(
+        manifest
+    )
+    assert not {"--scratch", "--checkpoint_dir"} & set(manifest)
+    for name in manifest:
+        other = manifest | {name: "another"}
+        mend = r"choose another --checkpoint_dir, or delete .*jaxdelta-run"
+        with (
+            pytest.raises(JaxDeltaError, match=f"another run: {name} was .*; {mend}"),
+            resume.opened(str(left), other, LAYERS, 1, print),
+        ):
+            pass
+
+
+def test_another_run_is_refused(copy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(JaxDeltaError, match="another run: --top_k was 4, now it is 3"):
+        run(tiny_checkpoint, copy, top_k=3)
+    with pytest.raises(JaxDeltaError, match="another run: text was"):
+        run(tiny_checkpoint, copy, text(9))
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][5] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(JaxDeltaError, match="another run: weights was"):
+        run(model, copy)
+    assert run(tiny_checkpoint, copy)[1] == [f"resumed after layer {LAYERS - 2}"]
+
+
+def test_a_model_of_another_place_is_the_same(copy: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "elsewhere"))
+    assert run(model, copy)[1] == [f"resumed after layer {LAYERS - 2}"]
+
+
+def test_a_manifest_that_cannot_be_read(copy: Path, tiny_checkpoint: Path) -> None:
+    (copy / RUN / "manifest.json").write_text("{")
+    with pytest.raises(JaxDeltaError, match=r"manifest\.json: cannot be read .*; choose another"):
+        run(tiny_checkpoint, copy)
+
+
+def test_without_a_manifest_nothing_counts(copy: Path, tiny_checkpoint: Path) -> None:
+    """Whose steps these are is not known: of a run that was killed when it removed them, say."""
+    (copy / RUN / "manifest.json").unlink()
+    assert run(tiny_checkpoint, copy)[1] == []
+
+
+def test_two_runs_at_once(copy: Path, tiny_checkpoint: Path) -> None:
+    with locked(copy) as ours, pytest.raises(JaxDeltaError, match="another run is using it"):
+        assert ours
+        run(tiny_checkpoint, copy)
+
+
+def test_no_directory(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(JaxDeltaError, match=r"file: no checkpoint can be kept there \(.*\)"):
+        run(tiny_checkpoint, tmp_path / "file")
+
+
+def test_options_that_do_not_go_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="checkpoint_dir needs a model by its name"):
+        analyze(load_model(str(tiny_checkpoint)), TEXT, checkpoint_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="keep_moments: a run with --checkpoint_dir keeps none"):
+        run(tiny_checkpoint, tmp_path, keep_moments=str(tmp_path / "moments"))
+    assert not [*tmp_path.iterdir()]
+
+
+# ------------------------------------------------------------------------------------------------- damage
+
+
+def restored(directory: Path) -> tuple[int, list[str], States]:
+    """The layer to go on with, what is said, and the states."""
+    said: list[str] = []
+    states, kept = States("host"), Run(directory / RUN, LAYERS, 1, said.append)
+    start = kept.restore(states)
+    kept.close()
+    return start, said, states
+
+
+def flip(file: Path, share: float) -> None:
+    """Another bit in the midst of the file."""
+    data = bytearray(file.read_bytes())
+    data[int(share * (len(data) - 1))] ^= 16
+    file.write_bytes(data)
+
+
+def files_of(directory: Path, *names: str) -> list[Path]:
+    found = [path for name in names for path in (directory / RUN).glob(f"{name}*")]
+    return [
+        path for top in found for path in [top, *top.rglob("*")] if path.is_file() and path.stat().st_size
+    ]
+
+
+def test_no_damage_passes(left: Path, tmp_path: Path) -> None:
+    """Whatever file of the newest step is damaged: its states are found whole, or the step before's are."""
+    newest, _, wanted = restored(Path(shutil.copytree(left, tmp_path / "whole")))
+    assert newest == LAYERS - 1
+    damages: list[Callable[[Path], Any]] = [
+        lambda file: flip(file, 0.5),
+        lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        Path.unlink,
+    ]
+    names = f"step-{LAYERS - 2:06}", f"figures-{LAYERS - 2:06}"
+    found = []
+    for number in range(len(files_of(left, *names))):
+        for damage in damages:
+            copy = Path(shutil.copytree(left, tmp_path / "copy"))
+            damage(file := files_of(copy, *names)[number])
+            unsaid = file.suffix == ".json" and not file.exists()  # as of a run that was killed before
+            start, said, states = restored(copy)
+            found.append(start)
+            assert start in (newest - 1, newest)
+            assert said[-1] == f" resumed after layer {start - 1}"
+            assert len(said) == (1 if unsaid else 1 + newest - start)
+            if start == newest:
+                for one, other in zip(*(next(of.in_turn(1)) for of in (states, wanted)), strict=True):
+                    np.testing.assert_array_equal(one, other)
+            shutil.rmtree(copy)
+    assert set(found) == {newest - 1, newest}  # Orbax keeps some files that nobody needs
+
+
+def test_the_step_before_is_used(copy: Path, tiny_checkpoint: Path) -> None:
+    for file in files_of(copy, f"step-{LAYERS - 2:06}/"):
+        flip(file, 0.5)
+    found, said = run(tiny_checkpoint, copy)
+    assert f"what was kept after layer {LAYERS - 2} is damaged" in said[0]
+    assert "it is not used" in said[0]
+    assert said[1:] == [f"resumed after layer {LAYERS - 3}"]
+    assert bits(found) == bits(run(tiny_checkpoint, None)[0])
+
+
+def test_nothing_whole_is_left(copy: Path, tiny_checkpoint: Path) -> None:
+    shutil.rmtree(copy / RUN / "figures-000000")
+    found, said = run(tiny_checkpoint, copy)
+    assert [line.split(" (")[0] for line in said] == [
+        f"what was kept after layer {layer} is damaged" for layer in (LAYERS - 2, LAYERS - 3)
+    ]
+    assert bits(found) == bits(run(tiny_checkpoint, None)[0])
+    assert not [*copy.iterdir()]
+
+
+def test_a_step_that_was_being_removed(copy: Path) -> None:
+    """Its states do not stay on disk."""
+    (copy / RUN / f"step-{LAYERS - 3:06}.json").unlink()
+    assert restored(copy)[0] == LAYERS - 1
+    newest = f"step-{LAYERS - 2:06}"
+    assert {path.name for path in (copy / RUN).glob("step-*")} == {newest, f"{newest}.json"}
+
+
+def test_a_piece_that_cannot_be_written(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends in an error that names it, and no later step counts as whole."""
+    save, calls = resume._save, []
+
+    def fails(path: Path, arrays: Any) -> str:
+        calls.append(path.name)
+        if path.name == "figures-000001":
+            raise JaxDeltaError(f"{path}: cannot be written")
+        return save(path, arrays)
+
+    monkeypatch.setattr(resume, "_save", fails)
+    with pytest.raises(JaxDeltaError, match=r"figures-000001: cannot be written"):
+        run(tiny_checkpoint, tmp_path)
+    monkeypatch.undo()
+    assert calls[-1] == "figures-000001"
+    assert run(tiny_checkpoint, tmp_path)[1] == ["resumed after layer 0"]
+
+
+# ------------------------------------------------------------------------------------------------- pieces
+
+
+def test_figures_come_back(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bits, all types, and what is one object stays one."""
+    for one in found_figures(tiny_checkpoint, monkeypatch):
+        other = archive.unpack(archive.pack(one))
+        assert list(one.views) == list(other.views)
+        assert one.ledger == other.ledger
+        same = [[a is b for a in of.views.values() for b in of.views.values()] for of in (one, other)]
+        assert same[0] == same[1]
+        for mine, its in zip(one.views.values(), other.views.values(), strict=True):
+            assert_same_tree(mine, its)
+
+
+def found_figures(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerFigures]:
+    """Of a short text, and of a long one."""
+    found: list[LayerFigures] = []
+    collect = analysis.collect
+    monkeypatch.setattr(
+        analysis, "collect", lambda layers, *rest: found.extend(layers) or collect(layers, *rest)
+    )
+    run(model, None)
+    monkeypatch.setattr(rows, "LONG", 100)
+    monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
+    run(model, None)
+    assert len(found) == 2 * (LAYERS + 1)
+    return found
+
+
+def assert_same_tree(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray):
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    elif dataclasses.is_dataclass(one):
+        for field in dataclasses.fields(one):
+            assert_same_tree(getattr(one, field.name), getattr(other, field.name))
+    elif isinstance(one, tuple):
+        for mine, its in zip(one, other, strict=True):
+            assert_same_tree(mine, its)
+    else:
+        assert one == other
+
+
+def test_nothing_piles_up_in_scratch(tmp_path: Path) -> None:
+    """What a killed run left is removed; what a living one has, and what is not ours, stays."""
+    dead = tmp_path / "jaxdelta-scratch-dead"
+    dead.mkdir()
+    (dead / "state-0").write_bytes(b"left")
+    (tmp_path / "jaxdelta-scratch-of the user").mkdir()
+    (tmp_path / "jaxdelta-scratch-of the user" / "notes").touch()
+    with scratch_directory(str(tmp_path), "scratch") as first:
+        assert first is not None
+        States("scratch", first)[0] = State(np.ones((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32))
+        with scratch_directory(str(tmp_path), "scratch") as second:
+            assert second is not None and second != first
+            assert not dead.exists()
+            assert (first / "state-0").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["jaxdelta-scratch-of the user"]
+
+
+def test_weights_are_told_apart_by_every_tensor_of_a_small_file(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    before = resume._weights_digest(model)
+    flip(model / "model.safetensors", 0.7)
+    assert resume._weights_digest(model) != before
