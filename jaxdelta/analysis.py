@@ -168,10 +168,10 @@ def analyze(
     if isinstance(weights, Resident) and chosen.checkpoint_dir is not None:
         raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
     phases = _phases(chosen.phases, weights.config.num_layers)
-    grid = make_grid(chosen.mesh, weights.config)
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
+    grid = make_grid(chosen.mesh, weights.config)
     _check_rank(chosen.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
     if before:
         before(weights.config, tokens, phases, chosen)

@@ -259,7 +259,8 @@ def _view(
     found = call(figures.view_figures, own, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
-        update = jax.tree.map(np.asarray, batch[row])
+        # One device has it then, where all had it.
+        update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), batch[row])
         again = figures.host_figures(update, own[row][1], selection, design.groups, size)
         found[row] = jax.tree.map(np.array, again)
     compared: list[Crossed | None] = [None] * len(batch)

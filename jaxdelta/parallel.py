@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -228,6 +229,8 @@ def processes(
         UsageError: what is given, or found, is not enough or does not fit.
         JaxDeltaError: the other processes cannot be reached, or one of them has ended.
     """
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UsageError(f"coordinator_address must be HOST:PORT, not {coordinator!r}")
     try:
         jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, TypeError) as error:

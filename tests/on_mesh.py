@@ -25,7 +25,12 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
         ("model:4", SHORT, FEW),
         ("data:2,model:2", Blocks(4, 16), {}),
     ],
-    "long": [("data:1", LONG, {}), ("data:4", LONG, {}), ("model:2,data:2", Blocks(8, 16, "host"), FEW)],
+    "long": [
+        ("data:1", LONG, {}),
+        ("data:4", LONG, {}),
+        ("model:4", LONG, FEW),
+        ("model:2,data:2", Blocks(8, 16, "host"), FEW),
+    ],
 }
 
 

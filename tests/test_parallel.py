@@ -21,6 +21,7 @@ from jaxdelta.calibration import Tokens
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.errors import UsageError
 from jaxdelta.parallel import make_grid, parse_mesh, share
+from jaxdelta.parallel import processes as processes_of
 from jaxdelta.plan import Work
 from jaxdelta.split import SplitSweep, SplitWeights
 from jaxdelta.sweep import Blocks, Resident, Sweep, joined
@@ -195,6 +196,11 @@ def test_a_mesh_must_fit_the_model(checkpoint: Path) -> None:
     config = dataclasses.replace(config, num_kv_heads=1, intermediate_size=81)
     with pytest.raises(UsageError, match=r"model:2 does not divide num_key_value_heads \(1\), intermediate"):
         make_grid("model:2", config)
+
+
+def test_no_address() -> None:
+    with pytest.raises(UsageError, match="must be HOST:PORT, not 'host'"), processes_of("host"):
+        pass
 
 
 def test_a_cpus_simulated_devices_are_one_unless_asked_for(checkpoint: Path) -> None:
