@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import time
@@ -55,17 +56,21 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     """
     temporary = {path: _temporary(path) for path in contents}
     _refuse_directories(contents)
-    try:
-        for path, data in contents.items():
-            with _plain_errors(path), open(temporary[path], "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            with _plain_errors(path):
-                os.replace(temporary[path], path)
-    finally:
-        _remove(temporary.values())
+    with contextlib.ExitStack() as held:
+        try:
+            for path, data in contents.items():
+                with _plain_errors(path), open(temporary[path], "wb") as file:
+                    held.enter_context(locked(temporary[path]))
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for path in contents:
+                with _plain_errors(path):
+                    os.replace(temporary[path], path)
+        finally:
+            _remove(temporary.values())
+    for path in contents:
+        _remove_left(path)
 
 
 @contextlib.contextmanager
@@ -92,21 +97,19 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[bool]:
-    """Holds a directory; False where another process does. The system ends it with the process, however
-    that ends.
+def locked(path: Path) -> Iterator[bool]:
+    """Holds a file or a directory; False where another process does, or the file system knows no locks.
+
+    The system ends it with the process, however that ends.
 
     Raises:
         OSError: it cannot be opened.
     """
-    handle = os.open(directory, os.O_RDONLY)
+    handle, ours = os.open(path, os.O_RDONLY), False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        ours = False
-    else:
-        ours = True
-    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
         yield ours
     finally:
         os.close(handle)
@@ -134,6 +137,14 @@ def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _remove_left(path: Path) -> None:
+    """What processes that were killed left of a file: nobody holds it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), locked(left) as ours:
+            if ours:
+                left.unlink()
 
 
 def _temporary(path: Path) -> Path:

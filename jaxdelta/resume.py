@@ -194,7 +194,9 @@ def opened(
         (parent / RUN).mkdir(parents=True, exist_ok=True)
     with quiet(), locked(parent) as ours:
         if not ours:
-            raise JaxDeltaError(f"{parent}: another run is using it; choose another --checkpoint_dir")
+            raise JaxDeltaError(
+                f"{parent}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
+            )
         _check(parent / RUN, manifest)
         with contextlib.closing(Run(parent / RUN, layers, stride, listener)) as run:
             yield run

@@ -6,6 +6,7 @@
     python scripts/benchmark.py stream          # the layer-major pass beside reading, and beside computing
     python scripts/benchmark.py memory          # peak memory of a run, at half of the layers and at all
     python scripts/benchmark.py throughput      # a long text, beside PyTorch and the bare pass
+    python scripts/benchmark.py long_memory     # peak memory at --tokens, and at ten times as many
     python scripts/benchmark.py compile         # compile time at 8 and at 64 layers
 
 Both sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. A ratio above 1 means
@@ -40,6 +41,7 @@ from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
 from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint  # noqa: E402
 
+from jaxdelta import hub  # noqa: E402
 from jaxdelta.calibration import Tokens  # noqa: E402
 from jaxdelta.checkpoint import open_checkpoint  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
@@ -63,7 +65,8 @@ _SIZES = flags.DEFINE_list(
     ["294x1024x28", "294x5120x8", "2047x2560x4"],
     "analysis: tokens x hidden x layers, comma-separated",
 )
-_LAYERS = flags.DEFINE_integer("layers", 4, "throughput: layers of the checkpoint")
+_LAYERS = flags.DEFINE_integer("layers", 4, "throughput, long_memory: layers of the checkpoint")
+_DEVICE_GB = flags.DEFINE_float("device_gb", 4.0, "long_memory: --device_memory_gb of the runs")
 _CACHE = flags.DEFINE_enum(
     "cache", "cold", ["cold", "warm"], "end_to_end: compiled programs of an earlier run"
 )
@@ -292,19 +295,51 @@ def throughput() -> list[Figures]:
 def memory() -> list[Figures]:
     """Peak resident memory of delta_svd.py, in GB, at half of the shape's layers and at all of them."""
     depth = SHAPES[_SHAPE.value][0]
-    peaks = {}
     with tempfile.TemporaryDirectory() as scratch:
+        peaks = {}
         for layers in (depth // 2, depth):
-            name = f"{_SHAPE.value}-{layers}"
-            checkpoint = random_checkpoint(Path(_WORK_DIR.value or scratch) / name, _SHAPE.value, layers)
-            arguments = [f"--model={checkpoint}", f"--max_tokens={_TOKENS.value}", f"--out={scratch}/a.json"]
-            command = [sys.executable, str(SCRIPTS / "delta_svd.py"), *arguments]
-            peaks[layers] = peak_memory(command) / 1e9
-            size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9
-            print(f"{name} layers, {size:.2f} GB of weights: peak {peaks[layers]:.2f} GB", flush=True)
-    ratio = peaks[depth] / peaks[depth // 2]
-    print(f"   ratio {ratio:.3f}")
-    return [{"title": f"peak memory, {_SHAPE.value} shape", "gigabytes": peaks, "ratio": ratio}]
+            peaks[f"{layers} layers"] = peak_of_run(Path(scratch), layers, _TOKENS.value)
+    return [compared(f"peak memory, {_SHAPE.value} shape", peaks)]
+
+
+def long_memory() -> list[Figures]:
+    """The same of a few layers at --tokens tokens and at ten times as many, whose states wait in files."""
+    peaks, layers = {}, _LAYERS.value
+    with tempfile.TemporaryDirectory() as scratch:
+        words = json.loads((hub.resolve(hub.DEMO).parent / "calibration_prompts.json").read_text())
+        generator = np.random.default_rng(0)
+        for tokens in (_TOKENS.value, 10 * _TOKENS.value):
+            text = Path(scratch) / "text.json"
+            documents = [
+                " ".join(generator.permutation(" ".join(words).split())) for _ in range(tokens // 100)
+            ]
+            text.write_text(json.dumps(documents))
+            flags_of_run = [
+                f"--calibration={text}",
+                f"--scratch={scratch}",
+                f"--device_memory_gb={_DEVICE_GB.value}",
+            ]
+            peaks[f"{tokens} tokens"] = peak_of_run(Path(scratch), layers, tokens, *flags_of_run)
+    return [compared(f"peak memory, {layers} layers of {_SHAPE.value} shape", peaks)]
+
+
+def peak_of_run(scratch: Path, layers: int, tokens: int, *more: str) -> float:
+    """In GB, of a run with all default figures."""
+    checkpoint = random_checkpoint(
+        Path(_WORK_DIR.value or scratch) / f"{_SHAPE.value}-{layers}", _SHAPE.value, layers
+    )
+    arguments = [f"--model={checkpoint}", f"--max_tokens={tokens}", f"--out={scratch}/a.json", *more]
+    return peak_memory([sys.executable, str(SCRIPTS / "delta_svd.py"), *arguments]) / 1e9
+
+
+def compared(title: str, peaks: dict[str, float]) -> Figures:
+    """The second beside the first."""
+    first, second = peaks.values()
+    print(title)
+    for name, peak in peaks.items():
+        print(f"   {name:<16} {peak:.2f} GB")
+    print(f"   ratio {second / first:.3f}", flush=True)
+    return {"title": title, "gigabytes": peaks, "ratio": second / first}
 
 
 def compile_time() -> list[Figures]:
@@ -343,6 +378,7 @@ COMMANDS = {
     "stream": stream,
     "throughput": throughput,
     "memory": memory,
+    "long_memory": long_memory,
     "compile": compile_time,
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.files import check_output, write_together
+from jaxdelta.files import check_output, locked, write_together
 
 
 def names(directory: Path) -> list[str]:
@@ -116,3 +116,13 @@ def test_check_finds_what_would_fail_at_the_end(tmp_path: Path, monkeypatch: pyt
         check_output(tmp_path / "e.json")
     monkeypatch.undo()
     assert names(tmp_path) == ["a.json", "b.safetensors"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """But not what a living one is writing, nor what only looks like it."""
+    left, living, other = (tmp_path / f".{name}.tmp" for name in ("a.json.7", "a.json.8", "b.json.7"))
+    for path in (left, living, other):
+        path.touch()
+    with locked(living):
+        write_together({tmp_path / "a.json": b"{}"})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", living.name, other.name}
