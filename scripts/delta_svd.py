@@ -130,9 +130,9 @@ def run(leads: bool) -> None:
     """The whole run; of several processes one writes files and prints."""
     out = Path(_OUT.value).expanduser()
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
-    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     if leads:
-        files.check_output(out, *([output.PAGE] if page else []))
+        files.check_output(out, *([output.PAGE] if _REPORT.value else []))
+    page = out.with_suffix(output.PAGE) if _REPORT.value else None
     if leads and figures:
         output.check_figures(figures)
     file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()
