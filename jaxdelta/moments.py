@@ -91,19 +91,20 @@ def accumulate(
 ) -> tuple[Moments, dict[str, Array], Float32[Array, "P n p"], Bool[Array, "B T"]]:
     """Adds a block's tokens that count and are within bounds; says which, and gives all tokens' table and
     coordinates."""
-    table = state_products(update)
-    within = (table["entering"] <= bounds.entering) & (table["leaving"] <= bounds.leaving)
-    kept = jnp.asarray(counted) & within.reshape(counted.shape)
-    x = parts_of(update, parts).reshape(len(parts), *kept.shape, -1)
+    windows = jax.tree.map(lambda rows: rows.reshape(*counted.shape, -1), update)
 
-    def add(moments: Moments, window: tuple[Any, Any, Any]) -> tuple[Moments, Array]:
-        x, kept, group = window
+    def add(moments: Moments, window: tuple[Any, Any, Any]) -> tuple[Moments, tuple[Any, Array, Array]]:
+        update, counted, group = window  # one at a time: float64 copies of a block would need its fourfold
+        table = state_products(update)
+        within = (table["entering"] <= bounds.entering) & (table["leaving"] <= bounds.leaving)
+        x, kept = parts_of(update, parts), counted & within
         coordinates = _coordinates(x, frame)
-        return _add_window(moments, frame, x, coordinates, kept, group), coordinates.astype(jnp.float32)
+        moments = _add_window(moments, frame, x, coordinates, kept, group)
+        return moments, (table, coordinates.astype(jnp.float32), kept)
 
-    moments, coordinates = jax.lax.scan(add, moments, (jnp.swapaxes(x, 0, 1), kept, groups))
+    moments, (table, coordinates, kept) = jax.lax.scan(add, moments, (windows, jnp.asarray(counted), groups))
     flat = jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
-    return moments, table, flat, kept
+    return moments, {name: column.reshape(-1) for name, column in table.items()}, flat, kept
 
 
 def _coordinates(x: Float[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float64[Array, "P T p"]:
