@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxdelta.analysis import Analysis, Options
 from jaxdelta.calibration import Tokens
 from jaxdelta.config import ModelConfig
 from jaxdelta.errors import JaxDeltaError
+from jaxdelta.options import Options
+from jaxdelta.result import Analysis
 
 FIGURES = ("L", "eff_rank", "top1_frac", "rel_step_mean")
 

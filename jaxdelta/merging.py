@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.analysis import FEW_DOCUMENTS, Options, collect
+from jaxdelta.analysis import FEW_DOCUMENTS, collect
 from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.excerpt import excerpt
@@ -18,6 +18,7 @@ from jaxdelta.figures import Groups
 from jaxdelta.gathered import merge, parts_looked_at
 from jaxdelta.keeping import RUN, load_layer, load_text
 from jaxdelta.measure import Design, LayerFigures
+from jaxdelta.options import Options
 from jaxdelta.relations import Phases
 from jaxdelta.result import Analysis
 from jaxdelta.rows import HALVINGS, Sample

@@ -30,10 +30,11 @@ from jaxdelta import (  # noqa: E402
     spectrum,
 )
 from jaxdelta.errors import UsageError  # noqa: E402
+from jaxdelta.options import DTYPES, LAST_STATES, Options  # noqa: E402
 from jaxdelta.report import output  # noqa: E402
 from jaxdelta.report.tables import tables  # noqa: E402
 
-DEFAULTS = analysis.Options()
+DEFAULTS = Options()
 
 _MODEL = flags.DEFINE_string("model", None, "hub id, local directory, or `demo`")
 _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .html are written beside it")
@@ -70,14 +71,12 @@ flags.DEFINE_bool("shuffle", DEFAULTS.shuffle, "documents in random order, by th
 flags.DEFINE_enum(
     "last_state",
     DEFAULTS.last_state,
-    analysis.LAST_STATES,
+    LAST_STATES,
     "the last layer's update: before the final norm, or after it as in the reference",
 )
 flags.DEFINE_enum("svd", DEFAULTS.svd, spectrum.METHODS, "spectra from Gram matrices, or by a full SVD")
-flags.DEFINE_enum(
-    "compute_dtype", DEFAULTS.compute_dtype, analysis.DTYPES, "dtype of the factors of products"
-)
-flags.DEFINE_enum("residual_dtype", DEFAULTS.residual_dtype, analysis.DTYPES, "dtype of the residual stream")
+flags.DEFINE_enum("compute_dtype", DEFAULTS.compute_dtype, DTYPES, "dtype of the factors of products")
+flags.DEFINE_enum("residual_dtype", DEFAULTS.residual_dtype, DTYPES, "dtype of the residual stream")
 flags.DEFINE_string("phases", DEFAULTS.phases, "map of phases, as in A:0-6,B:7-9,... (default: by depth)")
 flags.DEFINE_enum(
     "memory", DEFAULTS.memory, plan.MODES, "weights read layer by layer, or all before the first layer"

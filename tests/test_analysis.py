@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import jaxdelta
 from jaxdelta import analysis, figures, plan
-from jaxdelta.analysis import Options, analyze
+from jaxdelta.analysis import analyze
 from jaxdelta.calibration import SEPARATOR, Tokens
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.options import Options
 from jaxdelta.report.tables import tables
 from jaxdelta.result import Analysis
 from jaxdelta.spectrum import Spectrum, decompose
