@@ -137,13 +137,21 @@ def _add_window(
     return Moments(rest, cross, lead, total, jnp.asarray(moments.counts).at[group].add(weight.sum()))
 
 
-@jax.jit
-def assembled(moments: Moments, frame: Float64[AnyArray, "P p d"]) -> Float64[Array, "P G d d"]:
-    """Σ xxᵀ of each part and group."""
-    q = frame[:, None]
-    half = product(moments.lead / 2, q) + moments.cross
-    mixed = product(jnp.swapaxes(q, 2, 3), half)
-    return jnp.asarray(moments.rest) + mixed + jnp.swapaxes(mixed, 2, 3)
+@partial(jax.jit, donate_argnums=0)
+def assembled(
+    rest: Float64[Array, "P G d d"],
+    cross: Float64[Array, "P G p d"],
+    lead: Float64[Array, "P G p p"],
+    frame: Float64[AnyArray, "P p d"],
+) -> Float64[Array, "P G d d"]:
+    """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
+
+    def add(group: Array, rest: Array) -> Array:
+        half = product(lead[:, group] / 2, frame) + cross[:, group]
+        mixed = product(jnp.swapaxes(frame, 1, 2), half)
+        return rest.at[:, group].add(mixed + jnp.swapaxes(mixed, 1, 2))
+
+    return jax.lax.fori_loop(0, rest.shape[1], add, rest)
 
 
 @partial(jax.jit, donate_argnums=0)

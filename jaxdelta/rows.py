@@ -22,7 +22,7 @@ from jaxdelta.spectrum import (
 )
 
 LONG = 4096  # tokens that figures are taken of: of more, an update is not kept, see `pooling`
-MAX_WINDOW_GROUPS = 20  # of a long text: each has moments of its own
+MAX_WINDOW_GROUPS = 10  # of a long text: each has moments of its own
 MAX_GROUPS = 40  # more documents are put together at random: what resampling keeps grows with their number
 HALVINGS = 10
 OWNERS = 5  # tokens named of those that own σ_1
