@@ -265,7 +265,7 @@ def test_batches_of_an_accelerator_give_the_same(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(plan, "layers_at_once", lambda n, d, free: 3)  # rows 0 to 2, then 3 and 4
+    monkeypatch.setattr(plan, "layers_at_once", lambda n, d, free, devices=1: 3)  # rows 0 to 2, then 3 and 4
     batched = run(tiny_checkpoint)
     for row, other in zip(result.per_layer, batched.per_layer, strict=True):
         for key in PER_LAYER[2:]:
