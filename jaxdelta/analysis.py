@@ -284,7 +284,6 @@ def _run_facts(
     sample: Sample,
     grid: Grid | None,
 ) -> dict[str, Any]:
-    documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return {
         "versions": _versions(),
         "device": _device(),
@@ -307,9 +306,14 @@ def _run_facts(
         "calibration_loss": sweep.loss,
         "certificate": spectra.certificate,
         "rows_on_host": spectra.on_host,
-        "documents": documents,
-        "few_documents": documents < FEW_DOCUMENTS,
+        **document_facts(sample.tokens),
     }
+
+
+def document_facts(tokens: Tokens) -> dict[str, Any]:
+    """How many documents have tokens that count, and whether they are few for intervals."""
+    documents = len(np.unique(tokens.documents[tokens.counted]))
+    return {"documents": documents, "few_documents": documents < FEW_DOCUMENTS}
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ layer, and at last for the last one normed, layer-000.safetensors, ...: what `Ga
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,6 @@ from jaxdelta.gathered import Aside, Gathered, Located
 from jaxdelta.rows import Sample
 
 RUN, TEXT = "run.json", "text.safetensors"
-
-Keep = Callable[[int, Gathered], None]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.analysis import FEW_DOCUMENTS, collect
+from jaxdelta.analysis import collect, document_facts
 from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.excerpt import excerpt
@@ -127,7 +127,6 @@ def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:
     """The first run's, with what holds of all texts: the worst closure, the mean loss."""
     facts = [run.run for run in runs]
     tokens = [run.n_calib_tokens for run in runs]
-    documents = len(np.unique(sample.tokens.documents[sample.tokens.counted]))
     return facts[0] | {
         "merged": [
             {key: run[key] for key in ("text_fingerprint", "text", "calibration_loss")} for run in facts
@@ -136,6 +135,5 @@ def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:
         "closure_error": max(run["closure_error"] for run in facts),
         "certificate": max(run["certificate"] for run in facts),
         "calibration_loss": float(np.average([run["calibration_loss"] for run in facts], weights=tokens)),
-        "documents": documents,
-        "few_documents": documents < FEW_DOCUMENTS,
+        **document_facts(sample.tokens),
     }

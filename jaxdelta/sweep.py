@@ -93,7 +93,7 @@ class Resident:
 
 
 class Update(NamedTuple):
-    """What a layer's attention and MLP wrote into the state that entered it, for all tokens but the first."""
+    """What a layer's attention and MLP wrote into the state h that entered it, of n tokens."""
 
     attention: Float32[Array, "n d"]
     mlp: Float32[Array, "n d"]
