@@ -142,7 +142,10 @@ def test_processes(mode: str, runs: Path, checkpoint: Path, text: Path, tmp_path
     first, second = processes(mode, checkpoint, text, out, f"--mesh={mesh}")
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "Saved: " in first[1]
-    assert all(line.startswith("[Gloo]") for line in second[1].splitlines())
+    # what Gloo says may come in pieces: its threads write without asking one another
+    assert not set(second[1].splitlines()) & {
+        line for line in first[1].splitlines() if line and "Gloo" not in line
+    }
     found = Analysis.load(out)
     assert found.run["mesh"] == parse_mesh(mesh) | {"processes": 2}
     assert_same(found, Analysis.load(runs / f"{mode}0.json"))
