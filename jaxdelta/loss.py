@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxdelta.compiling import QuickJit
 from jaxdelta.layers import contract
 from jaxdelta.types import AnyArray
 
@@ -75,13 +76,13 @@ def sliced_loss(
         ]
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(QuickJit, static_argnums=2)
 def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Array, Array, Array]:
     x = normed[:, :-1].astype(compute_dtype)
     return x, contract("BTD,BTD->BT", x, targets), jnp.full(x.shape[:2], -jnp.inf, jnp.float32)
 
 
-@jax.jit
+@QuickJit
 def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
     """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
     new = jnp.arange(rows.shape[0]) >= counted

@@ -16,6 +16,7 @@ import threadpoolctl
 from jaxtyping import Bool, Float64
 
 from jaxdelta import figures
+from jaxdelta.compiling import QuickJit
 from jaxdelta.figures import Crossed, Found, Groups, Selection
 from jaxdelta.spectrum import CERTIFIED
 from jaxdelta.sweep import Update, Wrote, joined
@@ -183,7 +184,7 @@ Caller = Callable[..., list[Any]]
 Arguments = Sequence[tuple[Any, ...]]
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(QuickJit, static_argnums=(0, 3))
 def _single(function: Callable[..., Any], own: Any, common: Any, static: Any) -> Any:
     return function(*own, *common, *static)
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxdelta.calibration import Tokens
+from jaxdelta.compiling import QuickJit
 from jaxdelta.config import ModelConfig
 from jaxdelta.layers import rms_norm
 from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
@@ -358,7 +359,7 @@ def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
             yield _join(normed)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
+@partial(QuickJit, static_argnums=0, donate_argnums=3)
 def _step(
     graph: Any,
     layer: nnx.State,
@@ -383,7 +384,7 @@ def _join(blocks: Sequence[Any]) -> Any:
     return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
 
 
-@partial(jax.jit, static_argnames="eps")
+@partial(QuickJit, static_argnames="eps")
 def _final_norm(
     first: Array,
     entered: Array,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EXPERTS
+from conftest import EXPERTS, QUICK
 from flax import nnx
 from on_mesh import MESHES
 
@@ -50,7 +50,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(devices: int, *arguments: object) -> "subprocess.Popen[str]":
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
