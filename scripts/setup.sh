@@ -114,6 +114,8 @@ install() {
   : >"$unfinished"
   if (cd "$root" && "$python" -m pip install --progress-bar=off --disable-pip-version-check \
     --constraint requirements/constraints.txt --editable ".${extras:+[$extras]}") >"$log" 2>&1; then
+    # What pip installs it compiles, all but this package, which lies here.
+    "$python" -m compileall -q "$root/jaxdelta" >>"$log" 2>&1 || true
     printf '%s\n' "$(fingerprint)" "$extras" >"$stamp.new"
     mv "$stamp.new" "$stamp"
     rm "$unfinished"
