@@ -62,14 +62,16 @@ def _legend(panel: Panel | Map) -> Iterator[Element]:
     yield legend
 
 
-def table(head: Iterable[str], rows: Iterable[Sequence[Any]], label: str) -> Element:
-    """A table that scrolls in its box; a cell is text, a number or an element."""
+def table(head: Iterable[str], rows: Iterable[Sequence[Any]], label: str, kind: str = "") -> Element:
+    """A table that scrolls in its box; a cell is text, a number or an element, `kind` a class of page.css."""
     body = Element("tbody")
     for row in rows:
         cells = (cell if isinstance(cell, Element) else str(cell) for cell in row)
         body.append(element("tr", *(element("td", cell) for cell in cells)))
     whole = element("table", element("thead", element("tr", *(element("th", name) for name in head))), body)
-    return element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
+    return element(
+        "div", whole, class_=f"scroll {kind}".strip(), tabindex="0", role="region", aria_label=label
+    )
 
 
 def element(tag: str, *children: str | Element, **attributes: str) -> Element:
