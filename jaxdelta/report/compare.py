@@ -125,7 +125,7 @@ def compare(runs: Sequence[Analysis], labels: Sequence[str], bands: int | None =
         settings(runs),
         cautions(runs, labels),
         tuple(_compared(runs, bands)),
-        tuple(_pair(runs[0], run, i) for i, run in enumerate(runs) if i and _alike(runs[0], run)),
+        tuple(_pairs(runs)),
         _left_out(runs, labels),
         tuple(_phases(runs)),
     )
@@ -242,9 +242,16 @@ def _parts(
     )
 
 
-def _pair(first: Analysis, run: Analysis, other: int) -> Pair:
+def _pairs(runs: Sequence[Analysis]) -> list[Pair]:
+    """The first run with all that are alike, by as many directions as all of them kept."""
+    alike = {i: run for i, run in enumerate(runs) if _alike(runs[0], run)}
+    k = min(run.directions.shape[1] for run in alike.values())
+    return [_pair(runs[0], run, other, k) for other, run in alike.items() if other]
+
+
+def _pair(first: Analysis, run: Analysis, other: int, k: int) -> Pair:
     """By the function that relates the layers of one run, given the layers of both."""
-    n, k, d = first.num_layers, min(first.directions.shape[1], run.directions.shape[1]), first.hidden
+    n, d = first.num_layers, first.hidden
     both = np.concatenate([first.directions[:, :k], run.directions[:, :k]])
     cosines = principal_angles(both[:, :1]).cosines[:n, n:, 0]
     angles = principal_angles(both).cosines[:n, n:]

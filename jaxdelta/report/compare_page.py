@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from xml.etree.ElementTree import Element
 
+import numpy as np
+
 from jaxdelta.report.charts import GREY, ORDER, SHARE, Axis, Figure, Map, Panel, Series, phase_bands
-from jaxdelta.report.compare import Comparison, Part, relative_rank, steadiness
+from jaxdelta.report.compare import Comparison, Pair, Part, relative_rank, steadiness
 from jaxdelta.report.markup import as_file, bounded, document, element, figure_section, number, table
 from jaxdelta.report.measures import Curve
 from jaxdelta.verdict import ALL as OWN_RANK
@@ -59,16 +61,17 @@ def page_file(found: Comparison) -> bytes:
 
 def figures(found: Comparison) -> list[Figure]:
     """All figures that there is something to show in, in the order of the page."""
-    return [*_by_depth(found), *_directions(found), _phase_figure(found)]
+    return [*_by_depth(found), _directions(found), _phase_figure(found)]
 
 
 def _body(found: Comparison, drawn: Iterable[Figure]) -> Iterator[Element]:
     yield element("h1", f"{_listed(found.labels)} side by side")
     rows = [
-        [row.name, *(element("mark", value) if row.differs else value for value in row.values)]
+        [row.name, *(element("mark", v) if row.other(i) else v for i, v in enumerate(row.values))]
         for row in found.settings
     ]
-    yield table(("", *found.labels), rows, "The runs, what differs marked", "words")
+    yield element("p", f"Marked: what is not as in {found.labels[0]}.", class_="faint")
+    yield table(("", *found.labels), rows, "The runs", "words")
     if found.cautions:
         yield element("ul", *(element("li", said) for said in found.cautions), class_="warnings")
     for figure in drawn:
@@ -117,46 +120,53 @@ def _places(curve: Curve) -> list[str]:
     return [f"layer {low}" if low == high else f"layers {low} and {high}" for low, high in between]
 
 
-def _directions(found: Comparison) -> Iterator[Figure]:
+def _directions(found: Comparison) -> Figure:
     title = "Whether the runs write the same directions"
     if not found.pairs:
-        yield Figure("directions", title, found.left_out)
-        return
-    first, pair = found.runs[0], found.pairs[0]
-    depths = [(layer + 0.5) / first.num_layers for layer in range(first.num_layers)]
-
-    def line(name: str, y: Iterable[float | None], color: str, dash: str = "solid") -> Series:
-        return Series(name, depths, list(y), color, dash=dash)
-
-    names = [f"{found.labels[0]} and {found.labels[one.other]}" for one in found.pairs]
-    cosines, shared, maps = [], [], []
-    for name, one in zip(names, found.pairs, strict=True):
-        color = ORDER[one.other]
-        cosines.append(line(name, one.cosines.diagonal().tolist(), color))
-        shared.append(line(name, one.shared.diagonal().tolist(), color))
-        heading = f"|cos| of v_L: {found.labels[0]} down, {found.labels[one.other]} across"
-        maps.append(Map(heading, "|cos|", one.cosines, SHARE, one.cos_chance, phase_bands(first)))
-    for run in (0, *(one.other for one in found.pairs)):
-        steady = steadiness(found.runs[run])
-        if any(value is not None for value in steady):
-            cosines.append(line(f"{found.labels[run]}, other draws of its text", steady, ORDER[run], "dash"))
-    for series, level in ((cosines, pair.cos_chance), (shared, pair.shared_chance)):
-        series.append(line("random directions", [level] * len(depths), GREY, "dot"))
-    cos, part = (
-        Axis("|cos| of v_L and v_L (no unit)", range=SHARE),
+        return Figure("directions", title, found.left_out)
+    first, labels = found.pairs[0], found.labels
+    names = {pair.other: f"{labels[0]} and {labels[pair.other]}" for pair in found.pairs}
+    cosines = [_line(names[each.other], np.diagonal(each.cosines), ORDER[each.other]) for each in found.pairs]
+    shared = [_line(names[each.other], np.diagonal(each.shared), ORDER[each.other]) for each in found.pairs]
+    steady = [
+        _line(f"{labels[run]}, other draws of its text", steadiness(found.runs[run]), ORDER[run], "dash")
+        for run in (0, *names)
+    ]
+    levels = [
+        (_line("random directions", [level] * len(first.p), GREY, "dot"),)
+        for level in (first.cos_chance, first.shared_chance)
+    ]
+    part = f"Shared part of the first {first.k} directions"
+    both, squares = (
+        Axis("|cos| of both v_L (no unit)", range=SHARE),
         Axis("mean cos² θ (no unit)", range=SHARE),
     )
-    yield Figure(
+    return Figure(
         "directions",
         title,
         "|cos| of the first directions of layer L in two runs, and the shared part of their first "
-        f"{pair.k} directions, θ their principal angles. A run comes no closer to another than to its "
-        f"own text drawn anew (dashed). {found.left_out}".strip(),
+        f"{first.k} directions, θ their principal angles. No other run can be expected to come closer than "
+        f"the run's own text drawn anew (dashed). {found.left_out}".strip(),
         (
-            Panel("|cos| between the runs", DEPTH, cos, tuple(cosines)),
-            Panel(f"Shared part of the first {pair.k} directions", DEPTH, part, tuple(shared)),
-            *maps,
+            Panel("|cos| between the runs", DEPTH, both, (*cosines, *_measured(steady), *levels[0])),
+            Panel(part, DEPTH, squares, (*shared, *levels[1])),
+            *(one for pair in found.pairs for one in _maps(found, pair)),
         ),
+    )
+
+
+def _line(name: str, values: Iterable[Any], color: str, dash: str = "solid") -> Series:
+    y = [None if value is None else float(value) for value in values]
+    return Series(name, [(layer + 0.5) / len(y) for layer in range(len(y))], y, color, dash=dash)
+
+
+def _maps(found: Comparison, pair: Pair) -> tuple[Map, Map]:
+    """Every layer of the first run beside every layer of the other."""
+    bands = phase_bands(found.runs[0])
+    places = f"{found.labels[0]} down, {found.labels[pair.other]} across"
+    return (
+        Map(f"|cos| of v_L: {places}", "|cos|", pair.cosines, SHARE, pair.cos_chance, bands),
+        Map(f"Shared part: {places}", "mean cos² θ", pair.shared, SHARE, pair.shared_chance, bands),
     )
 
 
@@ -202,7 +212,8 @@ def _band_table(found: Comparison) -> Iterator[Element]:
     rows = []
     for compared in found.compared:
         for run, (label, parts) in enumerate(zip(found.labels, compared.parts, strict=True)):
-            title = "" if run else f"{compared.title} ({compared.measure.axis.label})"
+            axis = element("small", compared.measure.axis.label)
+            title = "" if run else element("div", compared.title, axis)
             rows.append([title, label, *map(_cell, parts or (Part(None),) * found.bands)])
     yield table(("figure", "run", *found.band_names), rows, "Figures by bands of depth", "bands")
 
@@ -230,7 +241,7 @@ def _phase_table(found: Comparison) -> Element:
         ]
         for phase in found.phases
     ]
-    return table((*head, "verdict"), rows, "Phases and verdicts")
+    return table((*head, "verdict"), rows, "Phases and verdicts", "verdicts")
 
 
 def _verdict(row: dict[str, Any]) -> Element:

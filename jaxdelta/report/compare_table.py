@@ -18,9 +18,12 @@ def tables(found: Comparison) -> str:
 
 
 def _settings(found: Comparison) -> Iterator[str]:
-    yield "=== The runs; ≠ where they differ ==="
+    yield "=== The runs; ≠ where one is not as the first ==="
     rows = [("", ("", *found.labels))]
-    rows += [("≠" if row.differs else "", (row.name, *row.values)) for row in found.settings]
+    rows += [
+        ("≠" if any(map(row.other, range(len(row.values)))) else "", (row.name, *row.values))
+        for row in found.settings
+    ]
     texts = [[_cut(cell) for cell in cells] for _, cells in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for (sign, _), cells in zip(rows, texts, strict=True):

@@ -101,7 +101,7 @@ MEASURES = (
         "norms",
         _of_layers("cos_delta_h_mean"),
     ),
-    Measure("Effective rank", Axis("effective rank (directions)", log=True), "ranks", _of_layers("eff_rank")),
+    Measure("Effective rank", Axis("number of directions", log=True), "ranks", _of_layers("eff_rank")),
     Measure("Energy along the first direction v_L", _SHARE, "ranks", _of_layers("top1_frac")),
     Measure("Energy of the mean update", _SHARE, "ranks", _of_layers("mean_share")),
     Measure("How steady v_L is, between two halves", _COS, "ranks", _of_layers("split_half_cos")),

@@ -15,15 +15,19 @@ CLOSE = 1.05  # tokens per dimension within this ratio are about the same
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A fact of every run; `differs` where it is none of the model's doing and not the same in all."""
+    """A fact of every run; `chosen` before the run, not found by it."""
 
     name: str
     values: tuple[str, ...]
-    differs: bool
+    chosen: bool
+
+    def other(self, run: int) -> bool:
+        """Whether a run was told something else than the first."""
+        return self.chosen and self.values[run] != self.values[0]
 
 
 def settings(runs: Sequence[Analysis]) -> tuple[Setting, ...]:
-    """What each run is of, with every flag that differs; at the end how it went, which is not marked."""
+    """What each run is of, with every flag that differs; at the end how it went."""
     rows = [*map(_facts, runs)]
     flags = [run.run.get("flags", {}) for run in runs]
     names = dict.fromkeys(name for each in flags for name in each if name not in TOLD | IDLE)
@@ -32,9 +36,7 @@ def settings(runs: Sequence[Analysis]) -> tuple[Setting, ...]:
         if any(value != values[0] for value in values):
             for row, value in zip(rows, values, strict=True):
                 row[f"--{name}"] = value
-    inputs = [_setting(name, [row[name] for row in rows], marked=True) for name in rows[0]]
-    outcomes = [*map(_outcomes, runs)]
-    return (*inputs, *(_setting(name, [row[name] for row in outcomes], False) for name in outcomes[0]))
+    return (*_beside(rows, chosen=True), *_beside([*map(_outcomes, runs)], chosen=False))
 
 
 def cautions(runs: Sequence[Analysis], labels: Sequence[str]) -> tuple[str, ...]:
@@ -76,9 +78,9 @@ def _outcomes(run: Analysis) -> dict[str, str]:
     }
 
 
-def _setting(name: str, values: Sequence[Any], marked: bool) -> Setting:
-    texts = tuple("–" if value is None else str(value) for value in values)
-    return Setting(name, texts, marked and len(set(texts)) > 1)
+def _beside(rows: Sequence[dict[str, Any]], chosen: bool) -> Iterator[Setting]:
+    for name in rows[0]:
+        yield Setting(name, tuple("–" if row[name] is None else str(row[name]) for row in rows), chosen)
 
 
 def _about_runs(runs: Sequence[Analysis], labels: Sequence[str]) -> Iterator[str]:
