@@ -212,14 +212,16 @@ def steadiness(run: Analysis) -> list[float | None]:
 
 
 def _compared(runs: Sequence[Analysis], bands: int) -> list[Compared]:
-    """Every figure that a run has; without sinks too, where a run has any and has masked them."""
-    views = ["raw", "masked"] if any(map(has_sinks, runs)) else ["raw"]
+    """Every figure that a run has; without sinks too, where a run has any and they change it."""
     found = []
-    for measure, view in itertools.product(MEASURES, views):
-        curves = tuple(measure.curve(run, view) for run in runs)
-        if any(curves):
-            parts = [curve and in_bands(curve, bands, measure.log) for curve in curves]
-            found.append(Compared(measure, view, curves, tuple(_parts(each, parts[0]) for each in parts)))
+    for measure in MEASURES:
+        raw = [measure.curve(run, "raw") for run in runs]
+        masked = [measure.curve(run, "masked") for run in runs] if any(map(has_sinks, runs)) else raw
+        for view, curves in {"raw": raw, "masked": masked}.items():
+            if any(curves) and not (view == "masked" and curves == raw):
+                parts = [curve and in_bands(curve, bands, measure.log) for curve in curves]
+                both = tuple(_parts(each, parts[0]) for each in parts)
+                found.append(Compared(measure, view, tuple(curves), both))
     return found
 
 

@@ -1,7 +1,7 @@
 """One HTML file that sets runs beside each other and opens from disk: see `compare` for what is in it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxdelta.report.charts import GREY, ORDER, SHARE, Axis, Figure, Map, Panel, Series, phase_bands
 from jaxdelta.report.compare import Comparison, Pair, Part, relative_rank, steadiness
 from jaxdelta.report.markup import as_file, bounded, document, element, figure_section, number, table
-from jaxdelta.report.measures import Curve
+from jaxdelta.report.measures import Curve, Measure
 from jaxdelta.verdict import ALL as OWN_RANK
 from jaxdelta.verdict import FEW as SHARED_RANK
 
@@ -86,8 +86,7 @@ def _by_depth(found: Comparison) -> Iterator[Figure]:
     for name, (title, caption) in WORDS.items():
         measures = dict.fromkeys(one.measure for one in found.compared if one.measure.figure == name)
         panels = [
-            Panel(measure.title, DEPTH, measure.axis, tuple(_curves(found, measure.title)))
-            for measure in measures
+            Panel(measure.title, DEPTH, measure.axis, tuple(_curves(found, measure))) for measure in measures
         ]
         if panels:
             bounds = any(any(series.bounds) for panel in panels for series in panel.series)
@@ -96,14 +95,14 @@ def _by_depth(found: Comparison) -> Iterator[Figure]:
             yield Figure(name, title, said + ("; dashed: without sinks." if dashed else "."), tuple(panels))
 
 
-def _curves(found: Comparison, title: str) -> Iterator[Series]:
-    """A line a run, in its colour; dashed where sinks are masked."""
+def _curves(found: Comparison, measure: Measure) -> Iterator[Series]:
+    """A line a run, in its colour, and a dashed one where it has sinks and they are masked."""
     for compared in found.compared:
-        if compared.measure.title != title:
+        if compared.measure is not measure:
             continue
         raw = compared.view == "raw"
-        for label, curve, color in zip(found.labels, compared.curves, ORDER, strict=False):
-            if curve:
+        for run, label, curve, color in zip(found.runs, found.labels, compared.curves, ORDER, strict=False):
+            if curve and (raw or curve != measure.curve(run, "raw")):
                 yield Series(
                     label if raw else f"{label}, {compared.view}",
                     curve.depths,
@@ -208,14 +207,14 @@ def _phase_figure(found: Comparison) -> Figure:
 
 def _band_table(found: Comparison) -> Iterator[Element]:
     yield element("h2", "By bands of depth")
-    yield element("p", f"Marked: interval of 95 % apart from {found.labels[0]}'s.", class_="faint")
-    rows = []
+    yield element("p", f"Marked: interval of 95 % apart from that of {found.labels[0]}.", class_="faint")
+    rows: list[Sequence[Any] | Element] = []
     for compared in found.compared:
-        for run, (label, parts) in enumerate(zip(found.labels, compared.parts, strict=True)):
-            axis = element("small", compared.measure.axis.label)
-            title = "" if run else element("div", compared.title, axis)
-            rows.append([title, label, *map(_cell, parts or (Part(None),) * found.bands)])
-    yield table(("figure", "run", *found.band_names), rows, "Figures by bands of depth", "bands")
+        said = (compared.title, " ", element("small", compared.measure.axis.label))
+        rows.append(element("tr", element("th", *said, colspan=str(found.bands + 1), scope="rowgroup")))
+        for label, parts in zip(found.labels, compared.parts, strict=True):
+            rows.append([label, *map(_cell, parts or (Part(None),) * found.bands)])
+    yield table(("", *found.band_names), rows, "Figures by bands of depth", "bands")
 
 
 def _cell(part: Part) -> Element:

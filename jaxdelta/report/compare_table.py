@@ -34,7 +34,7 @@ def _settings(found: Comparison) -> Iterator[str]:
 
 def _bands(found: Comparison) -> Iterator[str]:
     """A line a run, and two for the ends of its intervals."""
-    yield f"=== By relative depth (L + 1/2)/N; * interval of 95 % apart from {_cut(found.labels[0])}'s ==="
+    yield f"=== By relative depth (L + 1/2)/N; * interval apart from that of {_cut(found.labels[0])} ==="
     width = max(len("high"), *(len(_cut(label)) for label in found.labels)) + 2
     yield " " * width + "".join(f"{name:>{CELL}}" for name in found.band_names)
     for compared in found.compared:

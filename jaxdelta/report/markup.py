@@ -62,12 +62,23 @@ def _legend(panel: Panel | Map) -> Iterator[Element]:
     yield legend
 
 
-def table(head: Iterable[str], rows: Iterable[Sequence[Any]], label: str, kind: str = "") -> Element:
-    """A table that scrolls in its box; a cell is text, a number or an element, `kind` a class of page.css."""
+def table(
+    head: Iterable[str], rows: Iterable[Sequence[Any] | Element], label: str, kind: str = ""
+) -> Element:
+    """A table that scrolls in its box.
+
+    Args:
+        head: the columns' names.
+        rows: cells, each text, a number or an element; or a row as it is.
+        label: what the table is, for who hears it.
+        kind: a class of page.css.
+    """
     body = Element("tbody")
     for row in rows:
-        cells = (cell if isinstance(cell, Element) else str(cell) for cell in row)
-        body.append(element("tr", *(element("td", cell) for cell in cells)))
+        if not isinstance(row, Element):
+            cells = (cell if isinstance(cell, Element) else str(cell) for cell in row)
+            row = element("tr", *(element("td", cell) for cell in cells))
+        body.append(row)
     whole = element("table", element("thead", element("tr", *(element("th", name) for name in head))), body)
     return element(
         "div", whole, class_=f"scroll {kind}".strip(), tabindex="0", role="region", aria_label=label
