@@ -25,14 +25,14 @@ _LABELS = flags.DEFINE_list(
 _BANDS = flags.DEFINE_integer(
     "bands", None, "bands of depth (default: ten, or the layers of the shallowest run)"
 )
-_QUIET = flags.DEFINE_bool("quiet", False, "no tables")
+_QUIET = flags.DEFINE_bool("quiet", False, "no tables, only the page")
 
 
 def main(*names: str) -> None:
     paths = [Path(name).expanduser() for name in names]
     out = None if _OUT.value is None else Path(_OUT.value).expanduser()
     check(paths, out)
-    # Only now: what reads and compares imports JAX, which takes a second that a wrong name need not.
+    # Only now: it takes a second to import, for which a wrong name need not wait.
     from jaxdelta.report import compare, compare_page, compare_table
 
     runs = [compare.load(path) for path in paths]
@@ -41,9 +41,7 @@ def main(*names: str) -> None:
     if out:
         write_together({out: compare_page.page_file(found)})
     if not _QUIET.value:
-        print(compare_table.tables(found))
-    if out:
-        print(f"Saved: {out}")
+        print(compare_table.tables(found) + (f"\n\nSaved: {out}" if out else ""))
 
 
 def check(paths: list[Path], out: Path | None) -> None:

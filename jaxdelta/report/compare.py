@@ -179,12 +179,11 @@ def _in_band(curve: Curve, low: float, high: float, log: bool) -> tuple[float | 
             inside.append((weight, value, bounds))
     if not inside:
         return None, None
+    shares = [weight / math.fsum(weight for weight, _, _ in inside) for weight, _, _ in inside]
 
     def mean(values: Sequence[Number]) -> float:
         numbers = [_log(value) if log else value for value in values]
-        found = sum(w * x for (w, _, _), x in zip(inside, numbers, strict=True)) / sum(
-            w for w, _, _ in inside
-        )
+        found = sum(share * number for share, number in zip(shares, numbers, strict=True))
         return math.exp(found) if log else found
 
     value = mean([value for _, value, _ in inside])
