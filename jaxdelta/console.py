@@ -37,19 +37,26 @@ def install() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # A δ the terminal lacks is no reason to fail.
 
 
-def run(main: Callable[..., None], *, required: Sequence[str] = (), commands: Collection[str] = ()) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    required: Sequence[str] = (),
+    commands: Collection[str] = (),
+    arguments: bool = False,
+) -> None:
     """Parses the flags, JAX's own among them, calls main and exits with the status its end deserves.
 
     Args:
         main: the script; where there are commands it is called with the one given.
         required: flags that must be set.
-        commands: what the one argument that is no flag may be; without them there is no such argument.
+        commands: what the one argument that is no flag may be.
+        arguments: whether there may be others, which main is called with; without the two, all are flags.
     """
     from absl import app
 
     app.run(
         lambda argv: _guarded(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: _parse_flags(argv, required, commands),
+        flags_parser=lambda argv: _parse_flags(argv, required, commands, arguments),
     )
 
 
@@ -120,7 +127,9 @@ def script_name() -> str:
     return os.path.basename(sys.argv[0])
 
 
-def _parse_flags(argv: list[str], required: Sequence[str], commands: Collection[str]) -> list[str]:
+def _parse_flags(
+    argv: list[str], required: Sequence[str], commands: Collection[str], arguments: bool
+) -> list[str]:
     import jax
     from absl import app, flags
 
@@ -132,7 +141,7 @@ def _parse_flags(argv: list[str], required: Sequence[str], commands: Collection[
         rest = app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
         if commands and (len(rest) < 2 or rest[1] not in commands):
             raise UsageError(f"say what to do: {', '.join(commands)}")
-        if extra := rest[1 + bool(commands) :]:
+        if not arguments and (extra := rest[1 + bool(commands) :]):
             raise UsageError(f"unexpected argument {extra[0]!r}; every option is --name=value")
     except (flags.Error, UsageError) as error:
         fail(f"{error} (--help lists the options)", UsageError.status)

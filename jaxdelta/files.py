@@ -36,12 +36,20 @@ def check_output(path: Path, *beside: str) -> None:
         JaxDeltaError: the directory is missing or not writable.
     """
     path = json_path(path)
-    # The longest of the names that will be written.
-    probe = _temporary(path.with_suffix(".safetensors"))
+    check_writable(path, *map(path.with_suffix, (".safetensors", *beside)))
+
+
+def check_writable(path: Path, *beside: Path) -> None:
+    """Fails now, before any work, if `path` cannot be written later, or one of the others in its directory.
+
+    Raises:
+        JaxDeltaError: the directory is missing or not writable, or a name is a directory's.
+    """
+    probe = _temporary(max((path, *beside), key=lambda one: len(one.name)))
     with _plain_errors(path):
         if not path.parent.is_dir():
             raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
-        _refuse_directories([path, *map(path.with_suffix, (".safetensors", *beside))])
+        _refuse_directories([path, *beside])
         try:
             probe.touch()
         finally:

@@ -45,6 +45,13 @@ TINY = {
 }
 
 
+TEXT = [
+    "The cat sat on the mat, and looked at the moon.",
+    "Über 漢字: 3x + 7 = 22.",
+    "def f(n):\n    return n",
+]
+PHASES = "A:0-1,B:2-3"
+
 # With these among the overrides, the model has experts.
 EXPERTS = {
     "num_experts": 6,
@@ -121,6 +128,14 @@ def make_checkpoint() -> Callable[..., Path]:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Path:
     """A checkpoint of 4 layers with its tokenizer; not to be written to."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def analysed(tiny_checkpoint: Path) -> Any:
+    """A run of `tiny_checkpoint` over TEXT with all that a run has; not to be changed."""
+    from jaxdelta.analysis import analyze
+
+    return analyze(str(tiny_checkpoint), TEXT, top_k=4, phases=PHASES, bootstrap=20, null_draws=20)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PHASES, TEXT
 
 from jaxdelta.analysis import analyze
 from jaxdelta.excerpt import context, excerpt
@@ -22,13 +23,7 @@ from jaxdelta.report.contents import figures
 from jaxdelta.report.page import page, page_file
 from jaxdelta.result import Analysis
 
-TEXT = [
-    "The cat sat on the mat, and looked at the moon.",
-    "Über 漢字: 3x + 7 = 22.",
-    "def f(n):\n    return n",
-]
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)> & <!-- $title <a href="http://a.b">'
-PHASES = "A:0-1,B:2-3"
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 NAMES = ["norms", "ranks", "spectra", "overlaps", "ledger", "owners", "phases", "captures"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -106,9 +101,9 @@ def drawn(chart: dict[str, Any]) -> bool:
     return any(number is not None and math.isfinite(number) for number in numbers)
 
 
-@pytest.fixture(scope="module")
-def run(tiny_checkpoint: Path) -> Analysis:
-    return analyze(str(tiny_checkpoint), TEXT, top_k=4, phases=PHASES, bootstrap=20, null_draws=20)
+@pytest.fixture
+def run(analysed: Analysis) -> Analysis:
+    return analysed
 
 
 @pytest.fixture(scope="module")

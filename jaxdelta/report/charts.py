@@ -11,6 +11,7 @@ from jaxdelta.result import Analysis
 
 # Okabe & Ito's palette, told apart by the colour-blind; all of it is seen on white and on black.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+ORDER = (BLUE, ORANGE, GREEN, PURPLE, YELLOW)  # of runs beside each other
 GREY = "#888888"  # chance and other yardsticks
 DEPTH = (BLUE, PURPLE, YELLOW)  # from the first layer to the last
 MAP = "viridis"  # perceptually uniform
@@ -24,12 +25,16 @@ Band = tuple[int, int, str]
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis with its unit; `names` are those of the places 0, 1, … where they are not numbers."""
+    """An axis with its unit; `names` are those of the places 0, 1, … where they are not numbers.
+
+    `place` is what a hover calls a place on it.
+    """
 
     label: str
     log: bool = False
     range: tuple[Number, Number] | None = None
     names: tuple[str, ...] = ()
+    place: str = "layer"
 
     @property
     def title(self) -> str:

@@ -4,6 +4,7 @@ Colours of text, grid and background are the page's (page.css); only the data's 
 """
 
 import html
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def _lines(panel: Panel) -> dict[str, Any]:
     points = any(series.sizes for series in panel.series)
     layout = {
         **_frame(LINES_HEIGHT),
-        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": "layer %{x}"}},
+        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": f"{panel.x.place} %{{x}}"}},
         "yaxis": _axis(panel.y) | {"zeroline": not panel.y.log} | _log_ticks(panel),
         "showlegend": False,  # the page has its own, which wraps
         "hovermode": "closest" if panel.depth or points or panel.x.names else "x unified",
@@ -93,13 +94,13 @@ def _marker(series: Series) -> dict[str, Any]:
 
 
 def _said(series: Series) -> tuple[str, list[str]]:
-    """What a hover adds to the value: its interval, or its label."""
-    if series.labels:
-        return "<br>%{customdata}", [escaped(label) for label in series.labels]
-    if any(series.bounds):
-        texts = [f" [{pair[0]:.4g}, {pair[1]:.4g}]" if pair else "" for pair in series.bounds]
-        return "%{customdata}", texts
-    return "", []
+    """What a hover adds to the value: its interval and its label."""
+    if not (series.labels or any(series.bounds)):
+        return "", []
+    bounds = [f" [{pair[0]:.4g}, {pair[1]:.4g}]" if pair else "" for pair in series.bounds]
+    between = "<br>" if series.sizes else ", "
+    labels = [between + escaped(label) for label in series.labels]
+    return "%{customdata}", ["".join(said) for said in itertools.zip_longest(bounds, labels, fillvalue="")]
 
 
 def _error_bars(series: Series) -> dict[str, Any]:

@@ -1,19 +1,22 @@
-"""One HTML file that shows a run and opens from disk: its figures, tables, doubts and methods.
+"""One HTML file that shows a run and opens from disk: its figures, tables, doubts and methods."""
 
-Whatever a run brings along (names, tokens) becomes text of an element tree, which escapes it.
-"""
-
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
-from string import Template
 from typing import Any
-from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.etree.ElementTree import Element
 
 from jaxdelta.excerpt import context
-from jaxdelta.report.charts import Figure, Map, Number, Panel
+from jaxdelta.report.charts import Figure
 from jaxdelta.report.contents import figures, has_sinks
-from jaxdelta.report.interactive import chart
+from jaxdelta.report.markup import (
+    as_file,
+    bounded,
+    document,
+    element,
+    figure_section,
+    number,
+    table,
+    visible,
+)
 from jaxdelta.report.methods import methods
 from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
@@ -26,40 +29,29 @@ FEW_TOKENS = 3  # per dimension
 def page(analysis: Analysis) -> str:
     """The page."""
     drawn = figures(analysis)
-    charts = {f"{figure.name}-{i}": chart(panel) for figure in drawn for i, panel in enumerate(figure.panels)}
-    # Plotly's JavaScript is all that is wanted of it; only here, since it takes a tenth of a second.
-    from plotly.offline import get_plotlyjs
-
-    return Template(_asset("page.html")).substitute(
-        title=_markup(f"{analysis.model} – jaxdelta"),
-        css=_asset("page.css"),
-        js=_asset("page.js"),
-        body="\n".join(tostring(part, "unicode", method="html") for part in _body(analysis, drawn)),
-        charts=_embedded(charts),
-        plotly=get_plotlyjs(),
-    )
+    return document(f"{analysis.model} – jaxdelta", _body(analysis, drawn), drawn)
 
 
 def page_file(analysis: Analysis) -> bytes:
     """The page as the bytes of its file."""
-    return page(analysis).encode("utf-8", "xmlcharrefreplace")
+    return as_file(page(analysis))
 
 
 def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
     after = {"owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
     for figure in drawn:
-        yield _figure(figure)
+        yield figure_section(figure)
         yield from after.get(figure.name, lambda _: ())(analysis)
-    yield _element("h2", "Every layer in numbers")
+    yield element("h2", "Every layer in numbers")
     yield _layer_table(analysis)
-    hint = _element("p", "For a paper, with what is needed to repeat the run:", class_="faint")
-    yield _element("section", _element("h2", "Methods"), hint, _element("blockquote", methods(analysis)))
+    hint = element("p", "For a paper, with what is needed to repeat the run:", class_="faint")
+    yield element("section", element("h2", "Methods"), hint, element("blockquote", methods(analysis)))
 
 
 def _headline(analysis: Analysis) -> Iterator[Element]:
     run = analysis.run
-    yield _element("h1", f"What {analysis.num_layers} layers of {analysis.model} write")
+    yield element("h1", f"What {analysis.num_layers} layers of {analysis.model} write")
     documents = run.get("documents")
     facts = {
         "model": f"{analysis.model}, {analysis.num_layers} layers, hidden size {analysis.hidden}",
@@ -72,12 +64,12 @@ def _headline(analysis: Analysis) -> Iterator[Element]:
         "last layer": f"state {'after' if run.get('last_state') == 'normed' else 'before'} the final norm",
         "device": str(run.get("device")),
     }
-    box = _element("dl", class_="facts")
+    box = element("dl", class_="facts")
     for name, fact in facts.items():
-        box.append(_element("div", _element("dt", name), _element("dd", fact)))
+        box.append(element("div", element("dt", name), element("dd", fact)))
     yield box
     if found := list(warnings(analysis)):
-        yield _element("ul", *(_element("li", warning) for warning in found), class_="warnings")
+        yield element("ul", *(element("li", warning) for warning in found), class_="warnings")
 
 
 def warnings(analysis: Analysis) -> Iterator[str]:
@@ -115,70 +107,50 @@ def _not_measured(analysis: Analysis) -> Iterator[str]:
         yield "chance (--null_draws)"
 
 
-def _figure(figure: Figure) -> Element:
-    section = _element("figure", _element("h2", figure.title), _element("figcaption", figure.text))
-    panels = SubElement(section, "div", {"class": "panels"})
-    for i, panel in enumerate(figure.panels):
-        place = _element("div", id=f"{figure.name}-{i}", class_="chart")
-        parts = (_element("h3", panel.title), place, *_legend(panel))
-        panels.append(_element("div", *parts, class_="panel map" if isinstance(panel, Map) else "panel"))
-    return section
-
-
-def _legend(panel: Panel | Map) -> Iterator[Element]:
-    if isinstance(panel, Map) or panel.depth or len(panel.series) < 2:
-        return
-    legend = _element("div", class_="legend")
-    for series in panel.series:
-        sign = _element("i", class_=f"{series.kind} {series.dash}", style=f"color: {series.color}")
-        legend.append(_element("span", sign, series.name))
-    yield legend
-
-
 def _owner_table(analysis: Analysis) -> Iterator[Element]:
     views = ["raw", "masked"] if has_sinks(analysis) else ["raw"]
     for view in views:
         rows = [
-            [row["L"], row["phase"], _number(found.get("sigma1_top_share"), ".4f"), _owners(found, analysis)]
+            [row["L"], row["phase"], number(found.get("sigma1_top_share"), ".4f"), _owners(found, analysis)]
             for row in analysis.per_layer
             if (found := view_of(row, view)) and found.get("sigma1_tokens")
         ]
         if rows:
             head = ("layer", "phase", "top 0.1 %", "share of σ₁² and text")
-            yield _element("h3", f"Owners of σ₁ in their text, {view}")
-            yield _table(head, rows, f"Owners of σ₁, {view}")
+            yield element("h3", f"Owners of σ₁ in their text, {view}")
+            yield table(head, rows, f"Owners of σ₁, {view}")
 
 
 def _owners(found: dict[str, Any], analysis: Analysis) -> Element:
-    lines = _element("div")
+    lines = element("div")
     for owner in found["sigma1_tokens"]:
         before, behind = (visible(text) for text in context(analysis.text, owner["position"]))
-        code = _element("code", before, _element("mark", visible(owner["token"])), behind)
+        code = element("code", before, element("mark", visible(owner["token"])), behind)
         where = f"token {owner['position']}, document {owner['document']}"
-        share = _element("span", _number(owner["share"], ".4f"), class_="share", title=where)
-        lines.append(_element("div", share, code, class_="owner"))
+        share = element("span", number(owner["share"], ".4f"), class_="share", title=where)
+        lines.append(element("div", share, code, class_="owner"))
     return lines
 
 
 def _phase_tables(analysis: Analysis) -> Iterator[Element]:
     for row in analysis.verdict or ():
         if row["prediction"]:
-            verdict = _element("span", row["verdict"], class_=row["verdict"])
-            yield _element(
+            verdict = element("span", row["verdict"], class_=row["verdict"])
+            yield element(
                 "p", f"Phase {row['phase']}: {SAID[row['prediction']]}: ", verdict, f" ({row['why']})."
             )
     if not analysis.verdict:
-        yield _element("p", "No verdict: it needs intervals and chance (--bootstrap, --null_draws).")
+        yield element("p", "No verdict: it needs intervals and chance (--bootstrap, --null_draws).")
     if analysis.verdict:
         yield _verdict_table(analysis.verdict)
     else:
         head = ("phase", "layers", "mean |cos| within", "with all others")
         keys = ("intra_cos_mean", "cross_cos_mean")
         rows = [
-            [row["phase"], row["layers"], *(_number(row[key]) for key in keys)]
+            [row["phase"], row["layers"], *(number(row[key]) for key in keys)]
             for row in analysis.phase_overlap
         ]
-        yield _table(head, rows, "Phases")
+        yield table(head, rows, "Phases")
 
 
 def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
@@ -187,16 +159,16 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
         [
             row["phase"],
             row["layers"],
-            *_bounded(row["intra"]),
-            _number(row["intra"].get("null_mean")),
-            _number(row["intra"].get("null_p"), ".3f"),
-            _number(row["gap_p"], ".3f"),
-            *_bounded(row["stacked_rank"]),
+            *bounded(row["intra"]),
+            number(row["intra"].get("null_mean")),
+            number(row["intra"].get("null_p"), ".3f"),
+            number(row["gap_p"], ".3f"),
+            *bounded(row["stacked_rank"]),
             row["dimensions_90"],
         ]
         for row in verdict
     ]
-    return _table((*head, "rank of the v_L", "95 %", "90 % in"), rows, "Phases and verdict")
+    return table((*head, "rank of the v_L", "95 %", "90 % in"), rows, "Phases and verdict")
 
 
 def _layer_table(analysis: Analysis) -> Element:
@@ -211,64 +183,8 @@ def _layer_table(analysis: Analysis) -> Element:
     masked = {"eff_rank": "masked rank", "top1_frac": "masked v₁"} if has_sinks(analysis) else {}
     rows = [
         [row["L"], row["phase"]]
-        + [_number(row[key]) for key in keys]
-        + [_number((view_of(row, "masked") or {}).get(key)) for key in masked]
+        + [number(row[key]) for key in keys]
+        + [number((view_of(row, "masked") or {}).get(key)) for key in masked]
         for row in analysis.per_layer
     ]
-    return _table(["layer", "phase", *keys.values(), *masked.values()], rows, "Layers")
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[Any]], label: str) -> Element:
-    """A table that scrolls in its box; a cell is text, a number or an element."""
-    table = Element("table")
-    table.append(_element("thead", _element("tr", *(_element("th", name) for name in head))))
-    body = SubElement(table, "tbody")
-    for row in rows:
-        cells = (cell if isinstance(cell, Element) else str(cell) for cell in row)
-        body.append(_element("tr", *(_element("td", cell) for cell in cells)))
-    return _element("div", table, class_="scroll", tabindex="0", role="region", aria_label=label)
-
-
-def _element(tag: str, *children: str | Element, **attributes: str) -> Element:
-    """An element with its children in order; class_ is class, aria_label is aria-label."""
-    names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
-    element, last = Element(tag, names), None
-    for child in children:
-        if isinstance(child, Element):
-            element.append(child)
-            last = child
-        elif last is None:
-            element.text = (element.text or "") + child
-        else:
-            last.tail = (last.tail or "") + child
-    return element
-
-
-def visible(text: str) -> str:
-    """Text whose line ends, tabs and unprintable characters are seen."""
-    signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-    return "".join(c if c.isprintable() else signs.get(c) or f"\\x{ord(c):02x}" for c in text)
-
-
-def _embedded(data: Any) -> str:
-    """JSON that nothing in HTML can end before its end."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _markup(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _asset(name: str) -> str:
-    return (resources.files("jaxdelta.report") / name).read_text(encoding="utf-8")
-
-
-def _number(value: Number | None, form: str = ".4g") -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _bounded(figure: dict[str, Any]) -> tuple[str, str]:
-    """A figure and its interval."""
-    interval = "{:.3f} … {:.3f}".format(*figure["interval"]) if "interval" in figure else "–"
-    return _number(figure["value"]), interval
+    return table(["layer", "phase", *keys.values(), *masked.values()], rows, "Layers")
