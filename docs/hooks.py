@@ -1,0 +1,131 @@
+"""What mkdocs.yml cannot say: pages that lie outside docs/, and tables made of what is measured and run.
+
+GitHub shows README.md, BUILD.md and others where they lie, so they stay there and are pages of the site, too.
+Links are written as GitHub takes them, and followed to the page or, where there is none, to the file itself.
+Three comments stand for what would go stale if it were written down: `<!-- commands -->`, every script with
+its flags; `<!-- modules -->`, every module; `<!-- results: FILE -->`, the medians of a file of
+benchmarks/results.
+"""
+
+import ast
+import json
+import logging
+import os
+import posixpath
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OUTSIDE = {
+    "index.md": "README.md",
+    "build.md": "BUILD.md",
+    "changelog.md": "CHANGELOG.md",
+    "demo-model.md": "jaxdelta/data/demo/README.md",
+}
+_LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
+_MARK = re.compile(r"<!-- (commands|modules|results)(?:: (\S+))? -->")
+_log = logging.getLogger("mkdocs.hooks")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages from outside docs/."""
+    for uri, source in OUTSIDE.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts in what the page's comments stand for, and follows its links."""
+    makers: dict[str, Callable[..., str]] = {"commands": _commands, "modules": _modules, "results": _results}
+    if page.file.src_uri == "performance.md":
+        for file in sorted(RESULTS.glob("*.json")):
+            if f"<!-- results: {file.name} -->" not in markdown:
+                _log.warning("performance.md: says nothing of benchmarks/results/%s", file.name)
+    markdown = _MARK.sub(lambda mark: makers[mark[1]](*filter(None, [mark[2]])), markdown)
+    here = Path(str(page.file.abs_src_path)).parent
+    return _LINK.sub(lambda link: _follow(here / link[1], page, config, files) or link[1], markdown)
+
+
+def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str | None:
+    """Where the site has a file, from the page; it is added where it has none."""
+    target = target.resolve()
+    if target == RESULTS:
+        uri = "performance.md"
+    elif not target.is_file() or not target.is_relative_to(ROOT):
+        return None  # mkdocs says what it does not find
+    else:
+        uri = next(
+            (file.src_uri for file in files if file.abs_src_path == str(target)),
+            target.relative_to(ROOT).as_posix(),
+        )
+        if uri not in files.src_uris:
+            files.append(File.generated(config, uri, abs_src_path=str(target)))
+    return posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))
+
+
+def _commands() -> str:
+    """Every script that can be run: what it says of itself, and its flags as absl knows them."""
+    scripts = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return "\n\n".join(pool.map(_command, scripts))
+
+
+def _command(script: Path) -> str:
+    run = [sys.executable, script.relative_to(ROOT), "--helpxml"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        flags = ElementTree.fromstring(done.stdout).findall("flag")
+    except ElementTree.ParseError as error:
+        why = (done.stderr.strip() or str(error)).splitlines()[-1]
+        raise PluginError(f"scripts/{script.name} --helpxml: {why}") from error
+    about = ast.get_docstring(ast.parse(script.read_text()))
+    modules = {path.stem for path in script.parent.glob("*.py")}
+    ours = [flag for flag in flags if Path(flag.findtext("file", "")).stem in modules]
+    rows = "\n".join(map(_flag, ours))
+    return f"## {script.name}\n\n{about}\n\n| flag | default | |\n|---|---|---|\n{rows}"
+
+
+def _flag(flag: ElementTree.Element) -> str:
+    choices = [value.text for value in flag.findall("enum_value")]
+    meaning = flag.findtext("meaning", "").removeprefix(f"<{'|'.join(map(str, choices))}>: ")
+    if choices:
+        meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
+    default = flag.findtext("default")
+    return f"| `--{flag.findtext('name')}` | {f'`{default}`' if default else ''} | {meaning} |"
+
+
+def _modules() -> str:
+    """Every module of the package, by what it says of itself."""
+    package = ROOT / "jaxdelta"
+    paths = [path for path in sorted(package.rglob("*.py")) if path.name != "__init__.py"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return "\n\n".join(f"::: {name}\n    options:\n      show_root_full_path: true\n      skip_local_inventory: true" for name in names)
+
+
+def _results(name: str) -> str:
+    """The medians of a file of results, and how many times each side was run."""
+    figures = json.loads((RESULTS / name).read_text())["figures"]
+    return "\n".join(
+        ["| | | beside | ratio |", "|---|---|---|---|", *(_result(figure) for figure in figures)]
+    )
+
+
+def _result(figure: dict[str, Any]) -> str:
+    if "gigabytes" in figure:
+        first, second = (f"{value:.2f} GB ({name})" for name, value in figure["gigabytes"].items())
+    else:
+        first, second = (f"{statistics.median(figure[key]):.2f} s" for key in ("seconds", "seconds_beside"))
+    return f"| {figure['title']} | {first} | {second} | {figure['ratio']:.2f} |"
