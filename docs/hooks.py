@@ -10,17 +10,14 @@ benchmarks/results.
 import ast
 import json
 import logging
-import os
 import posixpath
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -77,34 +74,29 @@ def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str
 
 
 def _commands() -> str:
-    """Every script that can be run: what it says of itself, and its flags as absl knows them."""
+    """Every script that can be run: what it says of itself, and its flags."""
     scripts = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return "\n\n".join(pool.map(_command, scripts))
+    run = [sys.executable, ROOT / "docs" / "flags.py", *scripts]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode:
+        raise PluginError(f"docs/flags.py: {done.stderr.strip().splitlines()[-1]}")
+    flags = json.loads(done.stdout)
+    return "\n\n".join(_command(path, flags[str(path)]) for path in scripts)
 
 
-def _command(script: Path) -> str:
-    run = [sys.executable, script.relative_to(ROOT), "--helpxml"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    try:
-        flags = ElementTree.fromstring(done.stdout).findall("flag")
-    except ElementTree.ParseError as error:
-        why = (done.stderr.strip() or str(error)).splitlines()[-1]
-        raise PluginError(f"scripts/{script.name} --helpxml: {why}") from error
+def _command(script: Path, flags: list[dict[str, Any]]) -> str:
     about = ast.get_docstring(ast.parse(script.read_text()))
-    modules = {path.stem for path in script.parent.glob("*.py")}
-    ours = [flag for flag in flags if Path(flag.findtext("file", "")).stem in modules]
-    rows = "\n".join(map(_flag, ours))
+    rows = "\n".join(map(_flag, flags))
     return f"## {script.name}\n\n{about}\n\n| flag | default | |\n|---|---|---|\n{rows}"
 
 
-def _flag(flag: ElementTree.Element) -> str:
-    choices = [value.text for value in flag.findall("enum_value")]
-    meaning = flag.findtext("meaning", "").removeprefix(f"<{'|'.join(map(str, choices))}>: ")
-    if choices:
-        meaning += ": " + ", ".join(f"`{choice}`" for choice in choices)
-    default = flag.findtext("default")
-    return f"| `--{flag.findtext('name')}` | {f'`{default}`' if default else ''} | {meaning} |"
+def _flag(flag: dict[str, Any]) -> str:
+    meaning = flag["help"]
+    if flag["choices"]:
+        # absl writes the choices before the meaning.
+        meaning = f"{meaning.partition('>: ')[2]}: " + ", ".join(f"`{choice}`" for choice in flag["choices"])
+    default = f"`{flag['default']}`" if flag["default"] else ""
+    return f"| `--{flag['name']}` | {default} | {meaning} |"
 
 
 def _modules() -> str:
@@ -112,14 +104,17 @@ def _modules() -> str:
     package = ROOT / "jaxdelta"
     paths = [path for path in sorted(package.rglob("*.py")) if path.name != "__init__.py"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
-    return "\n\n".join(f"::: {name}\n    options:\n      show_root_full_path: true\n      skip_local_inventory: true" for name in names)
+    return "\n\n".join(
+        f"::: {name}\n    options:\n      show_root_full_path: true\n      skip_local_inventory: true"
+        for name in names
+    )
 
 
 def _results(name: str) -> str:
     """The medians of a file of results, and how many times each side was run."""
     figures = json.loads((RESULTS / name).read_text())["figures"]
     return "\n".join(
-        ["| | | beside | ratio |", "|---|---|---|---|", *(_result(figure) for figure in figures)]
+        ["| | first | second | ratio |", "|---|---|---|---|", *(_result(figure) for figure in figures)]
     )
 
 
@@ -127,5 +122,7 @@ def _result(figure: dict[str, Any]) -> str:
     if "gigabytes" in figure:
         first, second = (f"{value:.2f} GB ({name})" for name, value in figure["gigabytes"].items())
     else:
-        first, second = (f"{statistics.median(figure[key]):.2f} s" for key in ("seconds", "seconds_beside"))
+        first, second = (
+            f"{statistics.median(figure[key]):.2f}&nbsp;s" for key in ("seconds", "seconds_beside")
+        )
     return f"| {figure['title']} | {first} | {second} | {figure['ratio']:.2f} |"

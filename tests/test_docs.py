@@ -45,9 +45,7 @@ def test_every_message_that_is_explained_can_be_met() -> None:
     explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
     programs = [*(ROOT / "jaxdelta").rglob("*.py"), *(ROOT / "scripts").glob("*.*")]
     said = "\n".join(line for path in programs for text in strings(path) for line in text.splitlines())
-    unknown = [
-        message for message in explained if not re.search(re.escape(message).replace("…", ".*"), said)
-    ]
+    unknown = [message for message in explained if not re.search(re.escape(message).replace("…", ".*"), said)]
     assert len(explained) > 40
     assert not unknown
 
