@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from markdown import Extension, Markdown
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -35,6 +36,21 @@ OUTSIDE = {
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
 _MARK = re.compile(r"<!-- (commands|modules|results)(?:: (\S+))? -->")
 _log = logging.getLogger("mkdocs.hooks")
+
+
+class PlainMarkdown(Extension):
+    """Markdown without HTML: in a docstring <u, v> is a product and not a tag."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Takes the tags' two processors out."""
+        md.preprocessors.deregister("html_block")
+        md.inlinePatterns.deregister("html")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Reads every page, and every docstring, as plain Markdown."""
+    config.markdown_extensions.append(PlainMarkdown())
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -54,6 +70,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = _MARK.sub(lambda mark: makers[mark[1]](*filter(None, [mark[2]])), markdown)
     here = Path(str(page.file.abs_src_path)).parent
     return _LINK.sub(lambda link: _follow(here / link[1], page, config, files) or link[1], markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """The site is read without a network: nothing of a page may come from elsewhere."""
+    for found in re.findall(
+        r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>", output
+    ):
+        _log.warning("%s: needs the network for %s", page.file.src_uri, found)
 
 
 def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str | None:
