@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown import Extension, Markdown
+from markdown.inlinepatterns import HtmlInlineProcessor
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -33,23 +34,22 @@ OUTSIDE = {
     "changelog.md": "CHANGELOG.md",
     "demo-model.md": "jaxdelta/data/demo/README.md",
 }
-_LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
+_LINK = re.compile(r'(?:(?<=\]\()|(?<=src="))(?![a-z]+:)([^)#\s"]+)')
 _MARK = re.compile(r"<!-- (commands|modules|results)(?:: (\S+))? -->")
 _log = logging.getLogger("mkdocs.hooks")
 
 
-class PlainMarkdown(Extension):
-    """Markdown without HTML: in a docstring <u, v> is a product and not a tag."""
+class KnownTags(Extension):
+    """Markdown with few of HTML's tags: in a docstring <u, v> is a product and not a tag."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """Takes the tags' two processors out."""
-        md.preprocessors.deregister("html_block")
-        md.inlinePatterns.deregister("html")
+        """Puts a processor of these few in the place of that of all."""
+        md.inlinePatterns.register(HtmlInlineProcessor(r"(</?(?:a|br|img|sub|sup)\b[^<>]*>)", md), "html", 90)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Reads every page, and every docstring, as plain Markdown."""
-    config.markdown_extensions.append(PlainMarkdown())
+    """Reads every page, and every docstring, in this way."""
+    config.markdown_extensions.append(KnownTags())
     return config
 
 
@@ -74,9 +74,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
     """The site is read without a network: nothing of a page may come from elsewhere."""
-    for found in re.findall(
-        r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>", output
-    ):
+    elsewhere = r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>"
+    for found in re.findall(elsewhere, output):
         _log.warning("%s: needs the network for %s", page.file.src_uri, found)
 
 
@@ -135,7 +134,7 @@ def _modules() -> str:
 
 
 def _results(name: str) -> str:
-    """The medians of a file of results, and how many times each side was run."""
+    """The medians of a file of benchmarks/results."""
     figures = json.loads((RESULTS / name).read_text())["figures"]
     return "\n".join(
         ["| | first | second | ratio |", "|---|---|---|---|", *(_result(figure) for figure in figures)]
