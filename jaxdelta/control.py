@@ -65,12 +65,15 @@ class _Control:
 
     @property
     def config(self) -> ModelConfig:
+        """The model's own: a control changes no size."""
         return self.weights.config
 
     def abstract_layer(self, index: int) -> nnx.State:
+        """Shapes and dtypes of a layer's parameters, as the model has them."""
         return self.weights.abstract_layer(index)
 
     def first_bad_tensor(self) -> str | None:
+        """A tensor of the model's that holds a NaN or an infinity, or None."""
         return self.weights.first_bad_tensor()
 
     @property
@@ -82,6 +85,8 @@ class RandomInit(_Control):
     """Weights as transformers draws them: N(0, initializer_range²), norms 1, biases 0. No layer is read."""
 
     def layer(self, index: int) -> nnx.State:
+        """The layer's parameters, drawn: the same seed and name give the same tensor."""
+
         def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
             name = _name(index, path)
             if len(leaf.shape) == 1:
@@ -91,15 +96,19 @@ class RandomInit(_Control):
         return jax.tree_util.tree_map_with_path(draw, self.abstract_layer(index))
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the embedding by token id, each drawn by itself."""
         return self._rows("embedding", ids, self.weights.embeddings(np.zeros(1, np.int32)).dtype)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the head by token id: the embedding's, where the model ties the two."""
         return self._rows(self._head, ids, self.weights.head_slice(0, 1).dtype)
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows `start` to `stop` of the head."""
         return self.head_rows(np.arange(start, stop))
 
     def final_norm(self) -> Float[Array, " D"]:
+        """Ones, as before training."""
         return jnp.ones_like(self.weights.final_norm())
 
     def _rows(self, name: str, ids: Int[np.ndarray, "*batch"], dtype: DTypeLike) -> Array:
@@ -122,21 +131,26 @@ class PermutedWeights(_Control):
     """
 
     def layer(self, index: int) -> nnx.State:
+        """The layer's parameters, each tensor's entries in another order."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.weights.layer(index))
         # Popped, so that each tensor can go when it has been permuted.
         permuted = [self._tensor(index, *leaves.pop(0)) for _ in range(len(leaves))]
         return jax.tree_util.tree_unflatten(tree, permuted)
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the embedding by token id, each with its entries permuted: it keeps its norm."""
         return self._rows("embedding", ids, self.weights.embeddings(ids))
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the head by token id, permuted as the embedding's where the model ties the two."""
         return self._rows(self._head, ids, self.weights.head_rows(ids))
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows `start` to `stop` of the head, permuted as `head_rows` does."""
         return self._rows(self._head, np.arange(start, stop), self.weights.head_slice(start, stop))
 
     def final_norm(self) -> Float[Array, " D"]:
+        """The final norm's weight, its entries permuted."""
         return self._tensor("final norm", (), self.weights.final_norm())
 
     def _tensor(self, layer: int | str, path: Any, tensor: Array) -> Array:

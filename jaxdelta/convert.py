@@ -30,9 +30,11 @@ def convert(
     A portion of the parameters is in memory at a time; `out` appears whole or not at all.
 
     Args:
-        model, revision, loader: as in `open_checkpoint`.
+        model: hub id, directory, or `demo`.
         out: the directory to make; one that is there must be empty.
         dtype: of all parameters: `stored` keeps each as it is; else numbers are rounded to the nearest.
+        revision: branch, tag or commit of a hub id.
+        loader: how the weights are read, as `open_checkpoint` takes it.
 
     Raises:
         JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for it.

@@ -32,6 +32,7 @@ class SparseMLP(nnx.Module):
         self.settings = experts
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """Σ_e share_e · MLP_e(x) over the experts that the router chooses for each token."""
         rows = x.reshape(-1, x.shape[-1])
         shares, chosen = route(self.gate(rows), self.settings)
         # transformers rounds the shares to the dtype it computes in.

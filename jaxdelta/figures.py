@@ -55,6 +55,7 @@ class Selection(NamedTuple):
 
     @classmethod
     def of(cls, view: View) -> "Selection":
+        """A view as 1 for what is in it, attention, MLP, centring, and 0 for what is not."""
         numbers = (view.part != "mlp", view.part != "attention", view.centred)
         return cls(*(np.float32(number) for number in numbers))
 

@@ -39,6 +39,7 @@ class Aside(NamedTuple):
         return cls(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1))
 
     def take(self, chosen: Bool[np.ndarray, " s"]) -> "Aside":
+        """Those of them that are `chosen`."""
         return Aside(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
 
 

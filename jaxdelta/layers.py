@@ -40,6 +40,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, size_out), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float32[Array, "*batch O"]:
+        """W x + b over the last axis: factors in x's dtype, sums in float32."""
         y = contract("...i,oi->...o", x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
@@ -51,6 +52,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The tokens' rows, in the dtype in which they are stored."""
         return jnp.take(self.weight[...], tokens, axis=0)
 
 
@@ -62,6 +64,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """x over its root mean square, times the weight, in float32."""
         return rms_norm(x, self.weight[...], self.eps)
 
 
@@ -83,6 +86,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, bias=False, **options)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """W_down (silu(W_gate x) ∘ W_up x); what enters W_down is rounded to x's dtype."""
         return self.down_proj((jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
 
 

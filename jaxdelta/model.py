@@ -54,6 +54,7 @@ class Attention(nnx.Module):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
     def __call__(self, x: Float[Array, "B T D"], context: "Context") -> Float32[Array, "B T D"]:
+        """What the sublayer writes: W_o of all heads' mixtures of the values seen."""
         # Heads before positions, so that both products contract and run over adjacent axes as they lie.
         heads = (*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
         q, k, v = (

@@ -41,10 +41,12 @@ class Grid:
 
     @property
     def data(self) -> int:
+        """How many groups of devices share the windows."""
         return self.mesh.shape["data"]
 
     @property
     def model(self) -> int:
+        """How many devices share a layer's weights."""
         return self.mesh.shape["model"]
 
     def split(self, spec: PartitionSpec = DATA) -> NamedSharding:

@@ -68,6 +68,7 @@ class Work:
 
     @property
     def config(self) -> ModelConfig:
+        """The model's sizes."""
         return self.weights.config
 
     def plan(self, limit: int) -> Plan:

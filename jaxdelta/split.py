@@ -48,9 +48,12 @@ class SplitWeights:
 
     @property
     def config(self) -> ModelConfig:
+        """The model's own: that of all devices together."""
         return self.weights.config
 
     def layer(self, index: int) -> nnx.State:
+        """A layer's parameters, each split over `model` as `weight_spec` says."""
+
         def place(path: Any, shape: tuple[int, ...], read: Callable[..., np.ndarray]) -> Array:
             return self.grid.place(shape, weight_spec(path, len(shape)), read)
 
@@ -61,6 +64,8 @@ class SplitWeights:
         )
 
     def abstract_layer(self, index: int) -> nnx.State:
+        """Shapes and dtypes of a layer's parameters, with their places on the grid."""
+
         def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
             sharding = self.grid.split(weight_spec(path, len(leaf.shape)))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -68,19 +73,24 @@ class SplitWeights:
         return _by_path(placed, self.weights.abstract_layer(index))
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the embedding by token id, as the weights give them."""
         return self.weights.embeddings(ids)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the head by token id, split as the windows are: a process reads those of its own."""
         return self.grid.to_devices(np.asarray(self.weights.head_rows(self.grid.mine(ids))))
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows `start` to `stop` of the head, split over `model` where it divides their number."""
         axis = None if (stop - start) % self.grid.model else "model"
         return self.grid.put(self.weights.head_slice(start, stop), PartitionSpec(axis))
 
     def final_norm(self) -> Float[Array, " D"]:
+        """The final norm's weight, on every device."""
         return self.grid.put(self.weights.final_norm())
 
     def first_bad_tensor(self) -> str | None:
+        """A tensor that holds a NaN or an infinity, or None."""
         return self.weights.first_bad_tensor()
 
 

@@ -47,6 +47,7 @@ class Source:
     fill: Callable[[str, np.ndarray], None] | None = None
 
     def read_into(self, name: str, out: np.ndarray) -> None:
+        """Reads a tensor into `out`, which has its shape, and casts it where the dtypes differ."""
         if self.fill and out.dtype == self.specs[name].dtype:
             self.fill(name, out)
         else:

@@ -85,6 +85,7 @@ PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 
 
 def main(command: str) -> None:
+    """Runs the command's timings, and keeps them where --results says."""
     forced = [os.environ.pop(name, None) for name in OPENBLAS]
     if any(forced):  # NumPy read them when it was imported: start again
         os.execv(sys.executable, [sys.executable, *sys.argv])

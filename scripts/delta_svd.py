@@ -118,6 +118,7 @@ OPTION_FLAGS = tuple(vars(DEFAULTS))
 
 
 def main() -> None:
+    """Joins the other processes, if there are any, and runs."""
     given = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     if not (_DISTRIBUTED.value or given == (None, None, None)):
         raise UsageError("coordinator_address, num_processes and process_id need --distributed")

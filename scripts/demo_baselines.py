@@ -72,6 +72,7 @@ def baselines(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> dict[str, flo
 
 
 def main(_: list[str]) -> None:
+    """Logs every baseline's loss on the held-out text, in nats per token."""
     for name, loss in baselines(pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value)).items():
         logging.info("%s: %.4f nats per held-out token", name, loss)
 

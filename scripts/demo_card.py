@@ -200,6 +200,7 @@ def model_facts(folder: pathlib.Path) -> dict[str, str]:
 
 
 def main(_: list[str]) -> None:
+    """Writes the card from the records of the data, the training and the baselines."""
     folder, work_dir = pathlib.Path(_MODEL.value), pathlib.Path(WORK_DIR.value)
     facts = json.loads((work_dir / "facts.json").read_text())
     losses = json.loads((work_dir / "baselines.json").read_text())

@@ -1,4 +1,4 @@
-"""Collect the text that the demo model learns from: free documentation, dictionaries and source code.
+r"""Collect the text that the demo model learns from: free documentation, dictionaries and source code.
 
 Everything is read from packages that are installed on this machine; nothing is downloaded here. On Debian 12:
 
@@ -211,6 +211,7 @@ def version(package: str) -> str:
 
 
 def main(_: list[str]) -> None:
+    """Writes a text for each source, and manifest.json with packages, licences, sizes and SHA-256."""
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     manifest = []

@@ -97,6 +97,7 @@ def prepare(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> tuple[np.ndarra
 
 
 def main(_: list[str]) -> None:
+    """Trains the tokenizer and writes the tokens of the training and the held-out text."""
     prepare(pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value))
 
 

@@ -25,6 +25,7 @@ _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .ht
 
 
 def main() -> None:
+    """Adds up the moments of the runs, writes the files of one run, and prints its tables."""
     out = Path(_OUT.value).expanduser()
     files.check_output(out, output.PAGE)
     result = merge_runs([Path(run).expanduser() for run in _RUNS.value])

@@ -22,6 +22,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def main() -> None:
+    """Loads the run and draws it."""
     out = Path(_OUT.value).expanduser()
     if out.suffix not in FORMATS:
         raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")

@@ -323,6 +323,7 @@ def train(tokens: np.ndarray, held: np.ndarray) -> None:
 
 
 def main(_: list[str]) -> None:
+    """Prepares the tokens, logs the baselines and trains; starts anew where malloc's settings are missing."""
     if any(name not in os.environ for name in MALLOC):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     corpus_dir, work_dir = pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value)

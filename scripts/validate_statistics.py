@@ -72,10 +72,12 @@ class Check:
 
     @property
     def cells(self) -> tuple[str, ...]:
+        """The line's cells, in the order of COLUMNS."""
         return self.planted, self.required, self.measured, "pass" if self.passed else "FAIL"
 
 
 def main() -> None:
+    """Runs the chosen checks and prints the table; fails where a line does."""
     chosen = {name: check for name, check in CHECKS.items() if not _ONLY.value or name in _ONLY.value}
     checks = [line for check in chosen.values() for line in check(_QUICK.value)]
     table = markdown(checks)
@@ -87,6 +89,7 @@ def main() -> None:
 
 
 def markdown(checks: list[Check]) -> str:
+    """The checks as a Markdown table whose columns are as wide as their widest cell."""
     rows = [COLUMNS, *(line.cells for line in checks)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = [
@@ -216,6 +219,7 @@ def intervals_of(world: World, seed: int) -> dict[tuple[str, int], Interval]:
 
 
 def figure(row: dict[str, Any], name: str) -> float:
+    """A figure of a layer's row by the name it has among the intervals: γ is σ_1."""
     return row["top_singvals"][0] if name == "gamma" else row[name]
 
 
@@ -241,6 +245,7 @@ def phases(quick: bool) -> list[Check]:
 
 
 def rejected(draw: Callable[[np.random.Generator], np.ndarray], sets: int) -> float:
+    """Of so many sets of directions, the share whose phase test has a p-value of at most LEVEL."""
     found = (draw(np.random.default_rng((2, seed))) for seed in range(sets))
     return float(np.mean([segment_test(np.abs(v @ v.T), LAYERS).p_value <= LEVEL for v in found]))
 
@@ -260,6 +265,7 @@ def in_phases(rng: np.random.Generator) -> np.ndarray:
 
 
 def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors of length 1 along those of the last axis."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 

@@ -1,0 +1,151 @@
+"""What mkdocs.yml cannot say: pages that lie outside docs/, and tables made of what is measured and run.
+
+GitHub shows README.md, BUILD.md and others where they lie, so they stay there and are pages of the site, too.
+Links are written as GitHub takes them, and followed to the page or, where there is none, to the file itself.
+Three comments stand for what would go stale if it were written down: `<!-- commands -->`, every script with
+its flags; `<!-- modules -->`, every module; `<!-- results: FILE -->`, the medians of a file of
+benchmarks/results.
+"""
+
+import ast
+import json
+import logging
+import posixpath
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from markdown import Extension, Markdown
+from markdown.inlinepatterns import HtmlInlineProcessor
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OUTSIDE = {
+    "index.md": "README.md",
+    "build.md": "BUILD.md",
+    "changelog.md": "CHANGELOG.md",
+    "demo-model.md": "jaxdelta/data/demo/README.md",
+}
+_LINK = re.compile(r'(?:(?<=\]\()|(?<=src="))(?![a-z]+:)([^)#\s"]+)')
+_MARK = re.compile(r"<!-- (commands|modules|results)(?:: (\S+))? -->")
+_log = logging.getLogger("mkdocs.hooks")
+
+
+class KnownTags(Extension):
+    """Markdown with few of HTML's tags: in a docstring <u, v> is a product and not a tag."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Puts a processor of these few in the place of that of all."""
+        md.inlinePatterns.register(HtmlInlineProcessor(r"(</?(?:a|br|img|sub|sup)\b[^<>]*>)", md), "html", 90)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Reads every page, and every docstring, in this way."""
+    config.markdown_extensions.append(KnownTags())
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages from outside docs/."""
+    for uri, source in OUTSIDE.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Puts in what the page's comments stand for, and follows its links."""
+    makers: dict[str, Callable[..., str]] = {"commands": _commands, "modules": _modules, "results": _results}
+    if page.file.src_uri == "performance.md":
+        for file in sorted(RESULTS.glob("*.json")):
+            if f"<!-- results: {file.name} -->" not in markdown:
+                _log.warning("performance.md: says nothing of benchmarks/results/%s", file.name)
+    markdown = _MARK.sub(lambda mark: makers[mark[1]](*filter(None, [mark[2]])), markdown)
+    here = Path(str(page.file.abs_src_path)).parent
+    return _LINK.sub(lambda link: _follow(here / link[1], page, config, files) or link[1], markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """The site is read without a network: nothing of a page may come from elsewhere."""
+    elsewhere = r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>"
+    for found in re.findall(elsewhere, output):
+        _log.warning("%s: needs the network for %s", page.file.src_uri, found)
+
+
+def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str | None:
+    """Where the site has a file, from the page; it is added where it has none."""
+    target = target.resolve()
+    if target == RESULTS:
+        uri = "performance.md"
+    elif not target.is_file() or not target.is_relative_to(ROOT):
+        return None  # mkdocs says what it does not find
+    else:
+        uri = next(
+            (file.src_uri for file in files if file.abs_src_path == str(target)),
+            target.relative_to(ROOT).as_posix(),
+        )
+        if uri not in files.src_uris:
+            files.append(File.generated(config, uri, abs_src_path=str(target)))
+    return posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))
+
+
+def _commands() -> str:
+    """Every script that can be run: what it says of itself, and its flags."""
+    scripts = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
+    run = [sys.executable, ROOT / "docs" / "flags.py", *scripts]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode:
+        raise PluginError(f"docs/flags.py: {done.stderr.strip().splitlines()[-1]}")
+    flags = json.loads(done.stdout)
+    return "\n\n".join(_command(path, flags[str(path)]) for path in scripts)
+
+
+def _command(script: Path, flags: list[dict[str, Any]]) -> str:
+    about = ast.get_docstring(ast.parse(script.read_text()))
+    rows = "\n".join(map(_flag, flags))
+    return f"## {script.name}\n\n{about}\n\n| flag | default | |\n|---|---|---|\n{rows}"
+
+
+def _flag(flag: dict[str, Any]) -> str:
+    meaning = flag["help"]
+    if flag["choices"]:
+        # absl writes the choices before the meaning.
+        meaning = f"{meaning.partition('>: ')[2]}: " + ", ".join(f"`{choice}`" for choice in flag["choices"])
+    default = f"`{flag['default']}`" if flag["default"] else ""
+    return f"| `--{flag['name']}` | {default} | {meaning} |"
+
+
+def _modules() -> str:
+    """Every module of the package, by what it says of itself."""
+    package = ROOT / "jaxdelta"
+    paths = [path for path in sorted(package.rglob("*.py")) if path.name != "__init__.py"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return "\n\n".join(
+        f"::: {name}\n    options:\n      show_root_full_path: true\n      skip_local_inventory: true"
+        for name in names
+    )
+
+
+def _results(name: str) -> str:
+    """The medians of a file of benchmarks/results."""
+    figures = json.loads((RESULTS / name).read_text())["figures"]
+    return "\n".join(
+        ["| | first | second | ratio |", "|---|---|---|---|", *(_result(figure) for figure in figures)]
+    )
+
+
+def _result(figure: dict[str, Any]) -> str:
+    if "gigabytes" in figure:
+        first, second = (f"{value:.2f} GB ({name})" for name, value in figure["gigabytes"].items())
+    else:
+        first, second = (
+            f"{statistics.median(figure[key]):.2f}&nbsp;s" for key in ("seconds", "seconds_beside")
+        )
+    return f"| {figure['title']} | {first} | {second} | {figure['ratio']:.2f} |"
