@@ -26,6 +26,7 @@ class QuickJit:
         return jax.jit(self.__wrapped__, compiler_options=compiler_options(), **self._options)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Calls the compiled function."""
         return self._jitted(*arguments, **named)
 
     def __getattr__(self, name: str) -> Any:

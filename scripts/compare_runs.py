@@ -29,6 +29,7 @@ _QUIET = flags.DEFINE_bool("quiet", False, "no tables, only the page")
 
 
 def main(*names: str) -> None:
+    """Reads the runs, writes the page if one is wanted, and prints the tables."""
     paths = [Path(name).expanduser() for name in names]
     out = None if _OUT.value is None else Path(_OUT.value).expanduser()
     check(paths, out)
