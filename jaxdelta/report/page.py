@@ -15,8 +15,8 @@ from jaxdelta.report.charts import Figure, Map, Number, Panel
 from jaxdelta.report.contents import figures, has_sinks
 from jaxdelta.report.interactive import chart
 from jaxdelta.report.methods import methods
-from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
+from jaxdelta.views import view_of
 
 SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
 LARGE_CLOSURE = 1e-2
@@ -45,6 +45,17 @@ def page_file(analysis: Analysis) -> bytes:
     return page(analysis).encode("utf-8", "xmlcharrefreplace")
 
 
+def summary(analysis: Analysis) -> str:
+    """What a notebook shows of a run: the head of the page, phases and verdict, and the layers, folded.
+
+    Plain tables without a style of their own: a notebook's is made for its light and its dark.
+    """
+    facts = _table((_title(analysis), ""), list(_facts(analysis).items()), "Run")
+    layers = _element("details", _element("summary", "Every layer in numbers"), _layer_table(analysis))
+    whole = _element("div", facts, *_warned(analysis), *_phase_tables(analysis), layers)
+    return tostring(whole, "unicode", method="html").encode("utf-8", "xmlcharrefreplace").decode()
+
+
 def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
     after = {"owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
@@ -58,10 +69,22 @@ def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
 
 
 def _headline(analysis: Analysis) -> Iterator[Element]:
+    yield _element("h1", _title(analysis))
+    box = _element("dl", class_="facts")
+    for name, fact in _facts(analysis).items():
+        box.append(_element("div", _element("dt", name), _element("dd", fact)))
+    yield box
+    yield from _warned(analysis)
+
+
+def _title(analysis: Analysis) -> str:
+    return f"What {analysis.num_layers} layers of {analysis.model} write"
+
+
+def _facts(analysis: Analysis) -> dict[str, str]:
     run = analysis.run
-    yield _element("h1", f"What {analysis.num_layers} layers of {analysis.model} write")
     documents = run.get("documents")
-    facts = {
+    return {
         "model": f"{analysis.model}, {analysis.num_layers} layers, hidden size {analysis.hidden}",
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
         "tokens": str(analysis.n_calib_tokens) + (f" in {documents} documents" if documents else ""),
@@ -72,10 +95,9 @@ def _headline(analysis: Analysis) -> Iterator[Element]:
         "last layer": f"state {'after' if run.get('last_state') == 'normed' else 'before'} the final norm",
         "device": str(run.get("device")),
     }
-    box = _element("dl", class_="facts")
-    for name, fact in facts.items():
-        box.append(_element("div", _element("dt", name), _element("dd", fact)))
-    yield box
+
+
+def _warned(analysis: Analysis) -> Iterator[Element]:
     if found := list(warnings(analysis)):
         yield _element("ul", *(_element("li", warning) for warning in found), class_="warnings")
 
