@@ -37,3 +37,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'jaxdelta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What a notebook offers to complete."""
+    return sorted({*globals(), *__all__})

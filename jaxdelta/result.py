@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Analysis:
     """The figures of one run: the JSON's entries by their names, then the arrays of the safetensors file.
 
     Of N layers of hidden size d, with k = `top_k` directions kept; every key is defined in
     docs/definitions.md. What a file of an older version lacks is None.
 
-    >>> run.num_layers, run.directions.shape
-    (28, (28, 8, 128))
+    >>> run
+    <Analysis of 'demo': 28 layers, hidden size 128, 100 tokens>
+    >>> run.directions.shape  # (N, k, d)
+    (28, 8, 128)
     >>> round(run.per_layer[2]["eff_rank"], 2), round(run.per_layer[2]["mlp"]["eff_rank"], 2)
     (7.09, 2.49)
 
@@ -67,17 +69,17 @@ class Analysis:
     last_layer_normed: dict[str, Any]
     last_layer_residual: dict[str, Any]
     run: dict[str, Any]
-    directions: Float32[np.ndarray, "N k d"] = dataclasses.field(repr=False)
-    singular_values: Float32[np.ndarray, "N r"] = dataclasses.field(repr=False)
-    top1_cos: Float32[np.ndarray, "N N"] = dataclasses.field(repr=False)
+    directions: Float32[np.ndarray, "N k d"]
+    singular_values: Float32[np.ndarray, "N r"]
+    top1_cos: Float32[np.ndarray, "N N"]
     schema_version: int = SCHEMA_VERSION
     overlap: dict[str, dict[str, Any]] | None = None
     verdict: list[dict[str, Any]] | None = None
     control: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
-    principal_cosines: Float32[np.ndarray, "N N k"] | None = dataclasses.field(default=None, repr=False)
-    projection_distance: Float32[np.ndarray, "N N"] | None = dataclasses.field(default=None, repr=False)
-    grassmann_distance: Float32[np.ndarray, "N N"] | None = dataclasses.field(default=None, repr=False)
+    principal_cosines: Float32[np.ndarray, "N N k"] | None = None
+    projection_distance: Float32[np.ndarray, "N N"] | None = None
+    grassmann_distance: Float32[np.ndarray, "N N"] | None = None
 
     ARRAYS = (
         "directions",
@@ -87,6 +89,11 @@ class Analysis:
         "projection_distance",
         "grassmann_distance",
     )
+
+    def __repr__(self) -> str:
+        """One line: all that is in a run fills a book."""
+        size = f"{self.num_layers} layers, hidden size {self.hidden}"
+        return f"<Analysis of {self.model!r}: {size}, {self.n_calib_tokens} tokens>"
 
     def save(self, path: str | Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
         """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither.

@@ -681,6 +681,7 @@ def test_public_names() -> None:
     assert jaxdelta.analyze is analysis.analyze
     assert jaxdelta.UsageError is UsageError and issubclass(UsageError, jaxdelta.JaxDeltaError)
     assert all(hasattr(jaxdelta, name) for name in jaxdelta.__all__)
+    assert set(jaxdelta.__all__) <= set(dir(jaxdelta))
     with pytest.raises(AttributeError, match="nothing"):
         _ = jaxdelta.nothing
 
