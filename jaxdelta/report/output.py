@@ -19,7 +19,7 @@ def check_figures(directory: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise JaxDeltaError(
-            "figures need matplotlib, which is not installed (pip install 'jaxdelta[figures]')"
+            "a figure needs matplotlib, which is not installed (pip install 'jaxdelta[figures]')"
         )
     if directory.exists() and not directory.is_dir():
         raise JaxDeltaError(f"{directory}: is not a directory")
