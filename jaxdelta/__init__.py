@@ -8,17 +8,28 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxdelta.analysis import analyze
     from jaxdelta.checkpoint import load_model
+    from jaxdelta.errors import JaxDeltaError, UsageError
     from jaxdelta.model import residual_stream
     from jaxdelta.result import Analysis
 
 _HOMES = {
     "Analysis": "jaxdelta.result",
+    "JaxDeltaError": "jaxdelta.errors",
+    "UsageError": "jaxdelta.errors",
     "analyze": "jaxdelta.analysis",
     "load_model": "jaxdelta.checkpoint",
     "residual_stream": "jaxdelta.model",
 }
 
-__all__ = ["Analysis", "__version__", "analyze", "load_model", "residual_stream"]
+__all__ = [
+    "Analysis",
+    "JaxDeltaError",
+    "UsageError",
+    "__version__",
+    "analyze",
+    "load_model",
+    "residual_stream",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +37,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'jaxdelta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What a notebook offers to complete."""
+    return sorted({*globals(), *__all__})

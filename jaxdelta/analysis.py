@@ -48,7 +48,7 @@ Listener = Callable[[str], None]
 
 
 def analyze(
-    model: str | Qwen3,
+    model: str | Path | Qwen3,
     calibration: str | Path | Iterable[str] | Tokens | None = None,
     *,
     listener: Listener | None = None,
@@ -58,6 +58,11 @@ def analyze(
     **options: Any,
 ) -> Analysis:
     """Runs a model over a calibration text and measures what each layer writes into the residual stream.
+
+    >>> import jaxdelta
+    >>> run = jaxdelta.analyze("demo", max_tokens=100, bootstrap=0, null_draws=0)
+    >>> print(f"{run.n_calib_tokens} tokens, loss {run.run['calibration_loss']:.2f} nats per token")
+    100 tokens, loss 4.77 nats per token
 
     Args:
         model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
@@ -72,16 +77,18 @@ def analyze(
 
     Raises:
         UsageError: an impossible option.
-        JaxDeltaError: a model, checkpoint or text that cannot be used.
+        JaxDeltaError: a model, checkpoint or text that cannot be used. What a script would print in its one
+            line of either is the message.
     """
-    chosen = Options(**options)
+    chosen = Options.of(options)
     stages = Stages(listener)
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Qwen3):
             name, weights = "Qwen3", Resident(model)
         else:
-            name, weights = model, open_checkpoint(model, revision=chosen.revision, loader=chosen.loader)
+            name = str(model)
+            weights = open_checkpoint(name, revision=chosen.revision, loader=chosen.loader)
         note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
     if isinstance(weights, Resident) and chosen.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
@@ -288,6 +295,7 @@ def _run_facts(
         "versions": _versions(),
         "device": _device(),
         "mesh": grid and grid.facts,
+        "model_type": weights.config.model_type,
         "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
         "residual_dtype": options.residual_dtype,

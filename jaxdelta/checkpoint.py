@@ -196,7 +196,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
 
 
 def load_model(
-    model: str,
+    model: str | Path,
     *,
     revision: str | None = None,
     loader: str = "auto",
@@ -204,9 +204,13 @@ def load_model(
 ) -> Qwen3:
     """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
 
+    >>> model = jaxdelta.load_model("demo")
+    >>> model.config.num_layers, model.config.hidden_size
+    (28, 128)
+
     Arguments and errors are those of `open_checkpoint`, and `sharding` is that of `Checkpoint.load`.
     """
-    return open_checkpoint(model, revision=revision, loader=loader).load(sharding)
+    return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
 
 
 def save_model(model: Qwen3, directory: Path) -> None:

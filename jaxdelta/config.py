@@ -162,6 +162,11 @@ class ModelConfig:
         except JaxDeltaError as error:
             raise JaxDeltaError(f"{path}: {error}") from error
 
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        return "qwen3_moe" if self.experts else "qwen3"
+
     def to_file(self, path: Path) -> None:
         """Writes a config.json."""
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -169,10 +174,9 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json as transformers 5 writes it; `from_dict` reads it back."""
         window = next((w for w in self.windows if w is not None), None)
-        model_type = "qwen3_moe" if self.experts else "qwen3"
         return {
-            "architectures": [ARCHITECTURES[model_type]],
-            "model_type": model_type,
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,

@@ -240,6 +240,14 @@ def residual_stream(
 ) -> ResidualStream:
     """Runs the model once, compiled, and keeps the residual stream at every layer.
 
+    >>> import numpy as np
+    >>> tokens = np.array([[5, 17, 3, 99], [42, 8, 1, 7]])
+    >>> stream = jaxdelta.residual_stream(model, tokens)
+    >>> stream.states.shape, stream.attention.shape  # (N+1, B, T, D), (N, B, T, D)
+    ((29, 2, 4, 128), (28, 2, 4, 128))
+    >>> written = stream.attention + stream.mlp
+    >>> np.testing.assert_allclose(stream.states[0] + written.sum(0), stream.states[-1], atol=1e-3)
+
     Args:
         model: the model; its weights keep their dtype and are cast layer by layer.
         tokens: token ids.

@@ -1,6 +1,9 @@
 """What a run can be told: the flags of delta_svd.py, and the options of `analyze`."""
 
 import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from jaxdelta.calibration import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS
 from jaxdelta.checkpoint import LOADERS
@@ -52,6 +55,23 @@ class Options:
     keep_moments: str | None = None
     checkpoint_dir: str | None = None
     mesh: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Options":
+        """Options by their names, as a caller gave them.
+
+        Raises:
+            UsageError: a name that none has, a value of another type, or one that no run could use.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name, value in given.items():
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                raise UsageError(f"no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            kind: Any = fields[name]
+            if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
+                raise UsageError(f"{name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         choices = {

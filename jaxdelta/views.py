@@ -4,7 +4,7 @@ A view's name is the path under which its figures nest in a layer's row: `masked
 the row itself is the raw view, the whole update of all tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -54,6 +54,13 @@ def parse_views(text: str) -> tuple[View, ...]:
     if unknown := [name for name in names if name not in ALL]:
         raise UsageError(f"views: no view {unknown[0]!r}; there are none, all, {', '.join(ALL)}")
     return tuple(dict.fromkeys([RAW, *(ALL[name] for name in names)]))
+
+
+def view_of(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The figures of a view in a layer's row, None where it was not computed."""
+    for key in ALL[name].path:
+        row = row.get(key, {})
+    return row if "eff_rank" in row else None
 
 
 def without_sinks(

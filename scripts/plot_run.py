@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from jaxdelta.errors import JaxDeltaError, UsageError  # noqa: E402
+from jaxdelta.errors import JaxDeltaError, UsageError, extra  # noqa: E402
 from jaxdelta.result import Analysis  # noqa: E402
 
 _RUN = flags.DEFINE_string("run", None, "the JSON that delta_svd.py wrote")
@@ -26,10 +26,8 @@ def main() -> None:
     out = Path(_OUT.value).expanduser()
     if out.suffix not in FORMATS:
         raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")
-    try:
+    with extra("figures", "a picture"):
         from jaxdelta.report.figures import overview
-    except ModuleNotFoundError as error:
-        raise JaxDeltaError(f"pictures need {error.name}: pip install matplotlib") from error
     figure = overview(Analysis.load(_RUN.value))
     try:
         figure.savefig(out, dpi=110)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from jaxdelta.report.tables import tables
 from jaxdelta.result import Analysis
 from jaxdelta.spectrum import Spectrum, decompose
 
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TEXT = [
     "The cat sat on the mat, and looked at the moon.",
     "Über 漢字: 3x + 7 = 22.",
@@ -403,9 +406,38 @@ def test_every_option_has_its_flag() -> None:
         assert f'"{field.name}"' in text
 
 
-def test_unknown_option(tiny_checkpoint: Path) -> None:
-    with pytest.raises(TypeError, match="topk"):
-        run(tiny_checkpoint, topk=3)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"topk": 3}, "no option 'topk'; did you mean top_k?"),
+        ({"banana": 3}, "no option 'banana'"),
+        ({"top_k": "many"}, "top_k must be int, not 'many'"),
+        ({"top_k": 2.5}, "top_k must be int, not 2.5"),
+        ({"top_k": np.int64(3)}, "top_k must be int, not "),  # JSON has no place for it
+        ({"scratch": Path("a")}, "scratch must be str | None, not "),
+        ({"sink_factor": None}, "sink_factor must be float, not None"),
+    ],
+)
+def test_what_is_no_option(tiny_checkpoint: Path, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        run(tiny_checkpoint, **option)
+    assert str(raised.value).startswith(message)
+
+
+def test_python_raises_what_the_script_prints(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    with pytest.raises(jaxdelta.JaxDeltaError, match=f"{missing}: no such directory"):
+        jaxdelta.analyze(missing)
+    with pytest.raises(jaxdelta.JaxDeltaError, match=f"{missing}: no such directory"):
+        jaxdelta.load_model(missing)
+    with pytest.raises(
+        jaxdelta.UsageError, match=r"top_k=129 is larger than the rank 128 of a layer's update"
+    ):
+        jaxdelta.analyze("demo", top_k=129)
+    command = [sys.executable, str(SCRIPTS / "delta_svd.py"), "--model=demo", f"--out={tmp_path}/a.json"]
+    done = subprocess.run([*command, "--top_k=129"], capture_output=True, text=True)
+    assert done.stderr == "delta_svd.py: top_k=129 is larger than the rank 128 of a layer's update\n"
+    assert (done.returncode, list(tmp_path.iterdir())) == (jaxdelta.UsageError.status, [])
 
 
 # Updates that are zero, or nearly
@@ -607,8 +639,31 @@ def test_no_number_that_json_lacks_is_written(result: Analysis, tmp_path: Path) 
 
 def test_frame(result: Analysis) -> None:
     frame = result.to_frame()
-    assert list(frame.index) == [0, 1, 2, 3]
+    assert (list(frame.index), list(frame["phase"])) == ([0, 1, 2, 3], list("AABB"))
     assert list(frame["eff_rank"]) == [row["eff_rank"] for row in result.per_layer]
+    assert list(frame["gamma"]) == [row["top_singvals"][0] for row in result.per_layer]
+    assert list(frame["ledger_mlp"]) == [row["ledger"]["mlp"] for row in result.per_layer]
+    bounds = frame[["eff_rank_low", "eff_rank_high"]].to_numpy().tolist()
+    assert bounds == [row["intervals"]["eff_rank"] for row in result.per_layer]
+    assert not any(isinstance(cell, list | dict) for cell in frame.to_numpy().flat)
+
+
+def test_frame_of_a_view(result: Analysis) -> None:
+    frame = result.to_frame("attention.masked")
+    assert list(frame["frob"]) == [row["attention"]["masked"]["frob"] for row in result.per_layer]
+    assert list(frame["phase"]) == list("AABB")
+    with pytest.raises(UsageError, match=r"no view 'sinks'; there are raw, centred, masked"):
+        result.to_frame("sinks")
+    with pytest.raises(UsageError, match=r"mlp\.centred was not measured; ask for it by views=mlp\.centred"):
+        result.to_frame("mlp.centred")
+
+
+def test_without_pandas_a_line_says_what_to_install(
+    result: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(JaxDeltaError, match=r"pandas.*pip install 'jaxdelta\[frames\]'"):
+        result.to_frame()
 
 
 def test_tables(result: Analysis) -> None:
@@ -624,7 +679,9 @@ def test_tables(result: Analysis) -> None:
 def test_public_names() -> None:
     assert jaxdelta.Analysis is Analysis
     assert jaxdelta.analyze is analysis.analyze
-    assert set(jaxdelta.__all__) >= {"Analysis", "analyze", "load_model", "residual_stream"}
+    assert jaxdelta.UsageError is UsageError and issubclass(UsageError, jaxdelta.JaxDeltaError)
+    assert all(hasattr(jaxdelta, name) for name in jaxdelta.__all__)
+    assert set(jaxdelta.__all__) <= set(dir(jaxdelta))
     with pytest.raises(AttributeError, match="nothing"):
         _ = jaxdelta.nothing
 

@@ -25,8 +25,8 @@ from jaxdelta.report.charts import (
     by_layer,
     depth_color,
 )
-from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
+from jaxdelta.views import view_of
 
 SPECTRUM_POINTS = 48
 

@@ -1,6 +1,7 @@
 """Figures of a run by matplotlib, imported here and nowhere else (`pip install jaxdelta[figures]`)."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,13 +46,33 @@ _METADATA: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".pdf
 
 
 def draw(figure: Figure) -> Picture:
-    """A figure, its panels two in a row."""
-    rows = -(-len(figure.panels) // 2)
-    height = MAP_HEIGHT if any(isinstance(panel, Map) for panel in figure.panels) else PANEL_HEIGHT
-    picture = Picture(figsize=(WIDTH, height * rows), layout="constrained")
-    for i, panel in enumerate(figure.panels):
-        draw_panel(panel, picture.add_subplot(rows, min(2, len(figure.panels)), i + 1))
+    """A figure as a picture that no notebook or window shows by itself."""
+    picture = Picture(layout="constrained")
+    _fill(picture, figure.panels)
     return picture
+
+
+def on_new(panels: Sequence[Panel | Map]) -> "list[Axes]":
+    """Panels in a new picture of pyplot's, which a notebook shows."""
+    return _fill(plt.figure(layout="constrained"), panels)
+
+
+def on_given(panels: Sequence[Panel | Map], axes: "Sequence[Axes]") -> "list[Axes]":
+    """Panels on as many axes as there are panels."""
+    for panel, each in zip(panels, axes, strict=True):
+        draw_panel(panel, each, legend_below=False)
+    return list(axes)
+
+
+def _fill(picture: Picture, panels: Sequence[Panel | Map]) -> "list[Axes]":
+    """Panels two in a row, and the picture of the size they need."""
+    columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+    height = MAP_HEIGHT if any(isinstance(panel, Map) for panel in panels) else PANEL_HEIGHT
+    picture.set_size_inches(WIDTH * columns / 2, height * rows)
+    axes = [picture.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
+    for panel, each in zip(panels, axes, strict=True):
+        draw_panel(panel, each)
+    return axes
 
 
 def overview(analysis: Analysis) -> Picture:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxdelta.report.charts import SHARE, Axis, Number, Numbers
-from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
+from jaxdelta.views import view_of
 
 Bounds = tuple[Number, Number] | None
 Found = tuple[Number, Number | None, Any]  # place in layers, value, interval or None

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterator
 
 from jaxdelta.report.charts import phase_bands
-from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
+from jaxdelta.views import view_of
 
 
 def methods(analysis: Analysis) -> str:

@@ -18,7 +18,9 @@ def check_figures(directory: Path) -> None:
         JaxDeltaError: matplotlib or the directory's parent is missing, or it is a file.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise JaxDeltaError("figures need matplotlib: pip install matplotlib")
+        raise JaxDeltaError(
+            "a figure needs matplotlib, which is not installed (pip install 'jaxdelta[figures]')"
+        )
     if directory.exists() and not directory.is_dir():
         raise JaxDeltaError(f"{directory}: is not a directory")
     if not directory.absolute().parent.is_dir():

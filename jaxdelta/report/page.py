@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
 
 from jaxdelta.excerpt import context
 from jaxdelta.report.charts import Figure
@@ -18,8 +18,8 @@ from jaxdelta.report.markup import (
     visible,
 )
 from jaxdelta.report.methods import methods
-from jaxdelta.report.trust import view_of
 from jaxdelta.result import Analysis
+from jaxdelta.views import view_of
 
 SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
 LARGE_CLOSURE = 1e-2
@@ -37,6 +37,17 @@ def page_file(analysis: Analysis) -> bytes:
     return as_file(page(analysis))
 
 
+def summary(analysis: Analysis) -> str:
+    """What a notebook shows of a run: the head of the page, phases and verdict, and the layers, folded.
+
+    Plain tables without a style of their own: a notebook's is made for its light and its dark.
+    """
+    facts = table((_title(analysis), ""), list(_facts(analysis).items()), "Run")
+    layers = element("details", element("summary", "Every layer in numbers"), _layer_table(analysis))
+    whole = element("div", facts, *_warned(analysis), *_phase_tables(analysis), layers)
+    return as_file(tostring(whole, "unicode", method="html")).decode()
+
+
 def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
     after = {"owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
@@ -50,10 +61,22 @@ def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
 
 
 def _headline(analysis: Analysis) -> Iterator[Element]:
+    yield element("h1", _title(analysis))
+    box = element("dl", class_="facts")
+    for name, fact in _facts(analysis).items():
+        box.append(element("div", element("dt", name), element("dd", fact)))
+    yield box
+    yield from _warned(analysis)
+
+
+def _title(analysis: Analysis) -> str:
+    return f"What {analysis.num_layers} layers of {analysis.model} write"
+
+
+def _facts(analysis: Analysis) -> dict[str, str]:
     run = analysis.run
-    yield element("h1", f"What {analysis.num_layers} layers of {analysis.model} write")
     documents = run.get("documents")
-    facts = {
+    return {
         "model": f"{analysis.model}, {analysis.num_layers} layers, hidden size {analysis.hidden}",
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
         "tokens": str(analysis.n_calib_tokens) + (f" in {documents} documents" if documents else ""),
@@ -64,10 +87,9 @@ def _headline(analysis: Analysis) -> Iterator[Element]:
         "last layer": f"state {'after' if run.get('last_state') == 'normed' else 'before'} the final norm",
         "device": str(run.get("device")),
     }
-    box = element("dl", class_="facts")
-    for name, fact in facts.items():
-        box.append(element("div", element("dt", name), element("dd", fact)))
-    yield box
+
+
+def _warned(analysis: Analysis) -> Iterator[Element]:
     if found := list(warnings(analysis)):
         yield element("ul", *(element("li", warning) for warning in found), class_="warnings")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxdelta.result import Analysis
-from jaxdelta.views import ALL
+from jaxdelta.views import ALL, view_of
 
 
 def view_table(analysis: Analysis) -> Iterator[str]:
@@ -90,13 +90,6 @@ def verdict_table(analysis: Analysis) -> Iterator[str]:
         yield " one document: intervals need several"
     elif analysis.run["few_documents"]:
         yield f" {analysis.run['documents']} documents: fewer than ten, intervals are rough"
-
-
-def view_of(row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The figures of a view in a layer's row, None where it was not computed."""
-    for key in ALL[name].path:
-        row = row.get(key, {})
-    return row if "eff_rank" in row else None
 
 
 def _bounded(figure: dict[str, Any]) -> str:
