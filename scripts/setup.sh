@@ -4,7 +4,7 @@
 #   scripts/setup.sh            what a run needs, with CUDA where there is an NVIDIA driver
 #   scripts/setup.sh test       and what the tests need
 #   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, train, figures, frames,
-#                               corpora, docs
+#                               steering, corpora, docs
 #
 # PYTHON=/path/to/python3 chooses the Python. What was once asked for stays: a run does not undo `test`.
 set -euo pipefail
@@ -129,9 +129,9 @@ install() {
 
 for extra in "$@"; do
   case $extra in
-    cuda12 | cuda13 | tpu | torch | train | figures | frames | corpora | docs | test) ;;
-    *) die "no extra is called '$extra'; there are cuda12, cuda13, tpu, torch, train, figures, frames, corpora, docs" \
-      "and test" ;;
+    cuda12 | cuda13 | tpu | torch | train | figures | frames | steering | corpora | docs | test) ;;
+    *) die "no extra is called '$extra'; there are cuda12, cuda13, tpu, torch, train, figures, frames, steering," \
+      "corpora, docs and test" ;;
   esac
 done
 extras=$(wanted_extras "$@")
