@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.errors import JaxDeltaError, extra, first_line
 
 DEFAULT_TEXT_KEY, DEFAULT_SPLIT = "text", "train"
 SHUFFLE_BUFFER = 10_000  # documents
@@ -252,13 +252,8 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _library(name: str, where: str | Path) -> Any:
-    try:
+    with extra("corpora", f"{where}: reading it"):
         return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise JaxDeltaError(
-            f"{where}: reading it needs {package}, which is not installed (pip install 'jaxdelta[corpora]')"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise JaxDeltaError(
-            f"{what} needs {error.name}, which is not installed (pip install 'jaxdelta[{name}]')"
+            f"{what} needs {package}, which is not installed (pip install 'jaxdelta[{name}]')"
         ) from error
 
 

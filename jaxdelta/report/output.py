@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import JaxDeltaError, extra
 from jaxdelta.result import Analysis
 
 PAGE = ".html"
@@ -17,10 +17,9 @@ def check_figures(directory: Path) -> None:
     Raises:
         JaxDeltaError: matplotlib or the directory's parent is missing, or it is a file.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise JaxDeltaError(
-            "a figure needs matplotlib, which is not installed (pip install 'jaxdelta[figures]')"
-        )
+    with extra("figures", "a figure"):
+        if importlib.util.find_spec("matplotlib") is None:  # importing it would take a second
+            raise ModuleNotFoundError(name="matplotlib")
     if directory.exists() and not directory.is_dir():
         raise JaxDeltaError(f"{directory}: is not a directory")
     if not directory.absolute().parent.is_dir():
