@@ -161,10 +161,7 @@ def crossed(
 ) -> Crossed:
     """What relations between layers need of a view of which this was found."""
     x = _rows(update, kept, selection).astype(jnp.float32)
-    membership = jnp.asarray(groups.membership, jnp.float32)
-    along = product(jnp.asarray(basis, jnp.float32), x.T)
-    parted = (membership[:, None] * along).reshape(-1, x.shape[0])
-    coupling = product(parted, x).reshape(len(membership), *basis.shape)
+    coupling = _by_group(product(x, jnp.asarray(basis, jnp.float32).T), x, jnp.asarray(groups.membership))
     return Crossed(x if factor is None else factor, coupling)
 
 
@@ -216,8 +213,7 @@ def _resampled(coordinates: Float64[Array, "n r"], groups: Groups) -> Resampled:
     first = jnp.linalg.norm(coordinates[:, 0])
     coordinates = coordinates / jnp.where(first > 0, first, 1)
     membership, x = jnp.asarray(groups.membership), coordinates.astype(jnp.float32)
-    parted = (membership[:, None] * coordinates[:, :_RITZ].T).astype(jnp.float32)
-    among = product(parted.reshape(-1, len(x)), x).reshape(*parted.shape[:2], -1)
+    among = _by_group(x[:, :_RITZ], x, membership)
     without = jnp.square(first) * _without_groups(coordinates, membership, among)
     halves = jnp.reshape(groups.halves, (-1, len(membership)))
     if not len(halves):
@@ -229,6 +225,26 @@ def _resampled(coordinates: Float64[Array, "n r"], groups: Groups) -> Resampled:
     defined = jnp.any(found != 0, axis=0).all(axis=-1)
     cosines = jnp.abs(jnp.sum(found[..., 0] * found[..., 1], axis=0)).astype(without.dtype)
     return Resampled(without, jnp.where(defined, cosines, np.nan))
+
+
+def _by_group(
+    x: Float32[Array, "n p"], y: Float32[Array, "n q"], membership: Float64[Array, "G n"]
+) -> Float32[Array, "G p q"]:
+    """Σ x_i y_iᵀ over the tokens of each group.
+
+    Tokens lie in pieces of ⌈n/G⌉, each of one group: at most 2G. That is 2/G of the work of all tokens for
+    each group, however long the groups are.
+    """
+    groups, n = membership.shape
+    size, counts = -(-n // groups), jnp.cumsum(membership, axis=1).astype(int)
+    owner, pieces = jnp.argmax(membership, axis=0), -(-counts[:, -1] // size)
+    end, tokens = jnp.cumsum(pieces), jnp.arange(n)
+    before = counts[owner, tokens] - 1  # tokens of its group that come before a token
+    piece = (end - pieces)[owner] + before // size
+    places = jnp.full((2 * groups, size), n).at[piece, before % size].set(tokens)
+    left, right = (jnp.pad(part, ((0, 1), (0, 0)))[places] for part in (x, y))
+    found = product(jnp.swapaxes(left, 1, 2), right)
+    return jax.ops.segment_sum(found, jnp.zeros(2 * groups, int).at[piece].set(owner), groups)
 
 
 def _without_groups(
@@ -272,8 +288,11 @@ def _first_directions(
     start = jnp.zeros((coordinates.shape[1], len(weights)), among.dtype)
     start = start.at[: among.shape[1]].set(jnp.where(values[:, -1] > 0, vectors[:, :, -1].T, 0))
 
+    # The transpose is materialised: XLA on CPU is slow at products of one that is not.
+    transposed = jax.lax.optimization_barrier(coordinates.T)
+
     def image(y: Array) -> Array:
-        return product(coordinates.T, scaled * product(coordinates, y))
+        return product(transposed, scaled * product(coordinates, y))
 
     def step(_: Any, last: tuple[Array, Array]) -> tuple[Array, Array]:
         return last[1], 2 * image(last[1]) - last[0]

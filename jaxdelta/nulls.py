@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float32, Float64
 
-from jaxdelta.subspaces import SHARED_RANK, one_blas_thread
+from jaxdelta.subspaces import SHARED_RANK, inner_products, one_blas_thread, orthonormalised, unit
 
 _POOL = 512  # draws that a phase's replicates are picked from, at least
-_RIDGE = 1e-10  # share of a draw's energy below which it adds no direction to a frame
+_ISOTROPIC_DRAWS = 10  # of which only the mean is kept
 _AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates that are solved together
 
 
@@ -71,13 +71,14 @@ def adjacent_null(layers: Sequence[Float32[np.ndarray, "Q d"]], draws: int) -> F
     """
 
     def cosines(*pair: np.ndarray) -> np.ndarray:
-        first, second = np.split(_unit(np.sum([part[: 2 * draws] for part in pair], axis=0)), 2)
+        first, second = np.split(unit(np.sum([part[: 2 * draws] for part in pair], axis=0)), 2)
         return np.minimum(np.abs(np.sum(first * second, axis=1)), 1)
 
     found = _in_parallel(cosines, itertools.pairwise(layers))
     return np.reshape(found, (-1, draws)).astype(np.float64)
 
 
+@one_blas_thread
 def phase_nulls(
     layers: Sequence[Float32[np.ndarray, "Q d"]],
     members: Bool[np.ndarray, "P N"],
@@ -89,43 +90,38 @@ def phase_nulls(
 
     `layers`: every layer's `layer_draws`.
     """
-    size = _pool_size(members, k)
-
-    def cosines(inside: np.ndarray) -> np.ndarray:
-        chosen = zip(layers, inside, strict=True)
-        return _cosines(np.sum([rows[:size] for rows, there in chosen if there], axis=0))
-
-    return _phase_nulls(cosines, members, k, draws, seed)
-
-
-def isotropic_phase_nulls(
-    members: Bool[np.ndarray, "P N"], k: int, d: int, draws: int, seed: int
-) -> PhaseNulls:
-    """PhaseNulls of directions uniform on the sphere in d dimensions."""
-    rng = np.random.default_rng((seed, len(members)))
-    cosines = _cosines(rng.standard_normal((_pool_size(members, k), d), np.float32))
-    return _phase_nulls(lambda _: cosines, members, k, draws, seed)
-
-
-@one_blas_thread
-def _phase_nulls(
-    cosines: Callable[[np.ndarray], Float64[np.ndarray, "Q Q"]],
-    members: Bool[np.ndarray, "P N"],
-    k: int,
-    draws: int,
-    seed: int,
-) -> PhaseNulls:
-    """Replicates from the phases' pools, given the `cosines` of each."""
     found = np.full((3, len(members), draws), np.nan)
-    compared = np.flatnonzero(members.sum(axis=1) >= 2)
+    compared, size = np.flatnonzero(members.sum(axis=1) >= 2), _pool_size(members, k)
 
     def figures(phase: int) -> np.ndarray:
-        size = k * int(members[phase].sum())
-        return _figures(cosines(members[phase]), size, k, draws, (seed, phase))
+        inside = np.flatnonzero(members[phase]).tolist()
+        pool = _cosines(np.sum([layers[layer][:size] for layer in inside], axis=0))
+        return _figures(pool, k * len(inside), k, draws, (seed, phase))
 
     for phase, of_phase in zip(compared, _in_parallel(figures, compared[:, None].tolist()), strict=True):
         found[:, phase] = of_phase
     return PhaseNulls(*found)
+
+
+@one_blas_thread
+def isotropic_means(
+    members: Bool[np.ndarray, "P N"], k: int, d: int, seed: int
+) -> dict[str, Float64[np.ndarray, " P"]]:
+    """Mean `capture` and `leave_one_out` of directions uniform on the sphere in d dimensions.
+
+    A v that B knows nothing of leaves r/d, r the dimensions of B. A v that B does know is like any other of
+    its layer's directions: capture is Σ_{i≤8} λ_i/m of the m stacked ones S, SSᵀ = U diag(λ) Uᵀ, which
+    hardly varies: the mean of a few draws.
+    """
+    rng, found = np.random.default_rng((seed, len(members))), np.full((2, len(members)), np.nan)
+    for p, layers in enumerate(members.sum(axis=1)):
+        if layers < 2:
+            continue
+        drawn = (rng.standard_normal((layers, k, d), np.float32) for _ in range(_ISOTROPIC_DRAWS))
+        stack = orthonormalised(np.stack([inner_products(rows) for rows in drawn]) / d, k)
+        held = np.linalg.eigvalsh(stack)[:, -SHARED_RANK:].sum(axis=1)
+        found[:, p] = held.mean() / (layers * k), min(SHARED_RANK, k * (layers - 1), d) / d
+    return dict(zip(("capture", "leave_one_out"), found, strict=True))
 
 
 def _in_parallel(work: Callable[..., np.ndarray], each: Iterable[Iterable[Any]]) -> list[np.ndarray]:
@@ -145,19 +141,8 @@ def _figures(
 
 
 def _replicates(products: Float64[np.ndarray, "m M M"], k: int) -> Float64[np.ndarray, "3 m"]:
-    """Intra, capture and leave_one_out of layers of k unit vectors each, from their inner products.
-
-    A layer's vectors X become orthonormal as C X, C⁻¹ the Cholesky factor of XXᵀ; the ridge leaves vectors
-    that depend on those before them near zero.
-    """
-    m, size, _ = products.shape
-    blocks = np.stack([products[:, i : i + k, i : i + k] for i in range(0, size, k)], axis=1)
-    change = np.linalg.inv(np.linalg.cholesky(blocks + _RIDGE * np.eye(k)))
-
-    def changed(x: np.ndarray) -> np.ndarray:
-        return (change @ x.reshape(m, -1, k, size)).reshape(m, size, size)
-
-    stack = changed(changed(products).swapaxes(1, 2))
+    """Intra, capture and leave_one_out of layers of k unit vectors each, from their inner products."""
+    stack, size = orthonormalised(products, k), products.shape[1]
     above = np.triu_indices(size // k, 1)
     intra = np.abs(stack[:, ::k, ::k])[:, *above].mean(axis=1)
     capture = _capture(stack, stack[:, :, ::k]).mean(axis=1)
@@ -181,11 +166,5 @@ def _pool_size(members: np.ndarray, k: int) -> int:
 
 
 def _cosines(pool: Float32[np.ndarray, "Q d"]) -> Float64[np.ndarray, "Q Q"]:
-    rows = _unit(pool.astype(np.float64))
+    rows = unit(pool.astype(np.float64))
     return rows @ rows.T
-
-
-def _unit(x: Float[np.ndarray, "Q d"]) -> Float[np.ndarray, "Q d"]:
-    """Rows of length one; zero rows stay zero."""
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from jaxdelta.measure import ViewFigures
-from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_phase_nulls, layer_draws, phase_nulls
+from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_means, layer_draws, phase_nulls
 from jaxdelta.overlap import Overlaps, overlaps
 from jaxdelta.resampling import OverlapDraws, resampled_overlaps
 from jaxdelta.rows import Sample
@@ -26,7 +26,6 @@ from jaxdelta.significance import (
 from jaxdelta.subspaces import alignment_index
 
 ORDERS = 2000  # of segments tried by the phase test
-ISOTROPIC_DRAWS = 50  # of which only the mean is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ def relate(
         nulls = _Nulls(
             adjacent_null(drawn, null_draws),
             phase_nulls(drawn, members, k, null_draws, seed),
-            isotropic_phase_nulls(members, k, d, min(null_draws, ISOTROPIC_DRAWS), seed),
+            isotropic_means(members, k, d, seed),
         )
     present = np.any(directions[:, 0], axis=-1)
     bounds = _Bounds(draws, sample.documents)
@@ -112,7 +111,7 @@ def relate(
 class _Nulls:
     adjacent: Float64[np.ndarray, "pairs m"]
     matched: PhaseNulls
-    isotropic: PhaseNulls
+    isotropic: dict[str, Float64[np.ndarray, " P"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _layers(
             row[name] = {"value": float(value), **bounds.interval(value, name, (p, layer))}
             if nulls:
                 row[name] |= _beside(value, getattr(nulls.matched, name)[p])
-                row[name]["isotropic_mean"] = float(getattr(nulls.isotropic, name)[p].mean())
+                row[name]["isotropic_mean"] = float(nulls.isotropic[name][p])
         rows.append(row | {"alignment_index": _number(aligned[p, layer])})
     if nulls:
         _adjust([row["leave_one_out"] for row in rows])

@@ -18,14 +18,22 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64, Int
 
 from jaxdelta.overlap import phase_means, singular_values
 from jaxdelta.spectrum import effective_rank
-from jaxdelta.subspaces import SHARED_RANK, Shared, inner_products, one_blas_thread, shared_subspaces
+from jaxdelta.subspaces import (
+    SHARED_RANK,
+    Shared,
+    inner_products,
+    one_blas_thread,
+    orthonormalised,
+    shared_subspaces,
+    unit,
+)
 
-_CHUNK_BYTES = 64 << 20  # of a chunk's directions, at most
-_SPARE = 2  # times a shared subspace's dimensions, among which a draw's subspace is chosen
+_CHUNK_BYTES = 16 << 20  # of a phase's directions, at most: fresh pages of larger arrays cost time
+_CHOSEN_FROM = 12  # dimensions, among which the 8 of a draw's shared subspace are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +67,21 @@ def resampled_overlaps(
         basis: V_L, the full text's, orthonormal within each layer.
         k: how many of a draw's directions are compared, as the full text's first k are.
         weights: how often each draw has each document.
-        members: which layers belong to which phase.
+        members: which layers belong to which phase, each to one.
     """
     layers, documents, c, d = coupling.shape
     transposed = np.swapaxes(basis, 1, 2).astype(np.float32)
     moments = coupling.reshape(layers, documents * c, d) @ transposed
     moments = moments.reshape(layers, documents, c * c).astype(np.float64)
     first = transposed[:, :, 0]
-    phases = shared_subspaces(inner_products(basis[:, :k]), members, _SPARE * SHARED_RANK)
+    phases = shared_subspaces(inner_products(basis[:, :k]), members, _CHOSEN_FROM)
 
     def draws(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
         ritz, scales = _ritz((chunk @ moments).reshape(layers, -1, c, c), k)
         rotation = (ritz * scales[..., None]).astype(np.float32)
-        rows = _directions(coupling, chunk.astype(np.float32), rotation)
-        return _draws(rows, first, ritz, members, phases)
+        return _draws(coupling, chunk.astype(np.float32), rotation, first, ritz, members, phases)
 
-    threads, size = os.cpu_count() or 1, len(weights) * layers * k * d * 4
+    threads, size = os.cpu_count() or 1, len(weights) * int(members.sum(axis=1).max()) * k * d * 4
     chunks = min(max(threads, -(-size // _CHUNK_BYTES)), len(weights))
     with ThreadPoolExecutor(threads, "draws") as pool:
         parts = list(pool.map(draws, np.array_split(weights, chunks)))
@@ -94,47 +101,28 @@ def _ritz(
     return vectors[..., ::-1].swapaxes(-1, -2)[..., :k, :], scales[..., ::-1][..., :k]
 
 
-def _directions(
+def _draws(
     coupling: Float32[np.ndarray, "N G c d"],
     weights: Float32[np.ndarray, "b G"],
     rotation: Float32[np.ndarray, "N b k c"],
-) -> Float32[np.ndarray, "b N k d"]:
-    """The rows of (rotation V M_w), made orthonormal within each layer; one that is zero remains so.
-
-    Gram-Schmidt in the rows' order is L⁻¹ on rows X with XXᵀ = L Lᵀ. A row is its Ritz vector plus something
-    at a right angle to all of V: L Lᵀ = I + E Eᵀ, which a Cholesky factorisation survives.
-    """
-    layers, documents, c, d = coupling.shape
-    found = np.empty((len(weights), layers, rotation.shape[2], d), np.float32)
-    for layer in range(layers):
-        moved = weights @ coupling[layer].reshape(documents, c * d)
-        rows = rotation[layer] @ moved.reshape(-1, c, d)
-        own = (rows @ rows.swapaxes(1, 2)).astype(np.float64)
-        absent = np.diagonal(own, 0, 1, 2) == 0
-        lower = np.linalg.cholesky(own + absent[..., None] * np.eye(own.shape[-1]))
-        found[:, layer] = np.linalg.inv(lower).astype(np.float32) @ rows
-    return found
-
-
-def _draws(
-    rows: Float32[np.ndarray, "b N k d"],
     first: Float32[np.ndarray, "N d"],
     ritz: Float64[np.ndarray, "N b k c"],
     members: Bool[np.ndarray, "P N"],
     phases: list[Shared],
 ) -> tuple[np.ndarray, ...]:
     """A chunk's OverlapDraws, draws first; `first` are the full text's v."""
-    v = rows[:, :, 0]
-    products = (v @ v.swapaxes(1, 2)).astype(np.float64)
-    cosines = np.minimum(np.abs(products), 1)
-    captures = np.full((2, len(rows), *members.shape), np.nan)
-    ranks = np.empty((len(rows), len(phases)))
+    draws, k = len(weights), rotation.shape[2]
+    v = np.empty((draws, *first.shape), np.float32)
+    captures = np.full((2, draws, *members.shape), np.nan)
+    ranks = np.empty((draws, len(phases)))
     for p, phase in enumerate(phases):
-        stack = rows[:, phase.layers].reshape(len(rows), len(phase.rows), -1)
-        block = (stack @ stack.swapaxes(1, 2)).astype(np.float64)
+        rows = _directions(coupling, phase.layers, weights, rotation)
+        v[:, phase.layers] = unit(rows[:, ::k])
+        # Each is its Ritz vector plus something at a right angle to all of V: they are independent.
+        block = orthonormalised((rows @ rows.swapaxes(1, 2)).astype(np.float64), k)
         captures[:, :, p, phase.layers] = _captures(block, _starts(ritz, phase))
-        own = products[:, phase.layers[:, None], phase.layers]
-        ranks[:, p] = effective_rank(singular_values(own))
+        ranks[:, p] = effective_rank(singular_values(block[:, ::k, ::k]))
+    cosines = np.minimum(np.abs(v @ v.swapaxes(1, 2)), 1).astype(np.float64)
     return (
         np.minimum(np.abs(np.sum(v * first, axis=-1)), 1).astype(np.float64),
         np.diagonal(cosines, 1, 1, 2),
@@ -142,6 +130,21 @@ def _draws(
         *captures,
         ranks,
     )
+
+
+def _directions(
+    coupling: Float32[np.ndarray, "N G c d"],
+    layers: Int[np.ndarray, " n"],
+    weights: Float32[np.ndarray, "b G"],
+    rotation: Float32[np.ndarray, "N b k c"],
+) -> Float32[np.ndarray, "b m d"]:
+    """The rows of (rotation V M_w) of some layers, one layer's after the other's."""
+    _, documents, c, d = coupling.shape
+    found = np.empty((len(weights), len(layers), rotation.shape[2], d), np.float32)
+    for place, layer in enumerate(layers):
+        moved = weights @ coupling[layer].reshape(documents, c * d)
+        np.matmul(rotation[layer], moved.reshape(-1, c, d), out=found[:, place])
+    return found.reshape(len(weights), -1, d)
 
 
 def _starts(ritz: Float64[np.ndarray, "N b k c"], phase: Shared) -> Float64[np.ndarray, "b m bases r"]:

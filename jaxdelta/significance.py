@@ -146,14 +146,15 @@ def t_interval(
         )
     there, back = _SCALES[scale]
     estimate = np.asarray(estimate, np.float64)
+    middle = there(estimate)
     moved = there(np.asarray(without, np.float64))
     if draws is None:
         spread = moved.std(axis=-1) * math.sqrt(documents - 1)
     else:
         spread = there(draws).std(axis=-1, ddof=1) * math.sqrt(documents / (documents - 1))
     half = scipy.special.stdtrit(_degrees(moved), (1 + level) / 2) * spread
-    low, high = (back(there(estimate) + sign * half) for sign in (-1, 1))
-    known = spread <= _ROUNDING * np.abs(there(estimate))
+    low, high = back(middle - half), back(middle + half)
+    known = spread <= _ROUNDING * np.abs(middle)
     low, high = np.minimum(low, estimate), np.maximum(high, estimate)
     return np.where(known, estimate, low), np.where(known, estimate, high)
 

@@ -15,6 +15,7 @@ import threadpoolctl
 from jaxtyping import Bool, Float, Float32, Float64, Int
 
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
+_RIDGE = 1e-10  # share of a unit vector's energy below which it adds no direction to those before it
 
 # Blocks this small are no work for several threads: beside another busy process they took fifty times longer.
 one_blas_thread = threadpoolctl.threadpool_limits.wrap(limits=1, user_api="blas")
@@ -37,6 +38,28 @@ def inner_products(directions: Float[np.ndarray, "N k d"]) -> Float64[np.ndarray
     """Of all M = N·k directions, in float64."""
     rows = directions.astype(np.float64).reshape(-1, directions.shape[-1])
     return rows @ rows.T
+
+
+def unit(x: Float[np.ndarray, "*sets d"]) -> Float[np.ndarray, "*sets d"]:
+    """Rows of length one; zero rows stay zero."""
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)
+
+
+def orthonormalised(products: Float64[np.ndarray, "b m m"], k: int) -> Float64[np.ndarray, "b m m"]:
+    """The inner products of n·k vectors, from those they had before each layer's k were made orthonormal.
+
+    Gram-Schmidt in the order of a layer's vectors X is L⁻¹X, XXᵀ = L Lᵀ (Cholesky). Vectors that depend on
+    those before them are left near zero.
+    """
+    draws, m, _ = products.shape
+    own = np.stack([products[:, i : i + k, i : i + k] for i in range(0, m, k)], axis=1)
+    change = np.linalg.inv(np.linalg.cholesky(own + _RIDGE * np.eye(k)))
+
+    def changed(x: np.ndarray) -> np.ndarray:
+        return (change @ x.reshape(draws, -1, k, m)).reshape(draws, m, m)
+
+    return changed(changed(products).swapaxes(1, 2))
 
 
 def shared_subspaces(
