@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+from jaxtyping import Array, Bool, Float32, Float64, Int
 
 from jaxdelta.figures import state_products
 from jaxdelta.spectrum import product
@@ -133,7 +133,9 @@ def _add_window(
         product(a_transposed, a),
         jnp.sum(x, axis=1),
     )
-    sums = [jnp.asarray(whole).at[:, group].add(part) for whole, part in zip(moments[1:4], added, strict=True)]
+    sums = [
+        jnp.asarray(whole).at[:, group].add(part) for whole, part in zip(moments[1:4], added, strict=True)
+    ]
     squares = _add_squares(jnp.asarray(moments.rest), rest, group)
     return Moments(squares, *sums, jnp.asarray(moments.counts).at[group].add(weight.sum()))
 
@@ -160,7 +162,9 @@ def assembled(
 ) -> Float64[Array, "P G d d"]:
     """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
     hidden = rest.shape[2]
-    counting = jnp.tri(hidden, dtype=rest.dtype) - jnp.eye(hidden, dtype=rest.dtype) / 2  # of what is mirrored, the diagonal is there twice
+    counting = (
+        jnp.tri(hidden, dtype=rest.dtype) - jnp.eye(hidden, dtype=rest.dtype) / 2
+    )  # of what is mirrored, the diagonal is there twice
 
     def add(group: Array, rest: Array) -> Array:
         mixed = product(lead[:, group] / 2, frame) + cross[:, group]
