@@ -128,16 +128,14 @@ def _add_window(
     along = sum(a[:, :, i, None] * jnp.asarray(frame)[:, i, None] for i in range(frame.shape[1]))
     rest = (x - along).astype(jnp.float32)
     a_transposed = jnp.swapaxes(a, 1, 2)
-    added = (
-        product(a_transposed, rest.astype(jnp.float64)),
-        product(a_transposed, a),
-        jnp.sum(x, axis=1),
+    squares, cross, lead, sums, counts = map(jnp.asarray, moments)
+    return Moments(
+        _add_squares(squares, rest, group),
+        cross.at[:, group].add(product(a_transposed, rest.astype(jnp.float64))),
+        lead.at[:, group].add(product(a_transposed, a)),
+        sums.at[:, group].add(jnp.sum(x, axis=1)),
+        counts.at[group].add(weight.sum()),
     )
-    sums = [
-        jnp.asarray(whole).at[:, group].add(part) for whole, part in zip(moments[1:4], added, strict=True)
-    ]
-    squares = _add_squares(jnp.asarray(moments.rest), rest, group)
-    return Moments(squares, *sums, jnp.asarray(moments.counts).at[group].add(weight.sum()))
 
 
 def _add_squares(
