@@ -24,7 +24,7 @@ from jaxdelta.pooling import pool_bytes
 from jaxdelta.sweep import Blocks, Weights
 
 MODES = ("auto", "stream", "resident")
-BLOCK_TOKENS = 16_384  # of a long text that pass at once: more make nothing faster
+BLOCK_TOKENS = 8_192  # of a long text that pass at once: more make nothing faster, and need more memory
 USABLE = 0.9  # of a device's memory; the rest is the runtime's
 
 
