@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxdelta import __version__, resume, split
 from jaxdelta.calibration import Tokens, load_encoder, tokenize
@@ -31,6 +30,7 @@ from jaxdelta.parallel import Grid, leads, make_grid
 from jaxdelta.phases import default_phases, parse_phases
 from jaxdelta.plan import Plan, Work, device_limit
 from jaxdelta.pooling import ONE_DEVICE, Windows, pool_layers
+from jaxdelta.progress import shown, tokens_per_second
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample, layer_row
@@ -69,7 +69,7 @@ def analyze(
         calibration: a source of documents as `read_documents` takes it, documents, or Tokens; by default the
             prompts of the package.
         listener: told a line as each stage ends.
-        progress: show a bar over the layers where standard error is a terminal.
+        progress: show a bar, with tokens per second, where standard error is a terminal.
         before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
         keep_checkpoint: leave what is in `checkpoint_dir` to the caller, who calls `resume.remove` when the
             result is where it cannot be lost.
@@ -172,7 +172,7 @@ def _measure(
         passed = weights, tokens, *dtypes, plan.blocks, sample.windows is not None, states, *going_on
         sweep = Sweep(*passed) if grid is None else split.SplitSweep(grid, *passed)
         sweep.trace()
-        passing = _with_loss(sweep, progress, sweep.compile_rest)
+        passing = _with_loss(sweep, shown(sweep, tokens.count, progress))
         found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
         layers = list(run.keeping(found) if run else found)
         spectra = _Spectra.of(layers)
@@ -180,7 +180,8 @@ def _measure(
         note(f"loss {sweep.loss:.4f} nats per token")
         if spectra.on_host:
             note(f"spectra done again on the host: rows {spectra.on_host}")
-    stages.listener(_times(sweep.clock.seconds))
+    rate = tokens_per_second(sweep, tokens.count, stages.clock.seconds["layers"])
+    stages.listener(f"           {rate:,.0f} tokens/s: {_times(sweep.clock.seconds)}")
     _check_finite(weights, layers, sweep.loss)
     if kept:
         keep_text(kept, sample)
@@ -193,7 +194,7 @@ def _measure(
         n_calib_tokens=tokens.count,
         text=excerpt(tokens, result["per_layer"]),
         run=_run_facts(weights, options, plan, sweep, spectra, sample, grid)
-        | {"seconds": dict(stages.clock.seconds)},
+        | {"seconds": dict(stages.clock.seconds), "tokens_per_second": rate},
         **result,
     )
 
@@ -340,21 +341,17 @@ def _times(seconds: Mapping[str, float]) -> str:
     own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in told)
     beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
     bound = max(set(bounds) & set(told), key=lambda what: seconds[what])
-    return f"           {own}; beside them {beside}: bound by {bounds[bound]}"
+    return f"{own}; beside them {beside}: bound by {bounds[bound]}"
 
 
-def _with_loss(sweep: Sweep, progress: bool, after_first: Callable[[], None]) -> Iterator[Iterator[Wrote]]:
+def _with_loss(sweep: Sweep, layers: Iterator[Iterator[Wrote]]) -> Iterator[Iterator[Wrote]]:
     """Every layer; then the loss is computed: here and not later, because the last spectra are still being
     computed beside it."""
-    count = sweep.weights.config.num_layers
-    # None: only where standard error is a terminal.
-    shown = None if progress else True
-    bar = tqdm(sweep, " layers", count, initial=sweep.start, leave=False, unit="layer", disable=shown)
     with ThreadPoolExecutor(1, "compile") as beside:
-        for layer, blocks in enumerate(bar):
+        for number, blocks in enumerate(layers):
             yield blocks
-            if layer == 0:
-                beside.submit(after_first)
+            if number == 0:
+                beside.submit(sweep.compile_rest)
         sweep.finish_loss()
 
 

@@ -99,22 +99,26 @@ def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
     """Each token's squared norms: of the state before the layer and after it, of what each sublayer wrote,
     of the whole update; `cross`, 2<attention, mlp>; and the products of the three writes with h."""
     attention, mlp, h = (part.astype(jnp.float64) for part in update)
-
-    def rows(x: Array, y: Array) -> Array:
-        return jnp.sum(x * y, axis=-1)
-
     delta = jnp.asarray(update.delta).astype(jnp.float64)
-    return {
-        "entering": rows(h, h),
-        "leaving": rows(h + delta, h + delta),
-        "attention": rows(attention, attention),
-        "mlp": rows(mlp, mlp),
-        "cross": 2 * rows(attention, mlp),
-        "update": rows(delta, delta),
-        "update_h": rows(delta, h),
-        "attention_h": rows(attention, h),
-        "mlp_h": rows(mlp, h),
+    factors = {
+        "entering": (h, h),
+        "leaving": (h + delta, h + delta),
+        "attention": (attention, attention),
+        "mlp": (mlp, mlp),
+        "cross": (2 * attention, mlp),
+        "update": (delta, delta),
+        "update_h": (delta, h),
+        "attention_h": (attention, h),
+        "mlp_h": (mlp, h),
     }
+    # All in one pass over the rows: XLA on CPU takes fifteen times as long for one sum after the other.
+    products = tuple(x * y for x, y in factors.values())
+    sums = jax.lax.reduce(products, (0.0,) * len(products), _add_each, dimensions=(1,))
+    return dict(zip(factors, sums, strict=True))
+
+
+def _add_each(x: tuple[Array, ...], y: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(map(jnp.add, x, y))
 
 
 def view_figures(

@@ -24,14 +24,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from jaxdelta.attention import Context, attend
 from jaxdelta.config import ModelConfig
 from jaxdelta.experts import SparseMLP
 from jaxdelta.layers import MLP, Embedding, Linear, RMSNorm, contract
 from jaxdelta.rotary import rotary_tables, rotate
 from jaxdelta.types import AnyArray
 
-SCORE_BYTES, MIN_QUERY_BLOCK = 64 << 20, 64  # of one block of queries; queries in it
-MIN_SPAN, MAX_SPANS = 512, 8  # queries of a row that are compared with the same keys; how often a row is cut
+# Bytes of the scores of what is compared at once: on a CPU they should stay in its cache, on an accelerator
+# fill it; at least so many queries of a row.
+CACHED_SCORES, SCORE_BYTES, MIN_QUERY_BLOCK = 8 << 20, 64 << 20, 64
 
 
 class Attention(nnx.Module):
@@ -53,7 +55,7 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
-    def __call__(self, x: Float[Array, "B T D"], context: "Context") -> Float32[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float32[Array, "B T D"]:
         """What the sublayer writes: W_o of all heads' mixtures of the values seen."""
         # Heads before positions, so that both products contract and run over adjacent axes as they lie.
         heads = (*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
@@ -63,71 +65,8 @@ class Attention(nnx.Module):
         )
         q = rotate(self.q_norm(q), context.rotary, context.positions).astype(x.dtype)
         k = rotate(self.k_norm(k[:, :, 0]), context.rotary, context.positions)
-        mixed = _attend(q, k, v[:, :, 0], context)
+        mixed = attend(q, k, v[:, :, 0], context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
-
-
-def _attend(
-    q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    context: "Context",
-) -> Float32[Array, "B K G T H"]:
-    """softmax(q kᵀ/√H) v over the positions seen, in spans of queries: later keys are none of their business,
-    which in a long row saves nearly half of the work."""
-    length = q.shape[3]
-    span = max(MIN_SPAN, -(-length // MAX_SPANS))
-    stops = [min(start + span, length) for start in range(0, length, span)]
-    mixed = [
-        _attend_span(q[:, :, :, i * span : stop], k[:, :, :stop], v[:, :, :stop], context)
-        for i, stop in enumerate(stops)
-    ]
-    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=3)
-
-
-def _attend_span(
-    q: Float[Array, "B K G t H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    context: "Context",
-) -> Float32[Array, "B K G t H"]:
-    """That of the last t of S places, for `context.query_block` queries at a time."""
-    count, length = q.shape[3], k.shape[2]
-    block, start = min(context.query_block, count), length - count
-
-    def attend(q: Array, places: Array) -> Array:
-        visible = causal_mask(places, length, context.window, context.positions)
-        scores = contract("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5
-        shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        return contract("BKGTS,BKSH->BKGTH", shares.astype(q.dtype), v)
-
-    if block == count:
-        return attend(q, jnp.arange(start, length))
-    # The last block is filled up with queries whose answers are dropped.
-    blocks = -(-count // block)
-    padding = [(0, 0)] * 3 + [(0, blocks * block - count), (0, 0)]
-    parts = jnp.moveaxis(jnp.pad(q, padding).reshape(*q.shape[:3], blocks, block, -1), 3, 0)
-    places = jnp.arange(start, start + blocks * block).reshape(blocks, block)
-    mixed = jax.lax.map(lambda part: attend(*part), (parts, places))
-    return jnp.moveaxis(mixed, 0, 3).reshape(*q.shape[:3], blocks * block, -1)[:, :, :, :count]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a block knows of positions and of how to compute.
-
-    `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `positions` (B, T):
-    every token's position in its segment, outside which it attends to nothing, or None where each row is one
-    segment; `query_block`: how many queries are compared with all keys at once. (No shapes in the types: JAX
-    makes such objects of what is no array, too.)
-    """
-
-    rotary: Any
-    window: Any
-    compute_dtype: Any = dataclasses.field(metadata={"static": True})
-    query_block: int = dataclasses.field(metadata={"static": True})
-    positions: Any = None
 
 
 class Block(nnx.Module):
@@ -346,42 +285,31 @@ def block_context(
     compute_dtype: DTypeLike,
     queries: int | None = None,
     positions: Int[AnyArray, "B T"] | None = None,
+    at_once: int | None = None,
 ) -> Context:
     """What the blocks need to know about tokens of shape (B, T); each sets its own window.
 
-    `queries` are compared with all keys at once; by default as many as `query_block` says. `positions` as in
+    `queries` and `at_once` as in Context, by default what `score_bytes` allow; `positions` as in
     `residual_stream`.
     """
+    block = queries or query_block(config, shape[1])
+    pair_bytes = 4 * config.num_heads // config.num_kv_heads * block * shape[1]
     return Context(
         rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
         window=np.int32(shape[1]),
         compute_dtype=jnp.dtype(compute_dtype),
-        query_block=queries or query_block(config, shape),
+        query_block=block,
+        at_once=at_once or max(1, score_bytes() // pair_bytes),
         positions=positions,
     )
 
 
-def query_block(config: ModelConfig, shape: tuple[int, int]) -> int:
-    """As many queries of tokens (B, T) as keep the scores of a block of them below `SCORE_BYTES`."""
-    windows, length = shape
-    fitting = SCORE_BYTES // (4 * windows * config.num_heads * length)
+def score_bytes() -> int:
+    """What the scores of all that is compared at once may take."""
+    return CACHED_SCORES if jax.default_backend() == "cpu" else SCORE_BYTES
+
+
+def query_block(config: ModelConfig, length: int, pairs: int = 1) -> int:
+    """As many queries of a row of so many tokens as keep the scores of such pairs within `score_bytes`."""
+    fitting = score_bytes() // (4 * pairs * config.num_heads // config.num_kv_heads * length)
     return min(length, max(MIN_QUERY_BLOCK, fitting))
-
-
-def causal_mask(
-    places: Int[Array, " T"],
-    length: int,
-    window: int | Int[Array, ""],
-    positions: Int[Array, "B S"] | None = None,
-) -> Array:
-    """visible[t, s]: place t of a row sees the `window` places s = t, t - 1, ... of `length`.
-
-    With the positions of all tokens in their segments visible[b, 0, 0, t, s], and only those of its segment:
-    the one at position p sees p places before its own.
-    """
-    distance = places[:, None] - jnp.arange(length)[None, :]
-    visible = (distance >= 0) & (distance < window)
-    if positions is None:
-        return visible
-    reach = jnp.take(positions, places, axis=1, mode="clip")  # the last block may go beyond the last token
-    return visible & (distance <= reach[:, None, None, :, None])

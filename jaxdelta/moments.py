@@ -17,20 +17,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+from jaxtyping import Array, Bool, Float32, Float64, Int
 
 from jaxdelta.figures import state_products
-from jaxdelta.spectrum import gram, product
+from jaxdelta.spectrum import product
 from jaxdelta.sweep import Update
 from jaxdelta.types import AnyArray
 
 FRAME = 8
 _FRAME_STEPS = 4
+_PANEL, _PANELS = 256, 8  # rows of Σrrᵀ that are multiplied at once, at least; how many panels at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 
 class Moments(NamedTuple):
-    """Of each part and group: the sums of rrᵀ, arᵀ, aaᵀ and x; of each group the number of tokens."""
+    """Of each part and group: the sums of rrᵀ (of which only what is on and below the diagonal counts), arᵀ,
+    aaᵀ and x; of each group the number of tokens."""
 
     rest: Float64[AnyArray, "P G d d"]
     cross: Float64[AnyArray, "P G p d"]
@@ -100,41 +102,53 @@ def accumulate(
         x, kept = parts_of(update, parts), counted & within
         coordinates = _coordinates(x, frame)
         moments = _add_window(moments, frame, x, coordinates, kept, group)
-        return moments, (table, coordinates.astype(jnp.float32), kept)
+        return moments, (table, coordinates, kept)
 
     moments, (table, coordinates, kept) = jax.lax.scan(add, moments, (windows, jnp.asarray(counted), groups))
     flat = jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
     return moments, {name: column.reshape(-1) for name, column in table.items()}, flat, kept
 
 
-def _coordinates(x: Float[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float64[Array, "P T p"]:
-    return product(x.astype(jnp.float64), jnp.swapaxes(frame, 1, 2))
+def _coordinates(x: Float32[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float32[Array, "P T p"]:
+    """Rounded: the rest is what they leave."""
+    return product(x, jnp.swapaxes(frame, 1, 2).astype(jnp.float32))
 
 
 def _add_window(
     moments: Moments,
     frame: Float64[AnyArray, "P p d"],
     x: Float32[Array, "P T d"],
-    coordinates: Float64[Array, "P T p"],
+    coordinates: Float32[Array, "P T p"],
     kept: Bool[Array, " T"],
     group: Int[Array, ""],
 ) -> Moments:
     weight = kept.astype(jnp.float64)[:, None]
-    x, a = x.astype(jnp.float64) * weight, coordinates * weight
-    rest = (x - product(a, frame)).astype(jnp.float32)
-    # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
-    across = jax.lax.optimization_barrier(jnp.swapaxes(rest, 1, 2))
-    squares = jnp.stack([gram(part) for part in across]).astype(jnp.float64)
+    x, a = x.astype(jnp.float64) * weight, coordinates.astype(jnp.float64) * weight
+    # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
+    along = sum(a[:, :, i, None] * jnp.asarray(frame)[:, i, None] for i in range(frame.shape[1]))
+    rest = (x - along).astype(jnp.float32)
     a_transposed = jnp.swapaxes(a, 1, 2)
-    added = (
-        squares,
-        product(a_transposed, rest.astype(jnp.float64)),
-        product(a_transposed, a),
-        x.sum(axis=1),
+    squares, cross, lead, sums, counts = map(jnp.asarray, moments)
+    return Moments(
+        _add_squares(squares, rest, group),
+        cross.at[:, group].add(product(a_transposed, rest.astype(jnp.float64))),
+        lead.at[:, group].add(product(a_transposed, a)),
+        sums.at[:, group].add(jnp.sum(x, axis=1)),
+        counts.at[group].add(weight.sum()),
     )
-    sums = [jnp.asarray(whole).at[:, group].add(part) for whole, part in zip(moments[:4], added, strict=True)]
-    rest, cross, lead, total = sums
-    return Moments(rest, cross, lead, total, jnp.asarray(moments.counts).at[group].add(weight.sum()))
+
+
+def _add_squares(
+    squares: Float64[Array, "P G d d"], rows: Float32[Array, "P T d"], group: Int[Array, ""]
+) -> Float64[Array, "P G d d"]:
+    """Adds Σrrᵀ on and below the diagonal, and no more than a panel beyond it."""
+    hidden = rows.shape[2]
+    size = max(_PANEL, -(-hidden // _PANELS))
+    for start in range(0, hidden, size):
+        stop = min(start + size, hidden)
+        panel = product(jnp.swapaxes(rows[:, :, start:stop], 1, 2), rows[:, :, :stop])
+        squares = squares.at[:, group, start:stop, :stop].add(panel.astype(jnp.float64))
+    return squares
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -145,11 +159,15 @@ def assembled(
     frame: Float64[AnyArray, "P p d"],
 ) -> Float64[Array, "P G d d"]:
     """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
+    hidden = rest.shape[2]
+    counting = (
+        jnp.tri(hidden, dtype=rest.dtype) - jnp.eye(hidden, dtype=rest.dtype) / 2
+    )  # of what is mirrored, the diagonal is there twice
 
     def add(group: Array, rest: Array) -> Array:
-        half = product(lead[:, group] / 2, frame) + cross[:, group]
-        mixed = product(jnp.swapaxes(frame, 1, 2), half)
-        return rest.at[:, group].add(mixed + jnp.swapaxes(mixed, 1, 2))
+        mixed = product(lead[:, group] / 2, frame) + cross[:, group]
+        half = counting * rest[:, group] + product(jnp.swapaxes(frame, 1, 2), mixed)
+        return rest.at[:, group].set(half + jnp.swapaxes(half, 1, 2))
 
     return jax.lax.fori_loop(0, rest.shape[1], add, rest)
 

@@ -18,13 +18,13 @@ from jaxdelta.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
-from jaxdelta.model import MIN_QUERY_BLOCK, query_block
+from jaxdelta.model import MIN_QUERY_BLOCK, query_block, score_bytes
 from jaxdelta.parallel import share
 from jaxdelta.pooling import pool_bytes
 from jaxdelta.sweep import Blocks, Weights
 
 MODES = ("auto", "stream", "resident")
-BLOCK_TOKENS = 16_384  # of a long text that pass at once: more make nothing faster
+BLOCK_TOKENS = 8_192  # of a long text that pass at once: more make nothing faster, and need more memory
 USABLE = 0.9  # of a device's memory; the rest is the runtime's
 
 
@@ -108,7 +108,7 @@ class Work:
         )
         for place in ("device", "scratch" if self.scratch else "host"):
             for count in counts:
-                queries = query_block(self.config, (self._share(count), length))
+                queries = query_block(self.config, length, self._pairs(count) if self.model > 1 else 1)
                 yield Blocks(count, queries, place)
                 if queries > MIN_QUERY_BLOCK:
                     yield Blocks(count, MIN_QUERY_BLOCK, place)
@@ -117,6 +117,10 @@ class Work:
         """As many windows for each device; moments are taken by all of them, the layers passed by `data`."""
         devices = self.data * (self.model if self.pool else 1)
         return -(-windows // devices) * devices
+
+    def _pairs(self, count: int) -> int:
+        """Of a row and a key/value head, on a device."""
+        return self._share(count) * self.config.num_kv_heads // self.model
 
     def _share(self, count: int) -> int:
         """Of windows or tokens, what a device has."""
@@ -146,7 +150,9 @@ class Work:
         windows, wide = self._share(blocks.windows), DTYPE_BYTES[self.compute_dtype]
         m, model = windows * length, self.model
         heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim // model
-        scores = 3 * windows * (config.num_heads // model) * blocks.queries * length
+        pairs, group = self._pairs(blocks.windows), config.num_heads // config.num_kv_heads
+        at_once = pairs if model > 1 else max(1, score_bytes() // (4 * group * blocks.queries * length))
+        scores = 3 * min(pairs, at_once) * group * blocks.queries * length
         inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
         # Of experts one is at work at a time: the axes before a weight's own two do not count.
         largest = max(math.prod(leaf.shape[-2:]) for leaves in self._layers for leaf in leaves)

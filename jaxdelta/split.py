@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float64, Int
 
 from jaxdelta import moments, sweep
+from jaxdelta.attention import Context
 from jaxdelta.checkpoint import Checkpoint
 from jaxdelta.config import ModelConfig
 from jaxdelta.figures import state_products
-from jaxdelta.model import Context
 from jaxdelta.moments import Bounds, Moments
 from jaxdelta.parallel import ALL, DATA, WHOLE, Grid, weight_spec
 from jaxdelta.pooling import Programs
@@ -108,6 +108,8 @@ class SplitSweep(Sweep):
         super().__init__(SplitWeights(weights, grid), *arguments)
         self._grid = grid
         self._states.fetch, self._states.put = grid.to_host, grid.to_devices
+        if grid.model > 1:  # All pairs: what is split over devices is not taken one by one.
+            self._at_once = len(self.tokens[0]) * weights.config.num_kv_heads
         self._positions = [self._own(part) if part is not None else None for part in self._positions]
 
     def _own(self, windows: np.ndarray) -> Array:

@@ -18,13 +18,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from jaxdelta.attention import Context
 from jaxdelta.calibration import Tokens
 from jaxdelta.compiling import QuickJit
 from jaxdelta.config import ModelConfig
 from jaxdelta.layers import rms_norm
 from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.model import (
-    Context,
     Qwen3,
     abstract_block,
     attention_windows,
@@ -165,6 +165,7 @@ class Sweep:
     # How an array of all windows comes to the host, and a context to the device.
     _fetch_all: Any = staticmethod(np.asarray)
     _put_context: Any = staticmethod(jax.device_put)
+    _at_once: int | None = None  # see Context
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class Sweep:
         keep: Keep | None = None,
     ):
         self.weights = weights
-        self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape))
+        self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape[1]))
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
         positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
         self._positions: list[Any] = positions
@@ -213,7 +214,8 @@ class Sweep:
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
         config, shape = self.weights.config, self.tokens[0].shape
-        context = block_context(config, shape, self.dtypes[0], self.blocks.queries, self._positions[0])
+        given = self.blocks.queries, self._positions[0], self._at_once
+        context = block_context(config, shape, self.dtypes[0], *given)
         self._context = self._put_context(context)
         layers = [self.weights.abstract_layer(i) for i in range(config.num_layers)]
         # A layer's dtypes may differ from the others', too.

@@ -58,7 +58,7 @@ def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[
     weights = Resident(open_checkpoint(str(directory)).load())
     tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
     count = max(1, min(len(ids), BLOCK_TOKENS // ids.shape[1]))
-    blocks = Blocks(count, query_block(weights.config, (count, ids.shape[1])))
+    blocks = Blocks(count, query_block(weights.config, ids.shape[1]))
     sweep = Sweep(weights, tokens, dtype, blocks=blocks, whole=True)
     return sweep, Sample.of(tokens, 200, 0, pooled=True)
 

@@ -1,6 +1,7 @@
 """analyze() from end to end, against a plain NumPy float64 analysis of transformers' own hidden states."""
 
 import dataclasses
+import io
 import json
 import math
 import subprocess
@@ -309,7 +310,7 @@ def test_two_runs_are_identical(tiny_checkpoint: Path, tmp_path: Path) -> None:
     contents = []
     for name in ("a.json", "b.json"):
         found = run(tiny_checkpoint)
-        for timing in [key for key in found.run if "seconds" in key]:
+        for timing in [key for key in found.run if "second" in key]:
             del found.run[timing]
         json_file, arrays_file = found.save(tmp_path / name)
         contents.append((json_file.read_text().splitlines(), arrays_file.read_bytes()))
@@ -374,7 +375,25 @@ def test_listener_hears_of_every_stage(tiny_checkpoint: Path) -> None:
     assert all("\n" not in line for line in lines)
     for what in found.run["layers_seconds"]:
         assert f"{what} {found.run['layers_seconds'][what]:.2f} s" in times
+    assert f"{found.run['tokens_per_second']:,.0f} tokens/s: " in times
     assert times.endswith(("bound by computing", "bound by reading"))
+
+
+def test_progress_where_somebody_looks(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown(error: io.StringIO, progress: bool) -> str:
+        monkeypatch.setattr(sys, "stderr", error)
+        run(tiny_checkpoint, progress=progress, bootstrap=0, null_draws=0)
+        return error.getvalue()
+
+    bar = shown(Terminal(), True)
+    for part in (" layer 1 of ", "tokens/s", "left"):
+        assert part in bar
+    assert not shown(Terminal(), False)
+    assert not shown(io.StringIO(), True)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import pytest
 from conftest import EXPERTS
 from flax import nnx
 
-from jaxdelta import loss
+from jaxdelta import attention, loss
 from jaxdelta import model as model_module
+from jaxdelta.attention import causal_mask
 from jaxdelta.checkpoint import load_model
 from jaxdelta.config import ModelConfig, Rope
 from jaxdelta.loss import next_token_loss
@@ -27,7 +28,6 @@ from jaxdelta.model import (
     abstract_model,
     attention_windows,
     block_context,
-    causal_mask,
     logits,
     residual_stream,
 )
@@ -243,13 +243,15 @@ def test_scan_equals_loop(model: Qwen3, stream: ResidualStream) -> None:
         assert relative(mlp, stream.mlp[i]) <= 1e-6
 
 
-@pytest.mark.parametrize("queries", [10, 1000])
+@pytest.mark.parametrize(("queries", "score_bytes"), [(10, 1), (10, 1 << 20), (1000, 1)])
 def test_spans_of_queries(
-    queries: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
+    queries: int, score_bytes: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys that no query of a span sees are left out of it, whether or not it is cut further."""
-    monkeypatch.setattr(model_module, "MIN_SPAN", 30)
-    monkeypatch.setattr(model_module, "query_block", lambda config, shape: queries)
+    """Keys that no query of a span sees are left out of it, whether or not it is cut further, and whether the
+    heads' scores are taken one after the other or all at once."""
+    monkeypatch.setattr(attention, "MIN_SPAN", 30)
+    monkeypatch.setattr(model_module, "query_block", lambda config, length: queries)
+    monkeypatch.setattr(model_module, "score_bytes", lambda: score_bytes)
     jax.clear_caches()
     try:
         found = residual_stream(model, TOKENS)

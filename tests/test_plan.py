@@ -71,7 +71,7 @@ def test_less_memory_means_smaller_blocks_then_states_on_the_host() -> None:
     assert all(found.total <= found.limit for found in plans)
     totals = [found.total for found in plans]
     assert totals == sorted(totals, reverse=True)
-    assert plans[0].blocks == Blocks(32, 64)
+    assert plans[0].blocks == Blocks(32, 512)
     assert len({found.blocks.windows for found in plans}) >= 3
     assert [found.blocks.place for found in plans] == sorted(found.blocks.place for found in plans)
     assert plans[-1].blocks.place == "host"

@@ -9,9 +9,10 @@ import pytest
 from conftest import EXPERTS, write_tokenizer
 
 from jaxdelta import model as model_module
+from jaxdelta.attention import causal_mask
 from jaxdelta.calibration import PADDING, Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import load_model
-from jaxdelta.model import Qwen3, causal_mask, residual_stream
+from jaxdelta.model import Qwen3, residual_stream
 
 TOLERANCE = 1e-5
 SIZES = [90, 64, 33, 32, 17, 9, 150, 2, 3, 5, 1, 77]
@@ -82,7 +83,8 @@ def test_packed_documents_equal_each_by_itself(
 def test_blocks_of_queries(
     block: int, tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "query_block", lambda config, shape: block)
+    monkeypatch.setattr(model_module, "query_block", lambda config, length: block)
+    monkeypatch.setattr(model_module, "score_bytes", lambda: 1)
     directory = make_checkpoint(tmp_path, num_hidden_layers=2, **SLIDING)
     # A length of its own for each: what was compiled for another block must not be met again.
     assert_alike(load_model(str(directory)), packed(tmp_path, 128 + block))
@@ -115,8 +117,9 @@ def test_padding_and_neighbours_have_no_influence(tmp_path: Path, tiny_checkpoin
 
 
 def test_mask_of_segments() -> None:
-    positions = jnp.array([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]], jnp.int32)
-    visible = causal_mask(jnp.arange(5), 5, 2, positions)
-    assert visible.shape == (2, 1, 1, 5, 5)
-    seen = [[np.flatnonzero(row).tolist() for row in window] for window in visible[:, 0, 0]]
-    assert seen == [[[0], [0, 1], [1, 2], [3], [3, 4]], [[0], [0, 1], [1, 2], [2, 3], [3, 4]]]
+    def seen(*positions: int) -> list[list[int]]:
+        visible = causal_mask(jnp.arange(5), 5, 2, jnp.array(positions, jnp.int32))
+        return [np.flatnonzero(row).tolist() for row in visible]
+
+    assert seen(0, 1, 2, 0, 1) == [[0], [0, 1], [1, 2], [3], [3, 4]]
+    assert seen(0, 1, 2, 3, 4) == [[0], [0, 1], [1, 2], [2, 3], [3, 4]]
