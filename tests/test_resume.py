@@ -98,7 +98,7 @@ def told(said: list[str]) -> list[str]:
 
 def bits(result: Analysis) -> tuple[str, bytes]:
     """All but times and the directories' names."""
-    facts = {name: x for name, x in result.run.items() if "seconds" not in name}
+    facts = {name: x for name, x in result.run.items() if "second" not in name}
     facts["flags"] = facts["flags"] | {"checkpoint_dir": None, "scratch": None}
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     kept = {name: x for name, x in fields.items() if name not in Analysis.ARRAYS}
