@@ -23,8 +23,8 @@ class Context:
 
     `rotary`: (cos, sin) of the rotation; `window`: how many positions one attends to; `positions` (B, T):
     every token's position in its segment, outside which it attends to nothing, or None where each row is one
-    segment; `query_block`: how many queries are compared with all keys at once. (No shapes in the types: JAX
-    makes such objects of what is no array, too.)
+    segment; `query_block`: how many queries are compared with all keys at once; `at_once`: of how many pairs
+    of a row and a key/value head. (No shapes in the types: JAX makes such objects of what is no array, too.)
     """
 
     rotary: Any

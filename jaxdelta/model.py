@@ -293,13 +293,12 @@ def block_context(
     `residual_stream`.
     """
     block = queries or query_block(config, shape[1])
-    pair_bytes = 4 * config.num_heads // config.num_kv_heads * block * shape[1]
     return Context(
         rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
         window=np.int32(shape[1]),
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=block,
-        at_once=at_once or max(1, score_bytes() // pair_bytes),
+        at_once=at_once or pairs_at_once(config, block, shape[1]),
         positions=positions,
     )
 
@@ -311,5 +310,15 @@ def score_bytes() -> int:
 
 def query_block(config: ModelConfig, length: int, pairs: int = 1) -> int:
     """As many queries of a row of so many tokens as keep the scores of such pairs within `score_bytes`."""
-    fitting = score_bytes() // (4 * pairs * config.num_heads // config.num_kv_heads * length)
+    fitting = score_bytes() // (pairs * _query_bytes(config, length))
     return min(length, max(MIN_QUERY_BLOCK, fitting))
+
+
+def pairs_at_once(config: ModelConfig, queries: int, length: int) -> int:
+    """As many pairs of a row and a key/value head, of so many queries, as `score_bytes` allow; at least 1."""
+    return max(1, score_bytes() // (queries * _query_bytes(config, length)))
+
+
+def _query_bytes(config: ModelConfig, length: int) -> int:
+    """Of a query's scores, in float32, with all heads that share a pair's keys."""
+    return 4 * config.num_heads // config.num_kv_heads * length

@@ -160,9 +160,8 @@ def assembled(
 ) -> Float64[Array, "P G d d"]:
     """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
     hidden = rest.shape[2]
-    counting = (
-        jnp.tri(hidden, dtype=rest.dtype) - jnp.eye(hidden, dtype=rest.dtype) / 2
-    )  # of what is mirrored, the diagonal is there twice
+    # Of what is mirrored the diagonal would be there twice.
+    counting = jnp.tri(hidden, dtype=rest.dtype) - jnp.eye(hidden, dtype=rest.dtype) / 2
 
     def add(group: Array, rest: Array) -> Array:
         mixed = product(lead[:, group] / 2, frame) + cross[:, group]

@@ -18,7 +18,7 @@ from jaxdelta.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.loss import VOCAB_SLICE
 from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
-from jaxdelta.model import MIN_QUERY_BLOCK, query_block, score_bytes
+from jaxdelta.model import MIN_QUERY_BLOCK, pairs_at_once, query_block
 from jaxdelta.parallel import share
 from jaxdelta.pooling import pool_bytes
 from jaxdelta.sweep import Blocks, Weights
@@ -151,7 +151,7 @@ class Work:
         m, model = windows * length, self.model
         heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim // model
         pairs, group = self._pairs(blocks.windows), config.num_heads // config.num_kv_heads
-        at_once = pairs if model > 1 else max(1, score_bytes() // (4 * group * blocks.queries * length))
+        at_once = pairs if model > 1 else pairs_at_once(config, blocks.queries, length)
         scores = 3 * min(pairs, at_once) * group * blocks.queries * length
         inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
         # Of experts one is at work at a time: the axes before a weight's own two do not count.
