@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
+from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import (
+    Solved,
     Spectrum,
     decompose,
     host_decompose,
     product,
+    row_sums,
     token_products,
 )
 from jaxdelta.sweep import Update
@@ -111,19 +114,20 @@ def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
         "attention_h": (attention, h),
         "mlp_h": (mlp, h),
     }
-    # All in one pass over the rows: XLA on CPU takes fifteen times as long for one sum after the other.
-    products = tuple(x * y for x, y in factors.values())
-    sums = jax.lax.reduce(products, (0.0,) * len(products), _add_each, dimensions=(1,))
-    return dict(zip(factors, sums, strict=True))
+    return dict(zip(factors, row_sums([x * y for x, y in factors.values()]), strict=True))
 
 
-def _add_each(x: tuple[Array, ...], y: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(map(jnp.add, x, y))
+def view_rows(
+    update: Update, kept: Float64[AnyArray, " n"], selection: Selection | None
+) -> Float64[Array, "n d"]:
+    """The tokens of a view of one layer: what `view_figures` describes."""
+    return _finite(_rows(update, kept, selection))
 
 
 def view_figures(
     update: Update,
     kept: Float64[AnyArray, " n"],
+    solved: Solved | None,
     selection: Selection | None,
     groups: Groups | None,
     k: int,
@@ -131,14 +135,14 @@ def view_figures(
 ) -> Found:
     """All figures of a view of one layer; tokens that are not `kept` (0, else 1) count nothing.
 
-    Without a selection, of the raw view: no time goes into masks and means that change nothing.
+    Without a selection, of the raw view: no time goes into masks and means that change nothing. `solved`: of
+    `view_rows`, as `decompose` takes it; with groups, all vectors.
     """
     kept = jnp.asarray(kept)
     x = _rows(update, kept, selection)
     products = token_products(x, update.h)
-    # Some solvers never return from a NaN; the products keep it, for the caller to see.
-    x = jnp.where(jnp.isfinite(products[0].sum()), x, 0)
-    return _describe(x, kept, products, groups, *decompose(x, k, method))
+    x = _finite(x)
+    return _describe(x, kept, products, groups, *decompose(x, k, method, solved))
 
 
 def host_figures(
@@ -191,6 +195,11 @@ def _rows(
     x = (selection.attention * update.attention + selection.mlp * update.mlp).astype(jnp.float64)
     mean = product(kept, x) / jnp.maximum(kept.sum(), 1)
     return kept[:, None] * (x - selection.centred.astype(jnp.float64) * mean)
+
+
+def _finite(x: Float64[Array, "n d"]) -> Float64[Array, "n d"]:
+    """Some solvers never return from a NaN; the tokens' products keep it, for the caller to see."""
+    return jnp.where(jnp.isfinite(jnp.sum(x)), x, 0)
 
 
 def _describe(
@@ -265,8 +274,7 @@ def _without_groups(
     diagonal = energies.sum(axis=0) - product(membership, energies)  # in float64: the sum is kept
     top, others = diagonal[:, :size], diagonal[:, size:]
     leading = jnp.where(np.eye(size, dtype=bool), top[:, None], -among[:, :, :size].astype(top.dtype))
-    # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
-    vectors, top = jax.lax.map(lambda a: tuple(jax.lax.linalg.eigh(a, symmetrize_input=False)), leading)
+    top, vectors = jax.vmap(eigh)(leading)
     along = product(jnp.swapaxes(vectors, 1, 2).astype(among.dtype), among[:, :, size:])
     gap = (top[:, :, None] - others[:, None]).astype(among.dtype) / 2
     squares = jnp.square(along)
@@ -285,8 +293,7 @@ def _first_directions(
     in all of them, T_s the Chebyshev polynomial: it keeps what belongs to eigenvalues up to θ_2 below 1 and
     grows fastest beyond it, as the power M^s does far slower. θ_1/10 stands for a smaller θ_2.
     """
-    # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
-    vectors, values = jax.lax.map(lambda c: tuple(jax.lax.linalg.eigh(c, symmetrize_input=False)), among)
+    values, vectors = jax.vmap(eigh)(among)
     edge = jnp.maximum(values[:, :-1].max(axis=1, initial=0), values[:, -1] / 10)
     scaled = weights.T / jnp.where(edge > 0, edge, 1)
     start = jnp.zeros((coordinates.shape[1], len(weights)), among.dtype)

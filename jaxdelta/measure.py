@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64
 from jaxdelta import figures
 from jaxdelta.compiling import QuickJit
 from jaxdelta.figures import Crossed, Found, Groups, Selection
-from jaxdelta.spectrum import CERTIFIED
+from jaxdelta.spectrum import CERTIFIED, solve
 from jaxdelta.sweep import Update, Wrote, joined
 from jaxdelta.timing import Clock
 from jaxdelta.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View, without_sinks
@@ -216,7 +216,12 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
         kept = np.ones(shape[0])
         common = (design.selection(RAW), design.groups)
         size, factor_size = design.basis_size(*shape), figures.factor_shape(*shape)
-        _single.lower(figures.view_figures, (update, kept), common, (size, design.method)).compile()
+        solved = None
+        if design.method == "gram":
+            _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
+            vectors = min(shape), min(shape) if design.groups else size
+            solved = tuple(jax.ShapeDtypeStruct(axes, np.float64) for axes in (vectors[:1], vectors))
+        _single.lower(figures.view_figures, (update, kept, solved), common, (size, design.method)).compile()
         if not design.plain:
             _single.lower(figures.state_products, (update,), (), ()).compile()
         if design.groups:
@@ -257,7 +262,12 @@ def _view(
     selection = design.selection(view)
     own = [(update, mask.astype(np.float64)) for update, mask in zip(batch, kept, strict=True)]
     size = design.basis_size(*batch[0].h.shape)
-    found = call(figures.view_figures, own, (selection, design.groups), (size, design.method))
+    solved: Sequence[Any] = [None] * len(batch)
+    if call is _one_by_one and design.method == "gram":
+        vectors = None if design.groups else size
+        solved = [solve(rows, vectors) for rows in call(figures.view_rows, own, (selection,))]
+    with_solved = [(*pair, one) for pair, one in zip(own, solved, strict=True)]
+    found = call(figures.view_figures, with_solved, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
         # One device has it then, where all had it.

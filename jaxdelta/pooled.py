@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled
+from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import Spectrum, defect, orient, product
 from jaxdelta.types import AnyArray
 
@@ -59,8 +60,7 @@ def total(pooled: Pooled) -> Float64[Array, "d d"]:
 @jax.jit
 def solve(matrix: Float64[AnyArray, "d d"]) -> tuple[Float64[Array, " d"], Float64[Array, "d d"]]:
     """Eigenvalues and, in columns, eigenvectors, ascending."""
-    vectors, values = jax.lax.linalg.eigh(jnp.asarray(matrix), symmetrize_input=False)
-    return values, vectors
+    return eigh(jnp.asarray(matrix))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -111,7 +111,7 @@ def _without_groups(
     beyond = shifted - jnp.trace(within, axis1=1, axis2=2)
     tail = energies[q:]
     shrunk = 1 - beyond / jnp.maximum(tail.sum(), np.finfo(np.float64).tiny)
-    top = _eigh(jnp.diag(energies[:q]) - within)[0][:, ::-1]
+    top = jax.vmap(eigh)(jnp.diag(energies[:q]) - within)[0][:, ::-1]
     return jnp.maximum(jnp.concatenate([top, shrunk[:, None] * tail], axis=1), 0)
 
 
@@ -120,12 +120,7 @@ def _split_half(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Arra
     if not repeats:
         return jnp.zeros(0, within.dtype)
     halves = product(jnp.reshape(pooled.halves, (2 * repeats, groups)), within.reshape(groups, -1))
-    values, vectors = _eigh(halves.reshape(-1, *within.shape[1:]))
+    values, vectors = jax.vmap(eigh)(halves.reshape(-1, *within.shape[1:]))
     first = vectors[:, :, -1].reshape(repeats, 2, -1)
     cosines = jnp.abs(jnp.sum(first[:, 0] * first[:, 1], axis=-1))
     return jnp.where((values[:, -1] > 0).reshape(repeats, 2).all(axis=1), cosines, np.nan)
-
-
-def _eigh(matrices: Float64[Array, "b q q"]) -> tuple[Float64[Array, "b q"], Float64[Array, "b q q"]]:
-    # lax.map, not vmap: batched eigh on a CPU calls a threaded OpenBLAS from several threads (jax 39292).
-    return jax.lax.map(lambda a: jax.lax.linalg.eigh(a, symmetrize_input=False)[::-1], matrices)

@@ -9,6 +9,7 @@ certificate. All functions here must be traced with 64-bit types on.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
+from jaxdelta import lapack
 from jaxdelta.types import AnyArray
 
 METHODS = ("gram", "full")
 CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
+
+Solved = tuple[Float64[AnyArray, " r"], Float64[AnyArray, "r v"]]  # eigenvalues, eigenvectors; ascending
 
 _SIGN_FLOOR = 1e-3
 _GRAM_BLOCK = 256  # rows; products of smaller blocks are too slow to save anything
@@ -49,16 +53,31 @@ def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") ->
 
 
 def decompose(
-    delta: Float[Array, "n d"], k: int, method: str = "gram"
-) -> tuple[Spectrum, Float64[Array, "n r"]]:
-    """`update_spectrum`, and the tokens' coordinates δV = U diag(σ) along all right singular vectors.
+    delta: Float[Array, "n d"], k: int, method: str = "gram", solved: Solved | None = None
+) -> tuple[Spectrum, Float64[Array, "n v"]]:
+    """`update_spectrum`, and the tokens' coordinates δV = U diag(σ) along the right singular vectors.
 
-    The coordinates' signs are not the directions'.
+    The coordinates' signs are not the directions'. They are along all r of them; with `solved`, what
+    `solve` found of δ, along those of which the vectors are there.
     """
     x = delta.astype(jnp.float64)
-    values, vectors, coordinates = (_by_gram if method == "gram" else _by_svd)(x, k)
+    if method == "full":
+        values, vectors, coordinates = _by_svd(x, k)
+    else:
+        values, vectors, coordinates = _by_gram(x, k, solved or lapack.eigh(_short_gram(x)))
     directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
     return Spectrum(values, directions, _defect(x, values, directions)), coordinates
+
+
+def solve(
+    x: Float64[np.ndarray, "n d"], k: int | None = None
+) -> tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r v"]]:
+    """All eigenvalues of the smaller of x xᵀ and xᵀx, ascending, and the last k of its vectors, or all.
+
+    On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all.
+    """
+    square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+    return lapack.host_eigh(square) if k is None else lapack.largest(square, k)
 
 
 def token_products(
@@ -66,7 +85,18 @@ def token_products(
 ) -> tuple[Float64[Array, " n"], Float64[Array, " n"], Float64[Array, " n"]]:
     """Each token's <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i>: all that `token_statistics` need."""
     delta, h = delta.astype(jnp.float64), h.astype(jnp.float64)
-    return jnp.sum(delta * delta, axis=-1), jnp.sum(h * h, axis=-1), jnp.sum(delta * h, axis=-1)
+    first, second, third = row_sums([delta * delta, h * h, delta * h])
+    return first, second, third
+
+
+def row_sums(matrices: Sequence[Float64[Array, "n d"]]) -> list[Float64[Array, " n"]]:
+    """The sum of each row, of all of them in one pass: one after the other takes XLA on a CPU far longer."""
+    zeros = (np.float64(0),) * len(matrices)
+    return list(jax.lax.reduce(tuple(matrices), zeros, _add_each, dimensions=(1,)))
+
+
+def _add_each(x: tuple[Array, ...], y: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(map(jnp.add, x, y))
 
 
 def token_statistics(
@@ -173,23 +203,25 @@ def host_decompose(delta: Float[np.ndarray, "n d"], k: int) -> tuple[Spectrum, F
     return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions)), left * values
 
 
-Decomposition = tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n r"]]
+Decomposition = tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n v"]]
 
 
-def _by_gram(x: Float64[Array, "n d"], k: int) -> Decomposition:
-    n, d = x.shape
+def _short_gram(x: Float64[Array, "n d"]) -> Float64[Array, "r r"]:
     # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
-    y = x if n <= d else jax.lax.optimization_barrier(x.T)
-    vectors, energies = jax.lax.linalg.eigh(gram(y), symmetrize_input=False)
+    return gram(x if x.shape[0] <= x.shape[1] else jax.lax.optimization_barrier(x.T))
+
+
+def _by_gram(x: Float64[Array, "n d"], k: int, solved: Solved) -> Decomposition:
+    energies, vectors = map(jnp.asarray, solved)
     vectors, values = vectors[:, ::-1], jnp.sqrt(jnp.maximum(energies[::-1], 0))
     top = vectors[:, :k]
-    if n > d:
+    if x.shape[0] > x.shape[1]:
         return values, top.T, product(x, vectors)
-    return values, jnp.linalg.qr(product(y.T, top))[0].T, vectors * values
+    return values, lapack.orthonormal(product(x.T, top)).T, vectors * values[: vectors.shape[1]]
 
 
 def _by_svd(x: Float64[Array, "n d"], k: int) -> Decomposition:
-    left, values, vectors = jnp.linalg.svd(x, full_matrices=False)
+    left, values, vectors = lapack.svd(x)
     return values, vectors[:k], left * values
 
 

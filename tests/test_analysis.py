@@ -280,8 +280,8 @@ def test_batches_of_an_accelerator_give_the_same(
 def test_a_failed_spectrum_is_computed_again(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(delta: Any, k: int, method: str) -> tuple[Spectrum, Any]:
-        found, coordinates = decompose(delta, k, method)
+    def fails(*arguments: Any) -> tuple[Spectrum, Any]:
+        found, coordinates = decompose(*arguments)
         spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
         return spoiled, coordinates * np.nan
 

@@ -397,7 +397,8 @@ def test_without_documents_drawn_the_row_has_the_figures_alone() -> None:
     row = view_row(figures.views[RAW], of, K, WIDE[1])
     assert not row.keys() & {"intervals", "split_half_cos", "sigma1_tokens", "note"}
     with_draws = assert_json(measured(update(WIDE), OF, views=(RAW,)), OF)
-    assert {name: with_draws[name] for name in row} == row
+    for name, figure in row.items():  # With documents drawn LAPACK finds all vectors, and rounds otherwise.
+        np.testing.assert_allclose(with_draws[name], figure, rtol=1e-10, err_msg=name)
     assert of.halves.shape == (HALVINGS, 2, DOCUMENTS) and not of.intervals
 
 

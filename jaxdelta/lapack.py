@@ -1,0 +1,121 @@
+"""The matrix decompositions: in XLA, of one matrix or, by `jax.vmap`, of many; and on the host.
+
+In XLA on a CPU those come one after the other: batches there have several threads call a threaded OpenBLAS
+(jax issue 39292) and, in JAX 0.10, wait inside XLA's threads for XLA's threads: for ever where those are few.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64
+
+_BLOCK = 64  # columns that dsytrd and dormtr turn at once, at most
+
+Decomposition = Callable[[Array], tuple[Array, ...]]
+
+
+def _alone_on_a_cpu(decomposition: Decomposition) -> Decomposition:
+    alone = jax.custom_batching.sequential_vmap(decomposition)
+
+    def decompose(matrix: Array) -> tuple[Array, ...]:
+        return jax.lax.platform_dependent(matrix, cpu=alone, default=decomposition)
+
+    return decompose
+
+
+_eigh = _alone_on_a_cpu(lambda matrix: tuple(jax.lax.linalg.eigh(matrix, symmetrize_input=False)))
+_qr = _alone_on_a_cpu(lambda matrix: tuple(jnp.linalg.qr(matrix)))
+_svd = _alone_on_a_cpu(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
+
+
+def eigh(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Eigenvalues, ascending, and eigenvectors, in columns, of a matrix whose lower triangle is given."""
+    vectors, values = _eigh(matrix)
+    return values, vectors
+
+
+def orthonormal(matrix: Float[Array, "m k"]) -> Float[Array, "m k"]:
+    """Orthonormal columns with the span of the first of them, for each number of them: Q of Q R."""
+    return _qr(matrix)[0]
+
+
+def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
+    """U, σ and Vᵀ, r = min(m, n)."""
+    left, values, right = _svd(matrix)
+    return left, values, right
+
+
+def host_eigh(
+    matrix: Float64[np.ndarray, "m m"],
+) -> tuple[Float64[np.ndarray, " m"], Float64[np.ndarray, "m m"]]:
+    """`eigh` by NumPy; NaN where LAPACK fails."""
+    try:
+        values, vectors = np.linalg.eigh(matrix)
+    except np.linalg.LinAlgError:
+        return np.full(len(matrix), np.nan), np.full(matrix.shape, np.nan)
+    return values, vectors
+
+
+def largest(
+    matrix: Float64[np.ndarray, "m m"], k: int
+) -> tuple[Float64[np.ndarray, " m"], Float64[np.ndarray, "m k"]]:
+    """All eigenvalues, ascending, and the eigenvectors of the k largest, in columns, of a symmetric matrix.
+
+    Finding all vectors takes two thirds of the time of `host_eigh`. T = QᵀAQ tridiagonal (dsytrd), its
+    eigenvalues by the QR iteration of Pal, Walker and Kahan (dsterf), k of its vectors by relatively robust
+    representations (dstemr; Dhillon & Parlett 2004), turned back by Q (dormtr). NaN where LAPACK fails.
+    """
+    m = len(matrix)
+    reflectors, work, space = matrix.copy(), np.empty(m * max(_BLOCK, k, 18)), np.empty(10 * m, np.intc)
+    diagonal, beside, scales, values, ignored = np.zeros((5, m))
+    vectors, support, found = np.zeros((k, m)), np.empty(2 * k, np.intc), np.zeros(1, np.intc)
+    call = _Calls()
+    call("dsytrd", b"L", m, reflectors, m, diagonal, beside, scales, work, len(work))
+    values[:], off = diagonal, beside.copy()
+    call("dsterf", m, values, off)
+    bounds = 0.0, 0.0, m - k + 1, m
+    sizes = work, len(work), space, len(space)
+    call(
+        "dstemr", b"V", b"I", m, diagonal, beside, *bounds, found, ignored, vectors, m, k, support, 1, *sizes
+    )
+    call("dormtr", b"L", b"L", b"N", m, k, reflectors, m, scales, vectors, m, work, len(work))
+    if call.failed:
+        values[:], vectors[:] = np.nan, np.nan
+    return values, vectors.T
+
+
+class _Calls:
+    """Calls SciPy's LAPACK, which is XLA's, past its wrappers: they let no other thread work meanwhile."""
+
+    failed = False
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        """A number is passed by its address, an array as it lies: Fortran sees it transposed."""
+        status = ctypes.c_int()
+        _lapack_function(name)(*map(_address, arguments), ctypes.byref(status))
+        self.failed = self.failed or status.value != 0
+
+
+def _address(argument: Any) -> Any:
+    if isinstance(argument, np.ndarray):
+        return ctypes.c_void_p(argument.ctypes.data)
+    if isinstance(argument, bytes):
+        return ctypes.c_char_p(argument)
+    return ctypes.byref((ctypes.c_int if isinstance(argument, int) else ctypes.c_double)(argument))
+
+
+@functools.cache
+def _lapack_function(name: str) -> Any:
+    from scipy.linalg import cython_lapack  # here: other devices do without
+
+    capsule, python = cython_lapack.__pyx_capi__[name], ctypes.pythonapi
+    python.PyCapsule_GetName.argtypes, python.PyCapsule_GetName.restype = [ctypes.py_object], ctypes.c_char_p
+    python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    python.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    address = python.PyCapsule_GetPointer(capsule, python.PyCapsule_GetName(capsule))
+    return ctypes.CFUNCTYPE(None)(address)
