@@ -80,9 +80,8 @@ def largest(
     call("dsterf", m, values, off)
     bounds = 0.0, 0.0, m - k + 1, m
     sizes = work, len(work), space, len(space)
-    call(
-        "dstemr", b"V", b"I", m, diagonal, beside, *bounds, found, ignored, vectors, m, k, support, 1, *sizes
-    )
+    wanted = found, ignored, vectors, m, k, support, 1
+    call("dstemr", b"V", b"I", m, diagonal, beside, *bounds, *wanted, *sizes)
     call("dormtr", b"L", b"L", b"N", m, k, reflectors, m, scales, vectors, m, work, len(work))
     if call.failed:
         values[:], vectors[:] = np.nan, np.nan
@@ -96,8 +95,9 @@ class _Calls:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """A number is passed by its address, an array as it lies: Fortran sees it transposed."""
-        status = ctypes.c_int()
-        _lapack_function(name)(*map(_address, arguments), ctypes.byref(status))
+        function, status = _lapack_function(name), ctypes.c_int(-1)
+        if function is not None:
+            function(*map(_address, arguments), ctypes.byref(status))
         self.failed = self.failed or status.value != 0
 
 
@@ -117,5 +117,7 @@ def _lapack_function(name: str) -> Any:
     python.PyCapsule_GetName.argtypes, python.PyCapsule_GetName.restype = [ctypes.py_object], ctypes.c_char_p
     python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     python.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    address = python.PyCapsule_GetPointer(capsule, python.PyCapsule_GetName(capsule))
-    return ctypes.CFUNCTYPE(None)(address)
+    signature = python.PyCapsule_GetName(capsule)
+    if b"int *" not in signature:  # a SciPy built for integers of 64 bits
+        return None
+    return ctypes.CFUNCTYPE(None)(python.PyCapsule_GetPointer(capsule, signature))

@@ -9,7 +9,7 @@ that can be compared are within tolerance, 1 if one is not or the files do not f
 - Lengths, ranks and shares: |r - c| <= rtol |r|.
 - Cosines, their means, captures: ||r| - |c|| <= atol_cos, as the sign of a singular vector is arbitrary. That
   of `cos_delta_h_mean` is not, and counts.
-- Leading directions, where .safetensors or .npz files lie beside both: 1 - |<v_r, v_c>| <= 1e-5.
+- Leading directions, where .safetensors or .npz files lie beside both: 1 - |<v_r, v_c>| <= atol_cos/10.
 
 A leading direction is determined only where σ_1 stands out: σ_1 > gap σ_2 in both files. A figure made of
 directions is compared if all of them are determined; others are skipped and listed.
@@ -39,7 +39,7 @@ LENGTHS = ("frob", "token_norm_mean", "token_norm_std", "h_norm_mean", "rel_step
 SHARES = ("parallel_frac", "eff_rank", "top1_frac", "top3_frac", "top10_frac")
 COSINES = ("cos_delta_h_mean", "top1_cos_adjacent", "intra_cos_mean", "cross_cos_mean", "capture", "top1_cos")
 
-DIRECTION_TOLERANCE = 1e-5
+DIRECTION_SHARE = 0.1  # of the cosines' tolerance
 ZERO = 1e-9  # deviations of smaller figures are relative to this
 # Float32 states resolve a singular value to about 1e-7 σ_1, which a relative 1e-4 allows from here on.
 NOISE = 1e-3
@@ -267,7 +267,7 @@ def compare(
             place: sigma for place, sigma in flat["top_singvals"].items() if place in common
         }
     add_arrays(flats, [reference_arrays, candidate_arrays], (reference["num_layers"], reference["hidden"]))
-    rules = {"phase": (0.0, different), "directions": (DIRECTION_TOLERANCE, absolute)}
+    rules = {"phase": (0.0, different), "directions": (DIRECTION_SHARE * atol_cos, absolute)}
     rules |= dict.fromkeys((*LENGTHS, *SHARES, "top_singvals"), (rtol, relative))
     rules |= dict.fromkeys(COSINES, (atol_cos, absolute))
     return [
