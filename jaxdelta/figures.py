@@ -120,13 +120,14 @@ def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
 def view_rows(
     update: Update, kept: Float64[AnyArray, " n"], selection: Selection | None
 ) -> Float64[Array, "n d"]:
-    """The tokens of a view of one layer: what `view_figures` describes."""
-    return _finite(_rows(update, kept, selection))
+    """The tokens of a view of one layer, as `view_figures` takes them."""
+    return _rows(update, kept, selection)
 
 
 def view_figures(
     update: Update,
     kept: Float64[AnyArray, " n"],
+    rows: Float64[Array, "n d"] | None,
     solved: Solved | None,
     selection: Selection | None,
     groups: Groups | None,
@@ -135,13 +136,14 @@ def view_figures(
 ) -> Found:
     """All figures of a view of one layer; tokens that are not `kept` (0, else 1) count nothing.
 
-    Without a selection, of the raw view: no time goes into masks and means that change nothing. `solved`: of
-    `view_rows`, as `decompose` takes it; with groups, all vectors.
+    Without a selection, of the raw view: no time goes into masks and means that change nothing. `rows`: the
+    `view_rows`, where they are known, and `solved` what `solve` found of them; with groups, of all vectors.
     """
     kept = jnp.asarray(kept)
-    x = _rows(update, kept, selection)
+    x = _rows(update, kept, selection) if rows is None else rows
     products = token_products(x, update.h)
-    x = _finite(x)
+    # Some solvers never return from a NaN; the products keep it, for the caller to see.
+    x = jnp.where(jnp.isfinite(products[0].sum()), x, 0)
     return _describe(x, kept, products, groups, *decompose(x, k, method, solved))
 
 
@@ -195,11 +197,6 @@ def _rows(
     x = (selection.attention * update.attention + selection.mlp * update.mlp).astype(jnp.float64)
     mean = product(kept, x) / jnp.maximum(kept.sum(), 1)
     return kept[:, None] * (x - selection.centred.astype(jnp.float64) * mean)
-
-
-def _finite(x: Float64[Array, "n d"]) -> Float64[Array, "n d"]:
-    """Some solvers never return from a NaN; the tokens' products keep it, for the caller to see."""
-    return jnp.where(jnp.isfinite(jnp.sum(x)), x, 0)
 
 
 def _describe(

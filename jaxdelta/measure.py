@@ -148,7 +148,7 @@ def in_batches() -> bool:
 def _on_threads(
     updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock, most: int
 ) -> Iterator[LayerFigures]:
-    """A thread for each core, whose linear algebra runs on that core alone.
+    """A thread for each core and one more, whose linear algebra runs on one core each.
 
     One layer's matrices are too small to share out well.
     """
@@ -216,12 +216,14 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
         kept = np.ones(shape[0])
         common = (design.selection(RAW), design.groups)
         size, factor_size = design.basis_size(*shape), figures.factor_shape(*shape)
-        solved = None
+        rows, solved, r = None, None, min(shape)
         if design.method == "gram":
             _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
-            vectors = min(shape), min(shape) if design.groups else size
-            solved = tuple(jax.ShapeDtypeStruct(axes, np.float64) for axes in (vectors[:1], vectors))
-        _single.lower(figures.view_figures, (update, kept, solved), common, (size, design.method)).compile()
+            of_float64 = partial(jax.ShapeDtypeStruct, dtype=np.float64)
+            rows = of_float64(shape)
+            solved = of_float64((r,)), of_float64((r, r if design.groups else size))
+        own = (update, kept, rows, solved)
+        _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
         if not design.plain:
             _single.lower(figures.state_products, (update,), (), ()).compile()
         if design.groups:
@@ -262,12 +264,13 @@ def _view(
     selection = design.selection(view)
     own = [(update, mask.astype(np.float64)) for update, mask in zip(batch, kept, strict=True)]
     size = design.basis_size(*batch[0].h.shape)
-    solved: Sequence[Any] = [None] * len(batch)
+    rows: Sequence[Any] = [None] * len(batch)
+    solved = rows
     if call is _one_by_one and design.method == "gram":
-        vectors = None if design.groups else size
-        solved = [solve(rows, vectors) for rows in call(figures.view_rows, own, (selection,))]
-    with_solved = [(*pair, one) for pair, one in zip(own, solved, strict=True)]
-    found = call(figures.view_figures, with_solved, (selection, design.groups), (size, design.method))
+        rows = [_single(figures.view_rows, one, (selection,), ()) for one in own]
+        solved = [solve(np.asarray(one), None if design.groups else size) for one in rows]
+    each = [(*pair, *more) for pair, *more in zip(own, rows, solved, strict=True)]
+    found = call(figures.view_figures, each, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
         # One device has it then, where all had it.
@@ -276,8 +279,8 @@ def _view(
         found[row] = jax.tree.map(np.array, again)
     compared: list[Crossed | None] = [None] * len(batch)
     if design.groups and view in CROSSED:
-        each = [(*pair, one.spectrum.directions, one.factor) for pair, one in zip(own, found, strict=True)]
-        compared = call(figures.crossed, each, (selection, design.groups))
+        bases = [(*pair, one.spectrum.directions, one.factor) for pair, one in zip(own, found, strict=True)]
+        compared = call(figures.crossed, bases, (selection, design.groups))
     return [
         ViewFigures(one, design.k, mask, failed, cross)
         for one, mask, failed, cross in zip(found, kept, on_host, compared, strict=True)
@@ -297,7 +300,8 @@ def spectrum_bytes(n: int, d: int) -> int:
 def layers_at_once(n: int, d: int, free: int, devices: int = 1) -> int:
     """How many layers' figures a device computes at once where so many bytes are free; one at least."""
     if jax.default_backend() == "cpu":
-        return (os.cpu_count() or 1) if devices == 1 else 1
+        # One more than cores: when one thread waits for XLA's, or for Python's lock, its core is not idle.
+        return (os.cpu_count() or 1) + 1 if devices == 1 else 1
     # Each of them with its own Update, while those of the next batch arrive; all devices have them all.
     return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * devices * update_bytes(n, d)))
 

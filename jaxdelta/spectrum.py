@@ -74,9 +74,12 @@ def solve(
 ) -> tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r v"]]:
     """All eigenvalues of the smaller of x xᵀ and xᵀx, ascending, and the last k of its vectors, or all.
 
-    On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all.
+    On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all. Where
+    x is not finite, from which some solvers never return, of zero.
     """
     square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+    if not np.isfinite(square.sum()):
+        square[:] = 0
     return lapack.host_eigh(square) if k is None else lapack.largest(square, k)
 
 

@@ -113,7 +113,7 @@ def crossed(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, figures.Cro
     directions = np.linalg.qr(np.random.default_rng(0).normal(size=(d, 2)))[0].T
     common = (Selection.of(View("mlp", centred=True)), Groups(membership, np.zeros((0, 2, 3))))
     with jax.enable_x64(True):
-        [view] = measure._one_by_one(figures.view_figures, [(wrote, kept, None)], common, (2, "gram"))
+        [view] = measure._one_by_one(figures.view_figures, [(wrote, kept, None, None)], common, (2, "gram"))
         each = [(wrote, kept, directions, view.factor)]
         [found] = measure._one_by_one(figures.crossed, each, common)
     mlp = wrote.mlp.astype(np.float64)
