@@ -117,13 +117,6 @@ def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
     return dict(zip(factors, row_sums([x * y for x, y in factors.values()]), strict=True))
 
 
-def view_rows(
-    update: Update, kept: Float64[AnyArray, " n"], selection: Selection | None
-) -> Float64[Array, "n d"]:
-    """The tokens of a view of one layer, as `view_figures` takes them."""
-    return _rows(update, kept, selection)
-
-
 def view_figures(
     update: Update,
     kept: Float64[AnyArray, " n"],
@@ -140,7 +133,7 @@ def view_figures(
     `view_rows`, where they are known, and `solved` what `solve` found of them; with groups, of all vectors.
     """
     kept = jnp.asarray(kept)
-    x = _rows(update, kept, selection) if rows is None else rows
+    x = view_rows(update, kept, selection) if rows is None else rows
     products = token_products(x, update.h)
     # Some solvers never return from a NaN; the products keep it, for the caller to see.
     x = jnp.where(jnp.isfinite(products[0].sum()), x, 0)
@@ -155,7 +148,7 @@ def host_figures(
     k: int,
 ) -> Found:
     """`view_figures` with NumPy's SVD: for a spectrum whose certificate failed."""
-    x = _rows(update, kept, selection)
+    x = view_rows(update, kept, selection)
     decomposed = host_decompose(np.asarray(x), k)
     products = token_products(x, update.h)
     return jax.jit(_describe)(x, jnp.asarray(kept), products, groups, *decomposed)
@@ -170,7 +163,7 @@ def crossed(
     groups: Groups,
 ) -> Crossed:
     """What relations between layers need of a view of which this was found."""
-    x = _rows(update, kept, selection).astype(jnp.float32)
+    x = view_rows(update, kept, selection).astype(jnp.float32)
     coupling = _by_group(product(x, jnp.asarray(basis, jnp.float32).T), x, jnp.asarray(groups.membership))
     return Crossed(x if factor is None else factor, coupling)
 
@@ -188,9 +181,10 @@ def _factor(
     return product(left.T.astype(jnp.float32), x.astype(jnp.float32))
 
 
-def _rows(
+def view_rows(
     update: Update, kept: Float64[AnyArray, " n"], selection: Selection | None
 ) -> Float64[Array, "n d"]:
+    """The tokens of a view of one layer."""
     if selection is None:
         return jnp.asarray(update.delta).astype(jnp.float64)
     kept = jnp.asarray(kept)

@@ -16,37 +16,34 @@ from jaxtyping import Array, Float, Float64
 
 _BLOCK = 64  # columns that dsytrd and dormtr turn at once, at most
 
-Decomposition = Callable[[Array], tuple[Array, ...]]
 
-
-def _alone_on_a_cpu(decomposition: Decomposition) -> Decomposition:
+def _alone_on_a_cpu(decomposition: Callable[[Array], Any]) -> Callable[[Array], Any]:
     alone = jax.custom_batching.sequential_vmap(decomposition)
 
-    def decompose(matrix: Array) -> tuple[Array, ...]:
+    @functools.wraps(decomposition)
+    def decompose(matrix: Array) -> Any:
         return jax.lax.platform_dependent(matrix, cpu=alone, default=decomposition)
 
     return decompose
 
 
-_eigh = _alone_on_a_cpu(lambda matrix: tuple(jax.lax.linalg.eigh(matrix, symmetrize_input=False)))
-_qr = _alone_on_a_cpu(lambda matrix: tuple(jnp.linalg.qr(matrix)))
-_svd = _alone_on_a_cpu(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
-
-
+@_alone_on_a_cpu
 def eigh(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """Eigenvalues, ascending, and eigenvectors, in columns, of a matrix whose lower triangle is given."""
-    vectors, values = _eigh(matrix)
+    vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=False)
     return values, vectors
 
 
+@_alone_on_a_cpu
 def orthonormal(matrix: Float[Array, "m k"]) -> Float[Array, "m k"]:
     """Orthonormal columns with the span of the first of them, for each number of them: Q of Q R."""
-    return _qr(matrix)[0]
+    return jnp.linalg.qr(matrix)[0]
 
 
+@_alone_on_a_cpu
 def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
     """U, σ and Vᵀ, r = min(m, n)."""
-    left, values, right = _svd(matrix)
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
     return left, values, right
 
 

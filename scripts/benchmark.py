@@ -80,8 +80,8 @@ _RESULTS = flags.DEFINE_string("results", None, "a JSON file to keep the figures
 
 Figures = dict[str, Any]
 
-# The reference's figures and no more.
 TOLERANCES = {"float32": (), "bfloat16": ("--rtol=0.02", "--atol_cos=0.02")}
+# The reference's figures and no more.
 PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 
 
