@@ -25,7 +25,7 @@ from jaxdelta.sweep import Update
 from jaxdelta.types import AnyArray
 
 FRAME = 8
-_FRAME_STEPS = 4
+_FRAME_STEPS, _FRAME_ROWS = 4, 2048
 _PANEL, _PANELS = 256, 8  # rows of Σrrᵀ that are multiplied at once, at least; how many panels at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
@@ -69,8 +69,10 @@ def find_frame(
     update: Update, counted: Bool[AnyArray, " n"], parts: tuple[str, ...]
 ) -> Float64[Array, "P p d"]:
     """The leading directions of each part's rows, orthonormal, by subspace iteration: good enough that no
-    direction outside of them dominates; that they are exact is not needed."""
-    x = jnp.where(counted[:, None], parts_of(update, parts), 0)
+    direction outside of them dominates; they need not be exact, so of many rows some are looked at."""
+    some = slice(None, None, max(1, len(counted) // _FRAME_ROWS))
+    rows = parts_of(jax.tree.map(lambda rows: rows[some], update), parts)
+    x = jnp.where(jnp.asarray(counted)[some, None], rows, 0)
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], FRAME), jnp.float32)
 
     def step(_: Any, y: Array) -> Array:
