@@ -103,7 +103,8 @@ def analyze(
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
-        with keeping(chosen.keep_moments if leads() else None) as kept:
+        waiting = resume.moments(chosen.checkpoint_dir)
+        with keeping(chosen.keep_moments if leads() else None, waiting) as kept:
             result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept, grid)
             if kept:
                 result.save(kept / RUN)
@@ -220,7 +221,7 @@ def _measured(
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
     keep = partial(keep_layer, kept) if kept else None
     programs = ONE_DEVICE if grid is None else split.split_programs(grid)
-    return pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs)
+    return pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs, sweep.start)
 
 
 def _begun(

@@ -89,11 +89,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         JaxDeltaError: `path` is there and not an empty directory, or it or what is in it cannot be written.
     """
     path = path.absolute()
+    check_new(path)
     with _plain_errors(path):
-        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-            raise JaxDeltaError(f"{path}: is there already; remove it, or choose another name")
-        if not path.parent.is_dir():
-            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
         temporary = _temporary(path)
         try:
             temporary.mkdir()
@@ -102,6 +99,28 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             _remove_while_written(temporary)
             raise
+
+
+def check_new(path: Path) -> None:
+    """Fails now, before any work, if `path` cannot become a directory later.
+
+    Raises:
+        JaxDeltaError: it is there and not an empty directory, or there is nothing that it could be in.
+    """
+    path = path.absolute()
+    with _plain_errors(path):
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise JaxDeltaError(f"{path}: is there already; remove it, or choose another name")
+        if not path.parent.is_dir():
+            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+
+
+def link_or_copy(file: Path, name: Path) -> None:
+    """The file under another name, too; a copy where that is on another file system, or it knows no links."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdelta.calibration import Tokens
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.files import new_directory
+from jaxdelta.files import check_new, link_or_copy, new_directory
 from jaxdelta.gathered import Aside, Gathered, Located
 from jaxdelta.rows import Sample
 
@@ -22,24 +22,38 @@ RUN, TEXT = "run.json", "text.safetensors"
 
 
 @contextlib.contextmanager
-def keeping(directory: str | None) -> Iterator[Path | None]:
-    """The directory to fill, which gets its name when all is in it; None where nothing is to be kept."""
+def keeping(directory: str | None, waiting: Path | None = None) -> Iterator[Path | None]:
+    """The directory to fill, which gets its name when all is in it; None where nothing is to be kept.
+
+    Args:
+        directory: the name.
+        waiting: what is to be filled instead until then: it stays where the run is stopped.
+    """
     if directory is None:
         yield None
         return
-    with new_directory(Path(directory).expanduser()) as path:
-        yield path
+    wanted = Path(directory).expanduser()
+    if waiting is None:
+        with new_directory(wanted) as path:
+            yield path
+        return
+    check_new(wanted)
+    yield waiting
+    with new_directory(wanted) as path:
+        for file in waiting.iterdir():
+            link_or_copy(file, path / file.name)
 
 
 def keep_layer(directory: Path, index: int, layer: Gathered) -> None:
     """Writes what is kept of a layer."""
+    directory.mkdir(exist_ok=True)
     arrays = {"squares": np.asarray(layer.squares), "sums": layer.sums, "counts": layer.counts}
     arrays |= {f"table.{name}": column for name, column in layer.table.items()}
     arrays |= {f"aside.{name}": part for name, part in layer.aside._asdict().items()}
     (located,) = layer.located
     arrays |= {f"located.{name}": part for name, part in located._asdict().items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, _file(directory, index), {"parts": ",".join(layer.parts)})
+    save_file(arrays, layer_file(directory, index), {"parts": ",".join(layer.parts)})
 
 
 def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> Gathered:
@@ -48,7 +62,7 @@ def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> Gathered:
     Raises:
         JaxDeltaError: the file is missing or damaged.
     """
-    arrays = _load(_file(directory, index))
+    arrays = _load(layer_file(directory, index))
 
     def named(prefix: str) -> dict[str, np.ndarray]:
         start = f"{prefix}."
@@ -86,7 +100,8 @@ def load_text(directory: Path) -> tuple[Tokens, np.ndarray]:
     return Tokens(ids, documents, text, positions), arrays["owners"]
 
 
-def _file(directory: Path, index: int) -> Path:
+def layer_file(directory: Path, index: int) -> Path:
+    """Where a layer's moments are."""
     return directory / f"layer-{index:03}.safetensors"
 
 

@@ -106,8 +106,6 @@ class Options:
         parse_views(self.views)
         if self.mesh is not None:
             parse_mesh(self.mesh)
-        if self.keep_moments is not None and self.checkpoint_dir is not None:
-            raise UsageError("keep_moments: a run with --checkpoint_dir keeps none; leave one of the two out")
 
     @property
     def resampled(self) -> bool:

@@ -11,7 +11,7 @@ import errno
 import functools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np
     """
     from orbax.checkpoint import v1 as ocp
 
-    with quiet(), saving():
+    with quiet(), _saving():
         try:
             for portion in _portions(_leaves(source, names, dtype)):
                 ocp.partial.save(directory, portion)
@@ -58,7 +58,7 @@ def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np
             raise OSError(errno.EIO, _reason(error)) from error
 
 
-def saving() -> Any:
+def _saving() -> Any:
     """Orbax's context in which all is written here."""
     from orbax.checkpoint import v1 as ocp
 
@@ -129,6 +129,27 @@ def open_arrays(directory: Path) -> dict[str, Any]:
 
     opening = {leaf: start(leaf) for leaf in leaves}
     return {leaf: array.result() for leaf, array in opening.items()}
+
+
+def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays with Orbax, in which all processes must take part. Raises whatever Orbax does."""
+    from orbax.checkpoint import v1 as ocp
+
+    with _saving():
+        ocp.save(directory, dict(arrays))
+
+
+def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """The same without Orbax, and without any other process. Raises whatever TensorStore does."""
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{directory}/arrays/"}
+    with tensorstore.Transaction(atomic=True) as together:
+        for name, array in arrays.items():
+            spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+            dtype, shape = tensorstore.dtype(array.dtype), array.shape
+            store = tensorstore.open(spec, create=True, transaction=together, dtype=dtype, shape=shape)
+            store.result()[...] = array
 
 
 def _portions(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

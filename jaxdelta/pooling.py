@@ -71,6 +71,7 @@ def pool_layers(
     clock: Clock,
     keep: Callable[[int, Gathered], None] | None = None,
     programs: Programs = ONE_DEVICE,
+    start: int = 0,
 ) -> Iterator[LayerFigures]:
     """`measure` of a text that is too long to keep; a layer is solved while the next one passes, or, where
     several devices solve them in turn, while as many pass.
@@ -84,8 +85,9 @@ def pool_layers(
         keep: is called with every layer's number, and the next number for the last one normed, and what is
             kept of it.
         programs: what runs where the updates are.
+        start: the first layer's number.
     """
-    numbers = itertools.count()
+    numbers = itertools.count(start)
 
     def solved(pool: Pool, number: int) -> LayerFigures:
         with clock("spectra"):

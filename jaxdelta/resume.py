@@ -5,10 +5,16 @@ In the directory of a run, `DIR/jaxdelta-run`:
     manifest.json       what must be equal for a run to go on from here
     step-L/block-B      the states of a block after layer L, of the last two steps
     figures-L           the figures of layer L
-    step-L.json         the step is whole: the digests of its blocks, and of the figures of layers 0 .. L
+    moments/            what --keep_moments asks for, until the run ends
+    step-L.json         the step is whole: the digests of its blocks, and of the figures and moments of layers
+                        0 .. L
 
-Orbax writes blocks and figures, which are read as `orbax_store` reads weights. One thread writes them beside
+Orbax writes blocks and figures, or, of several processes, TensorStore in Orbax's format; they are read as
+`orbax_store` reads weights. One thread writes them beside
 the pass, in the order in which they come: what a step consists of is on disk before the file that says so.
+
+Of several processes each keeps its own windows' states, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on a disk
+of its own or on one that all share. They go on from the last step that is whole for all of them.
 """
 
 import contextlib
@@ -32,15 +38,16 @@ from jaxdelta import hub
 from jaxdelta.archive import pack, unpack
 from jaxdelta.calibration import Tokens
 from jaxdelta.checkpoint import Checkpoint
-from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.files import locked, write_together
+from jaxdelta.keeping import layer_file
 from jaxdelta.measure import LayerFigures
-from jaxdelta.orbax_store import open_arrays, quiet, saving
+from jaxdelta.orbax_store import open_arrays, quiet, save_arrays, write_arrays
 from jaxdelta.states import State, States
 from jaxdelta.sweep import Blocks
 from jaxdelta.tensors import safetensors_files
 
-RUN, MANIFEST = "jaxdelta-run", "manifest.json"
+RUN, MANIFEST, MOMENTS = "jaxdelta-run", "manifest.json", "moments"
 STEPS = 2  # whole ones whose states are kept
 PENDING = 2  # layers of a short text whose figures are computed at once: a step waits for them
 
@@ -69,8 +76,11 @@ class Run:
         self._writer, self._failed = ThreadPoolExecutor(1, "checkpoint"), False
         self._waiting: deque[Future[None]] = deque()
         self._before: list[LayerFigures] = []
+        # The last step that is whole here, and the last that is so for all processes, which is kept.
+        self._whole = self._common = -1
         # Only the writing thread touches these once it runs: digests of what lies on disk.
         self._figures: list[str] = []
+        self._moments: list[str] = []
         self._blocks: dict[int, list[str]] = {}
 
     def keeps(self, layer: int) -> bool:
@@ -79,23 +89,33 @@ class Run:
 
     def restore(self, states: States) -> int:
         """Fills in the states after the last layer of which all is whole; the layer to go on with, or 0."""
-        for step in sorted(self._directory.glob("step-*.json"), reverse=True):
-            layer = int(step.stem.removeprefix("step-"))
-            try:
-                self._restore(layer, states)
-            except _Damaged as error:
-                self._listener(f" what was kept after layer {layer} is damaged ({error}): it is not used")
-                continue
-            self.start = layer + 1
-            self._listener(f" resumed after layer {layer}")
-            break
+        self._states = states
+        steps = self._steps()
+        while (layer := _least(max(steps, default=-1))) >= 0:
+            if _least(layer in steps and self._is_restored(layer, states)):
+                self.start = layer + 1
+                self._whole = self._common = layer
+                self._listener(f" resumed after layer {layer}")
+                break
+            self._before, self._figures, self._moments = [], [], []
+            steps = [step for step in steps if step < layer]
         for path in list(self._directory.iterdir()):
             if path.name != MANIFEST and not self._is_used(path):
                 _remove(path)
         return self.start
 
+    def _is_restored(self, layer: int, states: States) -> bool:
+        try:
+            self._restore(layer, states)
+        except _Damaged as error:
+            self._listener(f" what was kept after layer {layer} is damaged ({error}): it is not used")
+            return False
+        return True
+
     def _is_used(self, path: Path) -> bool:
         """Whether the run goes on from it, or may have to later: a step only where it is called whole."""
+        if path.name == MOMENTS:
+            return self.start > 0
         number = _NUMBERED.fullmatch(path.name)
         whole = path.name.startswith("figures") or path.with_suffix(".json").exists()
         return number is not None and int(number[1]) < self.start and whole
@@ -103,27 +123,33 @@ class Run:
     def _restore(self, layer: int, states: States) -> None:
         try:
             step = json.loads(self._path("step", layer, ".json").read_bytes())
-            blocks, figures = list(step["blocks"]), list(step["figures"])
+            blocks, figures, moments = (list(step[name]) for name in ("blocks", "figures", "moments"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _Damaged(f"step-{layer:06}.json: {error!r}") from error
         before = [
             unpack(_load(self._path("figures", index), digest)["figures"].tobytes())
             for index, digest in enumerate(figures)
         ]
+        for index, digest in enumerate(moments):
+            if _file_digest(self._moments_of(index)) != digest:
+                raise _Damaged(f"{MOMENTS}: those of layer {index} differ")
         for block, digest in enumerate(blocks):
             states[block] = State(**_load(self._path("step", layer) / f"block-{block:06}", digest))
-        self._before, self._figures = before, figures
+        self._before, self._figures, self._moments = before, figures, moments
 
     def keep(self, layer: int, block: int, state: State) -> None:
         """Keeps what the pass leaves of a block after a layer."""
         if self.keeps(layer):
+            own = {name: self._states.fetch(x) for name, x in state._asdict().items()}
             # A copy, since the next layer writes over what was written so far.
-            self._submit(self._keep, layer, block, {name: np.array(x) for name, x in state._asdict().items()})
+            self._submit(self._keep, layer, block, {name: np.array(x) for name, x in own.items()})
 
     def keeping(self, found: Iterable[LayerFigures]) -> Iterator[LayerFigures]:
         """All layers' figures: those that were kept, then those that are found now, which are kept."""
         yield from self._before
         for layer, figures in enumerate(found, self.start):
+            if self.keeps(layer):
+                self._common = _least(self._whole)
             if layer < self._layers - 1:
                 self._submit(self._finish, layer, figures)
             yield figures
@@ -154,16 +180,28 @@ class Run:
         """The figures come when the states have been written: with them the step is whole."""
         packed = np.frombuffer(pack(figures), np.uint8)
         self._figures.append(_save(self._path("figures", layer), {"figures": packed}))
+        if digest := _file_digest(self._moments_of(layer)):
+            self._moments.append(digest)
         if not self.keeps(layer):
             return
-        step = {"blocks": self._blocks.pop(layer), "figures": self._figures}
+        step = {"blocks": self._blocks.pop(layer), "figures": self._figures, "moments": self._moments}
         write_together({self._path("step", layer, ".json"): json.dumps(step).encode()})
-        for old in sorted(self._directory.glob("step-*.json"))[:-STEPS]:
-            _remove(old)
-            _remove(old.with_suffix(""))
+        self._whole = layer
+        common = layer if jax.process_count() == 1 else self._common
+        for old in self._steps()[:-STEPS]:
+            if old < common:
+                _remove(self._path("step", old, ".json"))
+                _remove(self._path("step", old))
+
+    def _steps(self) -> list[int]:
+        """The layers whose steps are called whole."""
+        return sorted(int(step.stem.removeprefix("step-")) for step in self._directory.glob("step-*.json"))
 
     def _path(self, kind: str, layer: int, suffix: str = "") -> Path:
         return self._directory / f"{kind}-{layer:06}{suffix}"
+
+    def _moments_of(self, layer: int) -> Path:
+        return layer_file(self._directory / MOMENTS, layer)
 
 
 @contextlib.contextmanager
@@ -185,21 +223,29 @@ def opened(
 
     Raises:
         JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
-        UsageError: there are several hosts.
     """
-    if jax.process_count() > 1:
-        raise UsageError("checkpoint_dir: a run on several hosts cannot be kept yet; leave it out")
-    parent = Path(directory).expanduser().absolute()
-    with _plain_errors(parent):
-        (parent / RUN).mkdir(parents=True, exist_ok=True)
-    with quiet(), locked(parent) as ours:
+    own = _own(directory)
+    with _plain_errors(own.parent):
+        own.mkdir(parents=True, exist_ok=True)
+    with quiet(), locked(own) as ours:
         if not ours:
             raise JaxDeltaError(
-                f"{parent}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
+                f"{own}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
             )
-        _check(parent / RUN, manifest)
-        with contextlib.closing(Run(parent / RUN, layers, stride, listener)) as run:
+        _check(own, manifest)
+        with contextlib.closing(Run(own, layers, stride, listener)) as run:
             yield run
+
+
+def _own(directory: str) -> Path:
+    """This process' part of a checkpoint."""
+    index = jax.process_index()
+    return Path(directory).expanduser().absolute() / (f"{RUN}-{index}" if index else RUN)
+
+
+def moments(directory: str | None) -> Path | None:
+    """Where a run with a checkpoint fills in its moments."""
+    return None if directory is None else _own(directory) / MOMENTS
 
 
 def manifest(
@@ -221,6 +267,7 @@ def manifest(
     return {
         **program,
         "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        "processes": jax.process_count(),
         "devices": jax.device_count(),
         "cores": os.cpu_count()
         if jax.default_backend() == "cpu"
@@ -248,9 +295,19 @@ def _weights_digest(directory: Path) -> str:
 
 
 def remove(directory: str | None) -> None:
-    """Takes away the checkpoint of a run that has come to its end."""
+    """Takes away the checkpoint of a run that has come to its end: of several processes, when all say so."""
     if directory is not None:
-        _remove(Path(directory).expanduser().absolute() / RUN)
+        _least(0)
+        _remove(_own(directory))
+
+
+def _least(number: int) -> int:
+    """The least of what all processes say; they must all ask for it."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(process_allgather(np.int32(number)).min())
 
 
 def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -279,12 +336,10 @@ class _Damaged(Exception):
 
 
 def _save(path: Path, arrays: Arrays) -> str:
-    """Writes arrays with Orbax, and returns their digest."""
-    from orbax.checkpoint import v1 as ocp
-
+    """Writes arrays, and returns their digest."""
     try:
-        with saving():
-            ocp.save(path, dict(arrays))
+        # Orbax saves what all processes save together; these are this one's own.
+        (save_arrays if jax.process_count() == 1 else write_arrays)(path, arrays)
     except Exception as error:  # Orbax raises whatever comes to hand.
         raise JaxDeltaError(
             f"{path}: cannot be written ({first_line(error)}); choose another --checkpoint_dir"
@@ -301,6 +356,13 @@ def _load(path: Path, digest: str) -> Arrays:
     if _digest(arrays) != digest:
         raise _Damaged(f"{what}: its digest differs")
     return arrays
+
+
+def _file_digest(path: Path) -> str | None:
+    """None where there is no such file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return None
 
 
 def _digest(arrays: Arrays) -> str:

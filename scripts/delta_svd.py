@@ -153,13 +153,14 @@ def run(leads: bool) -> None:
     )
     if file and beside:
         result = comparison.compare_control(result, beside, file.name)
+    # All files before the tables: whoever reads them may stop reading.
+    if leads:
+        more = output.shown(result, page, figures)
+        with output.directory_for(figures):
+            result.save(out, more)
+    resume.remove(options["checkpoint_dir"])
     if not leads:
         return
-    # All files before the tables: whoever reads them may stop reading.
-    more = output.shown(result, page, figures)
-    with output.directory_for(figures):
-        result.save(out, more)
-    resume.remove(options["checkpoint_dir"])
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")
     say(tables(result))

@@ -1,7 +1,7 @@
 """Run as a script, in a process of its own: JAX's number of devices is set once, before it starts.
 
     python on_mesh.py runs CHECKPOINT TEXT DIRECTORY   all MESHES on four devices, each saved under its name
-    python on_mesh.py script MODE FLAG ...             delta_svd.py; MODE is short, long, or broken
+    python on_mesh.py script MODE FLAG ...             delta_svd.py; MODE is short or long, or MODE-broken
 
 `long`: the text counts as one that is too long to keep. `broken`: of several processes the last fails.
 """
@@ -57,16 +57,16 @@ def runs(checkpoint: str, text: str, directory: str) -> None:
 
 
 def script(mode: str, *flags: str) -> None:
-    if mode != "broken":
-        divide(mode, {"short": SHORT, "long": LONG}[mode])
-    elif "--process_id=1" in flags:
+    mode, _, broken = mode.partition("-")
+    divide(mode, {"short": SHORT, "long": LONG}[mode])
+    if broken and "--process_id=1" in flags:
         from jaxdelta.checkpoint import Checkpoint
         from jaxdelta.errors import JaxDeltaError
 
         read = Checkpoint.placed_layer
 
         def fail(self: Checkpoint, index: int, place: Any) -> Any:
-            if index == 2:
+            if index == self.config.num_layers - 2:
                 raise JaxDeltaError("the disk is gone")
             return read(self, index, place)
 

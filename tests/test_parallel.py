@@ -23,6 +23,7 @@ from jaxdelta.errors import UsageError
 from jaxdelta.parallel import make_grid, parse_mesh, share
 from jaxdelta.parallel import processes as processes_of
 from jaxdelta.plan import Work
+from jaxdelta.resume import RUN
 from jaxdelta.split import SplitSweep, SplitWeights
 from jaxdelta.sweep import Blocks, Resident, Sweep, joined
 
@@ -152,10 +153,41 @@ def test_processes(mode: str, runs: Path, checkpoint: Path, text: Path, tmp_path
 
 
 def test_one_process_fails(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    first, second = processes("broken", checkpoint, text, tmp_path / "out.json", "--mesh=data:2,model:2")
+    first, second = processes(
+        "short-broken", checkpoint, text, tmp_path / "out.json", "--mesh=data:2,model:2"
+    )
     assert (second[0], second[2]) == (1, "delta_svd.py: the disk is gone\n")
     assert first[0] != 0
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_go_on(make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """From the last layer that all of them have whole, when one has failed; the numbers are those of a run
+    that nobody stopped, bit for bit, and so are the moments."""
+
+    def run(mode: str, name: str, *flags: str) -> list[tuple[int, str, str]]:
+        moments = f"--keep_moments={tmp_path / name}-moments"
+        return processes(mode, model, text, tmp_path / f"{name}.json", "--mesh=data:4", moments, *flags)
+
+    model = make_checkpoint(tmp_path / "model", **SHAPE, num_hidden_layers=6)
+    where = tmp_path / "checkpoint"
+    _, broken = run("long-broken", "stopped", f"--checkpoint_dir={where}")
+    assert (broken[0], broken[2]) == (1, "delta_svd.py: the disk is gone\n")
+    steps = [sorted(step.name for step in (where / name).glob("step-*.json")) for name in (RUN, f"{RUN}-1")]
+    assert steps == 2 * [["step-000000.json", "step-000001.json"]]
+    (where / f"{RUN}-1" / "step-000001.json").unlink()
+    first, second = run("long", "stopped", f"--checkpoint_dir={where}")
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "resumed after layer 0" in first[1]
+    assert not [*where.iterdir()]
+    run("long", "whole")
+    found, whole = (Analysis.load(tmp_path / f"{name}.json") for name in ("stopped", "whole"))
+    assert found.per_layer == whole.per_layer
+    assert found.arrays_file() == whole.arrays_file()
+    kept, wanted = (tmp_path / f"{name}-moments" for name in ("stopped", "whole"))
+    assert {path.name for path in kept.iterdir()} == {path.name for path in wanted.iterdir()}
+    for path in kept.glob("layer-*"):
+        assert path.read_bytes() == (wanted / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(("mesh", "whole"), [("data:2", False), ("model:2", True)])

@@ -140,6 +140,36 @@ def test_bfloat16_and_resident(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert bits(found) == bits(run(tiny_checkpoint, None, **options)[0])
 
 
+def test_moments_are_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Those of layers that passed before the run was stopped, too; damaged ones are made again."""
+    for number, start in enumerate((2, 1)):
+        options = {"keep_moments": str(tmp_path / f"moments-{number}")}
+        stopped(tiny_checkpoint, tmp_path / "run", 4, **options)
+        waiting = tmp_path / "run" / RUN / "moments"
+        assert not Path(options["keep_moments"]).exists()
+        if start == 1:
+            flip(waiting / "layer-002.safetensors", 0.5)
+        _, said = run(tiny_checkpoint, tmp_path / "run", **options)
+        assert said[-1] == f"resumed after layer {start}"
+        assert not [*(tmp_path / "run").iterdir()]
+    run(tiny_checkpoint, None, keep_moments=str(tmp_path / "whole"))
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    for number in range(2):
+        found = tmp_path / f"moments-{number}"
+        assert {path.name for path in found.iterdir()} == names
+        for name in names - {"run.json"}:
+            assert (found / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_moments_need_a_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Said before a layer passes; what is there stays."""
+    (tmp_path / "of the user").mkdir()
+    (tmp_path / "of the user" / "notes").touch()
+    with pytest.raises(JaxDeltaError, match="of the user: is there already; remove it"):
+        run(tiny_checkpoint, tmp_path / "run", keep_moments=str(tmp_path / "of the user"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_caller_removes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """As long as the result is nowhere, what was kept is not given up."""
     found, _ = run(tiny_checkpoint, tmp_path, keep_checkpoint=True)
@@ -221,7 +251,7 @@ def test_without_a_manifest_nothing_counts(copy: Path, tiny_checkpoint: Path) ->
 
 
 def test_two_runs_at_once(copy: Path, tiny_checkpoint: Path) -> None:
-    with locked(copy) as ours, pytest.raises(JaxDeltaError, match="another run is using it"):
+    with locked(copy / RUN) as ours, pytest.raises(JaxDeltaError, match="another run is using it"):
         assert ours
         run(tiny_checkpoint, copy)
 
@@ -232,11 +262,9 @@ def test_no_directory(tiny_checkpoint: Path, tmp_path: Path) -> None:
         run(tiny_checkpoint, tmp_path / "file")
 
 
-def test_options_that_do_not_go_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_loaded_model_has_no_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="checkpoint_dir needs a model by its name"):
         analyze(load_model(str(tiny_checkpoint)), TEXT, checkpoint_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="keep_moments: a run with --checkpoint_dir keeps none"):
-        run(tiny_checkpoint, tmp_path, keep_moments=str(tmp_path / "moments"))
     assert not [*tmp_path.iterdir()]
 
 
