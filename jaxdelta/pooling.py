@@ -81,7 +81,7 @@ def pool_layers(
         windows: which of them count, and how they are grouped.
         hidden: their size.
         design: what is measured.
-        clock: is told the time that goes into spectra.
+        clock: is told the time that goes into spectra, and into moments as `compute`.
         keep: is called with every layer's number, and the next number for the last one normed, and what is
             kept of it.
         programs: what runs where the updates are.
@@ -101,7 +101,7 @@ def pool_layers(
         for blocks in layers:
             pools = [Pool(windows, hidden, design, programs) for _ in range(2)]
             for block, wrote in enumerate(blocks):
-                with clock("moments"):
+                with clock("compute"):  # the device does one with the other
                     for pool, update in zip(pools, wrote, strict=True):
                         if update:
                             pool.add(block, update)
