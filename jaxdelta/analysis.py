@@ -17,6 +17,7 @@ from jaxdelta.calibration import Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.control import controlled
 from jaxdelta.corpus import read_documents, shuffled
+from jaxdelta.described import Described, described
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
@@ -33,7 +34,7 @@ from jaxdelta.pooling import ONE_DEVICE, Windows, pool_layers
 from jaxdelta.progress import shown, tokens_per_second
 from jaxdelta.relations import Phases, reference_tables, relate, stacked_directions
 from jaxdelta.result import Analysis
-from jaxdelta.rows import Sample, layer_row
+from jaxdelta.rows import Sample
 from jaxdelta.spectrum import numerical_rank
 from jaxdelta.states import States, scratch_directory
 from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
@@ -175,7 +176,8 @@ def _measure(
         sweep.trace()
         passing = _with_loss(sweep, shown(sweep, tokens.count, progress))
         found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
-        layers = list(run.keeping(found) if run else found)
+        figures, common = run.keeping(found) if run else found, (sample, options.top_k, sweep.shape[1])
+        layers = list(described(figures, Phases(phases), *common))
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
@@ -187,7 +189,7 @@ def _measure(
     if kept:
         keep_text(kept, sample)
     with stages("overlaps"):
-        result = collect(layers, Phases(phases), sample, options, weights.config.hidden_size)
+        result = collect(layers, Phases(phases), sample, options)
     return Analysis(
         model=name,
         num_layers=weights.config.num_layers,
@@ -252,10 +254,9 @@ class _Spectra:
     on_host: list[int]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerFigures]) -> "_Spectra":
-        defects = [found.defect for layer in layers for found in layer.views.values()]
-        again = [any(found.on_host for found in layer.views.values()) for layer in layers]
-        return cls(max(defects), np.flatnonzero(again).tolist())
+    def of(cls, layers: Sequence[Described]) -> "_Spectra":
+        again = [layer.on_host for layer in layers]
+        return cls(max(layer.defect for layer in layers), np.flatnonzero(again).tolist())
 
 
 def _planned(
@@ -361,8 +362,8 @@ def _check_rank(top_k: int, rank: int, what: str) -> None:
         raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")
 
 
-def _check_finite(weights: Weights, layers: Sequence[LayerFigures], loss: float) -> None:
-    bad = [row for row, layer in enumerate(layers) if not all(f.finite for f in layer.views.values())]
+def _check_finite(weights: Weights, layers: Sequence[Described], loss: float) -> None:
+    bad = [row for row, layer in enumerate(layers) if not layer.finite]
     if not bad and np.isfinite(loss):
         return
     if name := weights.first_bad_tensor():
@@ -371,9 +372,7 @@ def _check_finite(weights: Weights, layers: Sequence[LayerFigures], loss: float)
     raise JaxDeltaError(f"{where} is not finite although all weights are; try --compute_dtype=float32")
 
 
-def collect(
-    layers: list[LayerFigures], phases: Phases, sample: Sample, options: Options, hidden: int
-) -> dict[str, Any]:
+def collect(layers: Sequence[Described], phases: Phases, sample: Sample, options: Options) -> dict[str, Any]:
     """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""
     *plain, normed = layers
     chosen = [*plain[:-1], normed if options.last_state == "normed" else plain[-1]]
@@ -382,17 +381,14 @@ def collect(
         rank = numerical_rank(layer.views[RAW].singular_values)
         _check_rank(options.top_k, rank or options.top_k, f"layer {min(index, last)}'s update")
 
-    def row(index: int, figures: LayerFigures) -> dict[str, Any]:
-        return layer_row(index, phases.of_layer[index], figures, sample, options.top_k, hidden)
-
     raw = _view(chosen, RAW)
     directions = stacked_directions(raw)
     angles = principal_angles(directions)
     found = overlaps(directions, phases.members)
     return {
-        "per_layer": [row(index, figures) for index, figures in enumerate(chosen)],
-        "last_layer_normed": row(last, normed),
-        "last_layer_residual": row(last, plain[-1]),
+        "per_layer": [layer.row for layer in chosen],
+        "last_layer_normed": normed.row,
+        "last_layer_residual": plain[-1].row,
         **reference_tables(found, phases),
         **_related(chosen, phases, sample, options),
         "directions": directions.astype(np.float32),
@@ -404,9 +400,7 @@ def collect(
     }
 
 
-def _related(
-    layers: Sequence[LayerFigures], phases: Phases, sample: Sample, options: Options
-) -> dict[str, Any]:
+def _related(layers: Sequence[Described], phases: Phases, sample: Sample, options: Options) -> dict[str, Any]:
     """What relates the layers, with and without sinks; and the verdict, without sinks if they were masked."""
     if not options.resampled:
         return {}
@@ -421,5 +415,5 @@ def _related(
     return {"overlap": overlap, "verdict": verdicts(related[same])}
 
 
-def _view(layers: Sequence[LayerFigures], view: View) -> list[ViewFigures]:
+def _view(layers: Sequence[Described], view: View) -> list[ViewFigures]:
     return [layer.views[view] for layer in layers]

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdelta.analysis import collect, document_facts
 from jaxdelta.calibration import PADDING, Tokens
+from jaxdelta.described import described
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.excerpt import excerpt
 from jaxdelta.figures import Groups
@@ -59,9 +60,10 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
     options = Options(**first.run["flags"])
     sample = _sample([load_text(directory) for directory in directories], options)
     rows = range(first.num_layers + 1)
-    layers = [_layer(directories, row, options, sample) for row in rows]
+    figures = (_layer(directories, row, options, sample) for row in rows)
     phases = Phases(tuple(row["phase"] for row in first.per_layer))
-    fields = collect(layers, phases, sample, options, first.hidden)
+    layers = list(described(figures, phases, sample, options.top_k, first.hidden))
+    fields = collect(layers, phases, sample, options)
     return Analysis(
         model=first.model,
         num_layers=first.num_layers,

@@ -75,7 +75,6 @@ class Run:
         self._directory, self._layers, self._stride, self._listener = directory, layers, stride, listener
         self._writer, self._failed = ThreadPoolExecutor(1, "checkpoint"), False
         self._waiting: deque[Future[None]] = deque()
-        self._before: list[LayerFigures] = []
         # The last step that is whole here, and the last that is so for all processes, which is kept.
         self._whole = self._common = -1
         # Only the writing thread touches these once it runs: digests of what lies on disk.
@@ -97,7 +96,7 @@ class Run:
                 self._whole = self._common = layer
                 self._listener(f" resumed after layer {layer}")
                 break
-            self._before, self._figures, self._moments = [], [], []
+            self._figures, self._moments = [], []
             steps = [step for step in steps if step < layer]
         for path in list(self._directory.iterdir()):
             if path.name != MANIFEST and not self._is_used(path):
@@ -126,16 +125,17 @@ class Run:
             blocks, figures, moments = (list(step[name]) for name in ("blocks", "figures", "moments"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _Damaged(f"step-{layer:06}.json: {error!r}") from error
-        before = [
-            unpack(_load(self._path("figures", index), digest)["figures"].tobytes())
-            for index, digest in enumerate(figures)
-        ]
+        for index, digest in enumerate(figures):
+            self._figures_of(index, digest)
         for index, digest in enumerate(moments):
             if _file_digest(self._moments_of(index)) != digest:
                 raise _Damaged(f"{MOMENTS}: those of layer {index} differ")
         for block, digest in enumerate(blocks):
             states[block] = State(**_load(self._path("step", layer) / f"block-{block:06}", digest))
-        self._before, self._figures, self._moments = before, figures, moments
+        self._figures, self._moments = figures, moments
+
+    def _figures_of(self, layer: int, digest: str) -> LayerFigures:
+        return unpack(_load(self._path("figures", layer), digest)["figures"].tobytes())
 
     def keep(self, layer: int, block: int, state: State) -> None:
         """Keeps what the pass leaves of a block after a layer."""
@@ -146,7 +146,8 @@ class Run:
 
     def keeping(self, found: Iterable[LayerFigures]) -> Iterator[LayerFigures]:
         """All layers' figures: those that were kept, then those that are found now, which are kept."""
-        yield from self._before
+        for layer, digest in enumerate(self._figures[: self.start]):
+            yield self._figures_of(layer, digest)
         for layer, figures in enumerate(found, self.start):
             if self.keeps(layer):
                 self._common = _least(self._whole)
@@ -331,7 +332,7 @@ def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
             raise JaxDeltaError(f"{directory}: is of another run: {name} was {was}, now it is {now}; {mend}")
 
 
-class _Damaged(Exception):
+class _Damaged(JaxDeltaError):
     """What was kept is not what is there."""
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -388,10 +388,12 @@ def test_figures_come_back(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
 def found_figures(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerFigures]:
     """Of a short text, and of a long one."""
     found: list[LayerFigures] = []
-    collect = analysis.collect
-    monkeypatch.setattr(
-        analysis, "collect", lambda layers, *rest: found.extend(layers) or collect(layers, *rest)
-    )
+    described = analysis.described
+
+    def listened(layers: Iterable[LayerFigures], *rest: Any) -> Iterator[Any]:
+        return described((found.append(layer) or layer for layer in layers), *rest)
+
+    monkeypatch.setattr(analysis, "described", listened)
     run(model, None)
     monkeypatch.setattr(rows, "LONG", 100)
     monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
