@@ -44,12 +44,14 @@ from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint  # noqa: 
 from jaxdelta.calibration import Tokens  # noqa: E402
 from jaxdelta.checkpoint import open_checkpoint  # noqa: E402
 from jaxdelta.corpus import shipped_prompts  # noqa: E402
+from jaxdelta.described import described  # noqa: E402
 from jaxdelta.errors import JaxDeltaError  # noqa: E402
 from jaxdelta.measure import Design, LayerFigures, measure  # noqa: E402
+from jaxdelta.measure import measured as measured_in_turn  # noqa: E402
 from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate  # noqa: E402
-from jaxdelta.rows import Sample, layer_row  # noqa: E402
+from jaxdelta.rows import Sample  # noqa: E402
 from jaxdelta.sweep import Resident, Sweep, Update, Weights, Wrote  # noqa: E402
 from jaxdelta.views import ALL, RAW  # noqa: E402
 
@@ -215,10 +217,9 @@ def random_update(n: int, d: int, seed: int) -> Update:
 def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: Sample) -> None:
     """All views with all that resampling needs, every layer's row, and what relates the layers."""
     design = Design(8, views=tuple(ALL.values()), groups=sample.groups)
-    layers = measured(updates, shape, design)
     phases = Phases(default_phases(len(updates)))
-    for index, layer in enumerate(layers):
-        layer_row(index, phases.of_layer[index], layer, sample, 8, shape[1])
+    figures = measured_in_turn([[Wrote(update)] for update in updates], shape, design)
+    layers = list(described(figures, phases, sample, 8, shape[1]))
     # As in a run, where the masked view of a text without sinks is the raw one.
     relate([layer.views[RAW] for layer in layers], phases, sample, 200, 0)
 
