@@ -60,6 +60,12 @@ def run(
     )
 
 
+def value_of(flag: Any) -> Any:
+    """That of a flag without which `run` does not call main: absl's type says that it may be None."""
+    assert flag.value is not None
+    return flag.value
+
+
 def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX was told where, or not to.
 

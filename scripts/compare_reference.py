@@ -63,6 +63,8 @@ class Place:
 
 
 Figures = dict[Place, Any]
+Rule = tuple[float, Callable[[Any, Any, Place], float]]  # a tolerance, and what is held to it
+Worst = tuple[float, str, Any, Any]  # a deviation, where, and both sides' figures
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,9 @@ def add_arrays(
         cosines = np.abs(arrays["top1_cos"]).tolist()
         flat["top1_cos"] = {Place(f"L={i},{j}", (i, j)): cosines[i][j] for i, j in pairs}
         flat["directions"] = {Place(f"L={L}", (L,)): 1.0 for L in range(shape[0])}
-    if None not in sides:
-        v_r, v_c = (np.asarray(arrays["directions"][:, 0], np.float64) for arrays in sides)
+    both = [arrays for arrays in sides if arrays is not None]
+    if len(both) == len(sides):
+        v_r, v_c = (np.asarray(arrays["directions"][:, 0], np.float64) for arrays in both)
         lengths = np.linalg.norm(v_r, axis=1) * np.linalg.norm(v_c, axis=1)
         cosines = np.abs(np.sum(v_r * v_c, axis=1)) / np.maximum(lengths, ZERO)
         flats[1]["directions"] = dict(zip(flats[0]["directions"], cosines.tolist(), strict=True))
@@ -198,18 +201,19 @@ def add_arrays(
 def condense(
     key: str,
     sides: Sequence[Figures | None],
-    rule: tuple[float, Callable[[Any, Any, Place], float]],
+    rule: Rule,
     doubts: Mapping[int, str],
     veto: str = "",
 ) -> Row:
     """The row of a key from the figures of both sides, unless a side has none or there is a veto."""
-    nothing = (0.0, "", math.nan, math.nan)
+    nothing: Worst = (0.0, "", math.nan, math.nan)
     tolerance, deviation = rule
     absent = [name for name, side in zip(("reference", "candidate"), sides, strict=True) if side is None]
     if veto := f"not with the {' and '.join(absent)}" if absent else veto:
         return Row(key, 0.0, tolerance, *nothing[1:], 0, {veto: ()})
-    reference, candidate = sides
-    compared, skipped = [], {}
+    reference, candidate = (side or {} for side in sides)
+    compared: list[Worst] = []
+    skipped: dict[str, tuple[str, ...]] = {}
     for place in reference | candidate:
         # A figure that one side lacks deviates by as much as can be.
         r, c = reference.get(place, math.nan), candidate.get(place, math.nan)
@@ -267,7 +271,7 @@ def compare(
             place: sigma for place, sigma in flat["top_singvals"].items() if place in common
         }
     add_arrays(flats, [reference_arrays, candidate_arrays], (reference["num_layers"], reference["hidden"]))
-    rules = {"phase": (0.0, different), "directions": (DIRECTION_SHARE * atol_cos, absolute)}
+    rules: dict[str, Rule] = {"phase": (0.0, different), "directions": (DIRECTION_SHARE * atol_cos, absolute)}
     rules |= dict.fromkeys((*LENGTHS, *SHARES, "top_singvals"), (rtol, relative))
     rules |= dict.fromkeys(COSINES, (atol_cos, absolute))
     return [
@@ -310,7 +314,8 @@ def print_rows(rows: Sequence[Row]) -> None:
     )
     for row in rows:
         pair = [side if isinstance(side, str) else f"{side:.7g}" for side in (row.reference, row.candidate)]
-        deviation, where, *pair = (f"{row.deviation:.1e}", row.where, *pair) if row.compared else "----"
+        shown = [f"{row.deviation:.1e}", row.where, *pair] if row.compared else ["-"] * 4
+        deviation, where, *pair = shown
         print(
             line.format(row.key, deviation, f"{row.tolerance:.0e}", where, *pair, row.compared, row.verdict)
         )

@@ -26,9 +26,8 @@ _LOADER = flags.DEFINE_enum(
 def main() -> None:
     """Reads the checkpoint, writes the directory, and says what it took."""
     print(f"Converting {_MODEL.value} ...", flush=True)
-    convert.convert(
-        _MODEL.value, _OUT.value, dtype=_DTYPE.value, revision=_REVISION.value, loader=_LOADER.value
-    )
+    model, out = console.value_of(_MODEL), console.value_of(_OUT)
+    convert.convert(model, out, dtype=_DTYPE.value, revision=_REVISION.value, loader=_LOADER.value)
     print(f"Saved: {_OUT.value}")
 
 

@@ -128,7 +128,7 @@ def main() -> None:
 
 def run(leads: bool) -> None:
     """The whole run; of several processes one writes files and prints."""
-    out = Path(_OUT.value).expanduser()
+    out = Path(console.value_of(_OUT)).expanduser()
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
     if leads:
         files.check_output(out, *([output.PAGE] if _REPORT.value else []))
@@ -143,7 +143,7 @@ def run(leads: bool) -> None:
     say = (lambda line: None) if quiet else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
     result = analysis.analyze(
-        _MODEL.value,
+        console.value_of(_MODEL),
         _CALIBRATION.value,
         listener=say,
         progress=not quiet,

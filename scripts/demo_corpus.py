@@ -28,6 +28,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -219,7 +220,11 @@ def main(_: list[str]) -> None:
         texts = documents(source)
         data = SEPARATOR.join(texts).encode()
         (out / f"{source.name}.txt").write_bytes(data)
-        about = {"name": source.name, "package": source.package, "version": version(source.package)}
+        about: dict[str, Any] = {
+            "name": source.name,
+            "package": source.package,
+            "version": version(source.package),
+        }
         about |= {"licence": source.licence, "kind": source.kind, "documents": len(texts), "bytes": len(data)}
         manifest.append(about | {"sha256": hashlib.sha256(data).hexdigest()})
         logging.info("%-22s %5d documents %6.2f MB", source.name, len(texts), len(data) / 1e6)

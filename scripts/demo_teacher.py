@@ -90,9 +90,9 @@ class Teacher:
 
     def __call__(self, inputs: np.ndarray) -> Soft:
         """The targets of every position of inputs (B, T); a row's first one knows no token before it."""
-        context = np.full(inputs.shape, -1, np.int64)
-        context[:, 1:] = inputs[:, :-1].astype(np.int64) * VOCAB + inputs[:, 1:]
-        context = context.reshape(-1)
+        pairs = np.full(inputs.shape, -1, np.int64)
+        pairs[:, 1:] = inputs[:, :-1].astype(np.int64) * VOCAB + inputs[:, 1:]
+        context = pairs.ravel()
         at = np.minimum(np.searchsorted(self.contexts, context), len(self.contexts) - 1)
         index = self.bounds[at][:, None] + np.arange(FOLLOWERS)
         known = (self.contexts[at] == context)[:, None] & (index < self.bounds[at + 1][:, None])

@@ -9,6 +9,7 @@ Takes about a minute and prints the size of both splits (about 9.8 M and 0.3 M t
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -85,9 +86,9 @@ def prepare(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> tuple[np.ndarra
             "train_bytes": sum(len(t.encode()) for t in train),
             "held_bytes": sum(len(t.encode()) for t in held),
         }
-        ids = {"train": encode(tokenizer, train), "held": encode(tokenizer, held)}
+        arrays: dict[str, Any] = {"train": encode(tokenizer, train), "held": encode(tokenizer, held)}
         part = work_dir / "tokens.part.npz"
-        np.savez(part, **ids, **{name: np.int64(size) for name, size in sizes.items()})
+        np.savez(part, **arrays | sizes)
         part.rename(stored)
     with np.load(stored) as ids:
         for split in ("train", "held"):

@@ -26,9 +26,9 @@ _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .ht
 
 def main() -> None:
     """Adds up the moments of the runs, writes the files of one run, and prints its tables."""
-    out = Path(_OUT.value).expanduser()
+    out = Path(console.value_of(_OUT)).expanduser()
     files.check_output(out, output.PAGE)
-    result = merge_runs([Path(run).expanduser() for run in _RUNS.value])
+    result = merge_runs([Path(run).expanduser() for run in console.value_of(_RUNS)])
     written = result.save(out, output.shown(result, out.with_suffix(output.PAGE), None))
     print(tables(result))
     print("\nSaved: " + ", ".join(map(str, written)))

@@ -23,12 +23,12 @@ FORMATS = (".png", ".pdf", ".svg")
 
 def main() -> None:
     """Loads the run and draws it."""
-    out = Path(_OUT.value).expanduser()
+    out = Path(console.value_of(_OUT)).expanduser()
     if out.suffix not in FORMATS:
         raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")
     with extra("figures", "a picture"):
         from jaxdelta.report.figures import overview
-    figure = overview(Analysis.load(_RUN.value))
+    figure = overview(Analysis.load(console.value_of(_RUN)))
     try:
         figure.savefig(out, dpi=110)
     except OSError as error:

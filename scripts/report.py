@@ -23,7 +23,7 @@ _FIGURES = flags.DEFINE_string("figures", None, "a directory for every figure as
 
 def main() -> None:
     """Loads the run, and writes the page and the figures: all of them, or none."""
-    run = Path(_RUN.value).expanduser()
+    run = Path(console.value_of(_RUN)).expanduser()
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
     if figures:
         output.check_figures(figures)

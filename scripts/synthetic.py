@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -50,7 +51,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
     depth, *sizes = SHAPES[shape]
     config = config_of((layers or depth, *sizes))
     directory.mkdir(parents=True, exist_ok=True)
-    files = {}
+    files: dict[str, Any] = {}
     for i in range(config.num_layers):
         # The first file has the embeddings, too.
         part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)

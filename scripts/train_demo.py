@@ -49,7 +49,7 @@ _STEPS = flags.DEFINE_integer("steps", None, "Steps in all.", required=True, low
 _EXPORT_MINUTES = flags.DEFINE_float("export_minutes", 25, "Minutes between exports on the way.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the text.")
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
     "vocab_size": VOCAB,
     "hidden_size": 128,
@@ -245,7 +245,8 @@ class Run:
         leaves = jax.tree.leaves((self.params, self.state))
         about = np.array(json.dumps({"plan": dataclasses.asdict(self.plan), "curve": self.curve}))
         part = work_dir / "checkpoint.part.npz"
-        np.savez(part, about=about, **{f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
+        arrays: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+        np.savez(part, about=about, **arrays)
         part.replace(work_dir / "checkpoint.npz")
 
 
