@@ -176,8 +176,8 @@ def _measure(
         sweep.trace()
         passing = _with_loss(sweep, shown(sweep, tokens.count, progress))
         found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
-        figures, common = run.keeping(found) if run else found, (sample, options.top_k, sweep.shape[1])
-        layers = list(described(figures, Phases(phases), *common))
+        figures = run.keeping(found) if run else found
+        layers = list(described(figures, Phases(phases), sample, options.top_k, sweep.shape[1]))
         spectra = _Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")

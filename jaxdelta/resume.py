@@ -10,8 +10,8 @@ In the directory of a run, `DIR/jaxdelta-run`:
                         0 .. L
 
 Orbax writes blocks and figures, or, of several processes, TensorStore in Orbax's format; they are read as
-`orbax_store` reads weights. One thread writes them beside
-the pass, in the order in which they come: what a step consists of is on disk before the file that says so.
+`orbax_store` reads weights. One thread writes them beside the pass, in the order in which they come: what a
+step consists of is on disk before the file that says so.
 
 Of several processes each keeps its own windows' states, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on a disk
 of its own or on one that all share. They go on from the last step that is whole for all of them.
