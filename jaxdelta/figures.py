@@ -26,6 +26,7 @@ from jaxdelta.types import AnyArray
 from jaxdelta.views import View
 
 FACTOR_ROWS = 512
+RESAMPLED_AXES = 512  # along which tokens' coordinates are known to resampling: not fewer than FACTOR_ROWS
 
 # Directions among which a half's first is looked for before iterating, and whose turning is followed
 # when a document is left out; more than 10, for top10_frac.
@@ -174,7 +175,7 @@ def factor_shape(n: int, d: int) -> tuple[int, int] | None:
 
 
 def _factor(
-    x: Float64[Array, "n d"], values: Float64[AnyArray, " r"], coordinates: Float64[Array, "n r"]
+    x: Float64[Array, "n d"], values: Float64[AnyArray, " r"], coordinates: Float64[Array, "n q"]
 ) -> Float32[Array, "R d"]:
     """U_Rᵀδ, which is diag(σ_R) V_Rᵀ."""
     left = coordinates[:, :FACTOR_ROWS] / jnp.maximum(values[:FACTOR_ROWS], np.finfo(np.float64).tiny)
@@ -206,19 +207,31 @@ def _describe(
     mean_energy = jnp.sum(jnp.square(x.sum(axis=0))) / jnp.maximum(kept.sum(), 1)
     resampled = factor = None
     if groups is not None:
-        resampled = _resampled(coordinates, groups)
+        values = spectrum.singular_values
+        resampled = _resampled(coordinates[:, :RESAMPLED_AXES], groups, values, products[0])
         if factor_shape(*x.shape):
             factor = _factor(x, spectrum.singular_values, coordinates)
     return Found(spectrum, products, owned, mean_energy, resampled, factor)
 
 
-def _resampled(coordinates: Float64[Array, "n r"], groups: Groups) -> Resampled:
-    """In units of σ_1, so that float32 serves an update of any size: it is enough for differences."""
-    first = jnp.linalg.norm(coordinates[:, 0])
+def _resampled(
+    coordinates: Float64[Array, "n q"],
+    groups: Groups,
+    values: Float64[AnyArray, " r"],
+    energies: Float64[AnyArray, " n"],
+) -> Resampled:
+    """From the tokens' coordinates along the leading q axes, and each token's whole energy.
+
+    In units of σ_1, so that float32 serves an update of any size: it is enough for differences.
+    """
+    first, membership = jnp.linalg.norm(coordinates[:, 0]), jnp.asarray(groups.membership)
+    beyond = product(membership, energies - jnp.square(coordinates).sum(axis=1))
+    tail = shrunk(jnp.square(values[coordinates.shape[1] :]), beyond)
     coordinates = coordinates / jnp.where(first > 0, first, 1)
-    membership, x = jnp.asarray(groups.membership), coordinates.astype(jnp.float32)
+    x = coordinates.astype(jnp.float32)
     among = _by_group(x[:, :_RITZ], x, membership)
     without = jnp.square(first) * _without_groups(coordinates, membership, among)
+    without = jnp.concatenate([without, tail], axis=1)
     halves = jnp.reshape(groups.halves, (-1, len(membership)))
     if not len(halves):
         return Resampled(without, jnp.zeros(0, without.dtype))
@@ -229,6 +242,15 @@ def _resampled(coordinates: Float64[Array, "n r"], groups: Groups) -> Resampled:
     defined = jnp.any(found != 0, axis=0).all(axis=-1)
     cosines = jnp.abs(jnp.sum(found[..., 0] * found[..., 1], axis=0)).astype(without.dtype)
     return Resampled(without, jnp.where(defined, cosines, np.nan))
+
+
+def shrunk(tail: Float64[AnyArray, " t"], beyond: Float64[Array, " G"]) -> Float64[Array, "G t"]:
+    """The small λ without each group, which has so much of their sum: all shrink alike.
+
+    They are directions with nearly nothing in them: only how much they hold together enters a figure.
+    """
+    share = beyond / jnp.maximum(jnp.sum(tail), np.finfo(np.float64).tiny)
+    return jnp.maximum(1 - share, 0)[:, None] * tail
 
 
 def _by_group(
@@ -252,13 +274,13 @@ def _by_group(
 
 
 def _without_groups(
-    coordinates: Float64[Array, "n r"], membership: Float64[Array, "G n"], among: Float32[Array, "G q r"]
-) -> Float64[Array, "G r"]:
-    """The eigenvalues of Λ - A_g, A_g = X_gᵀX_g of a group's coordinates X_g: exact within the first q axes,
+    coordinates: Float64[Array, "n q"], membership: Float64[Array, "G n"], among: Float32[Array, "G p q"]
+) -> Float64[Array, "G q"]:
+    """The eigenvalues of Λ - A_g, A_g = X_gᵀX_g of a group's coordinates X_g: exact within the first p axes,
     with the others by second-order perturbation.
 
     To first order they are λ_j - a_jj: too steady, for the axes were fitted to the group itself. Without it
-    they turn. `among` are the first q rows of A_g. Of what couples the two parts, each pair moves apart as
+    they turn. `among` are the first p rows of A_g. Of what couples the two parts, each pair moves apart as
     the eigenvalues of [[λ_j, a], [a, λ_k]] do; what one gains the other loses, equal ones nothing.
     """
     size, energies = among.shape[1], jnp.square(coordinates)

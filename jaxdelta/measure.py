@@ -52,6 +52,10 @@ class Design:
         """How many directions are computed: see `resampling` for why they are twice as many."""
         return min(2 * self.k if self.groups else self.k, n, d)
 
+    def axes(self, n: int, d: int) -> int:
+        """Of how many axes the vectors are found: resampling wants more."""
+        return min(max(figures.RESAMPLED_AXES, 2 * self.k), n, d) if self.groups else self.basis_size(n, d)
+
 
 @dataclasses.dataclass(frozen=True)
 class ViewFigures:
@@ -221,7 +225,7 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
             _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
             of_float64 = partial(jax.ShapeDtypeStruct, dtype=np.float64)
             rows = of_float64(shape)
-            solved = of_float64((r,)), of_float64((r, r if design.groups else size))
+            solved = of_float64((r,)), of_float64((r, design.axes(*shape)))
         own = (update, kept, rows, solved)
         _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
         if not design.plain:
@@ -268,7 +272,7 @@ def _view(
     solved = rows
     if call is _one_by_one and design.method == "gram":
         rows = [_single(figures.view_rows, one, (selection,), ()) for one in own]
-        solved = [solve(np.asarray(one), None if design.groups else size) for one in rows]
+        solved = [solve(np.asarray(one), design.axes(*one.shape)) for one in rows]
     each = [(*pair, *more) for pair, *more in zip(own, rows, solved, strict=True)]
     found = call(figures.view_figures, each, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN

@@ -4,8 +4,7 @@ Axes: G groups, d hidden size, c directions of the basis, q = min(d, LEADING) ax
 exact, R divisions into halves. All functions must be traced with 64-bit types on.
 
 Leaving out a group, or taking one half of them, changes M = Σ_g M_g. Within the q leading axes of M the new
-matrix is solved exactly; beyond them all λ shrink alike, by the share of their sum that the group has. They
-are directions with nearly nothing in them, of which only how much they hold together enters a figure.
+matrix is solved exactly; beyond them all λ shrink alike, see `figures.shrunk`.
 """
 
 from functools import partial
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled
+from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled, shrunk
 from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import Spectrum, defect, orient, product
 from jaxdelta.types import AnyArray
@@ -109,10 +108,8 @@ def _without_groups(
     diagonal = jnp.sum(jnp.diagonal(pooled.squares, axis1=1, axis2=2), axis=1)
     shifted = diagonal - 2 * product(jnp.asarray(pooled.sums), mean) + pooled.counts * jnp.sum(mean * mean)
     beyond = shifted - jnp.trace(within, axis1=1, axis2=2)
-    tail = energies[q:]
-    shrunk = 1 - beyond / jnp.maximum(tail.sum(), np.finfo(np.float64).tiny)
     top = jax.vmap(eigh)(jnp.diag(energies[:q]) - within)[0][:, ::-1]
-    return jnp.maximum(jnp.concatenate([top, shrunk[:, None] * tail], axis=1), 0)
+    return jnp.concatenate([jnp.maximum(top, 0), shrunk(energies[q:], beyond)], axis=1)
 
 
 def _split_half(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Array, " R"]:

@@ -70,9 +70,9 @@ def decompose(
 
 
 def solve(
-    x: Float64[np.ndarray, "n d"], k: int | None = None
-) -> tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r v"]]:
-    """All eigenvalues of the smaller of x xᵀ and xᵀx, ascending, and the last k of its vectors, or all.
+    x: Float64[np.ndarray, "n d"], k: int
+) -> tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r k"]]:
+    """All eigenvalues of the smaller of x xᵀ and xᵀx, ascending, and the last k of its vectors.
 
     On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all. Where
     x is not finite, from which some solvers never return, of zero.
@@ -80,7 +80,7 @@ def solve(
     square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     if not np.isfinite(square.sum()):
         square[:] = 0
-    return lapack.host_eigh(square) if k is None else lapack.largest(square, k)
+    return lapack.host_eigh(square) if k == len(square) else lapack.largest(square, k)
 
 
 def token_products(

@@ -17,7 +17,7 @@ from updates import DOCUMENTS, TALL, WIDE, K, measured, tokens, update
 
 from jaxdelta import measure
 from jaxdelta.calibration import Tokens
-from jaxdelta.figures import Groups
+from jaxdelta.figures import RESAMPLED_AXES, Groups
 from jaxdelta.measure import LayerFigures
 from jaxdelta.report import trust
 from jaxdelta.result import Analysis
@@ -389,6 +389,25 @@ def test_as_many_tokens_as_dimensions() -> None:
     x, h, _ = plain_rows(update(shape), RAW, {})
     for name, figure in plain_row(x, h, WIDE[0]).items():
         np.testing.assert_allclose(row[name], figure, rtol=1e-8, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(560, 580), (580, 560)])
+def test_the_smallest_axes_shrink_together(shape: tuple[int, int]) -> None:
+    """Beyond those along which the tokens' coordinates are found: how far a figure moves without a document
+    hardly depends on it."""
+    n, sample, wrote = shape[0], Sample.of(tokens(shape[0]), 20, 0), update(shape)
+    resampled = measured(wrote, sample, views=(RAW,)).views[RAW].found.resampled
+    assert resampled is not None
+    moved = np.asarray(resampled.without)
+    assert moved.shape == (DOCUMENTS, 560) and RESAMPLED_AXES < 560
+    x, documents = (wrote.attention + wrote.mlp).astype(np.float64), np.arange(n) * DOCUMENTS // n
+    exact = np.array(
+        [np.linalg.svd(x * (documents != g)[:, None], compute_uv=False) ** 2 for g in range(DOCUMENTS)]
+    )
+    np.testing.assert_allclose(moved.sum(axis=1), exact.sum(axis=1), rtol=1e-3)
+    spreads = [effective_rank(np.sqrt(energies)).std() for energies in (moved, exact)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.05)
+    np.testing.assert_allclose(moved[:, 0], exact[:, 0], rtol=1e-3)
 
 
 def test_without_documents_drawn_the_row_has_the_figures_alone() -> None:
