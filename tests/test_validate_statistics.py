@@ -55,15 +55,18 @@ def test_a_figure_that_one_document_decides_has_a_wide_interval() -> None:
     assert higher - lower > 2 * (high - low)
 
 
-def test_eigenvalues_without_a_document_are_those_of_the_others() -> None:
+@pytest.mark.parametrize("axes", [24, 18])
+def test_eigenvalues_without_a_document_are_those_of_the_others(axes: int) -> None:
+    """Of tokens whose coordinates are known along all axes, and along the first of them."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 24)) * 0.8 ** np.arange(24)
-    coordinates = x @ np.linalg.svd(x, full_matrices=False)[2].T
+    _, values, vectors = np.linalg.svd(x, full_matrices=False)
+    coordinates, energies = x @ vectors[:axes].T, np.square(x).sum(axis=1)
     membership = (np.arange(300) // 12 == np.arange(25)[:, None]).astype(np.float64)
     with jax.enable_x64(True):
-        found = np.asarray(
-            _resampled(jnp.asarray(coordinates), Groups(membership, np.zeros((0, 2, 25)))).without
-        )
+        arrays = map(jnp.asarray, (values, energies))
+        groups = Groups(membership, np.zeros((0, 2, 25)))
+        found = np.asarray(_resampled(jnp.asarray(coordinates), groups, *arrays).without)
     exact = [np.linalg.svd(x[group == 0], compute_uv=False) ** 2 for group in membership]
     np.testing.assert_allclose(found.sum(axis=1), np.sum(exact, axis=1), rtol=1e-12)
     np.testing.assert_allclose(found[:, :10], np.array(exact)[:, :10], rtol=3e-3)
