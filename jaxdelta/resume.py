@@ -299,6 +299,7 @@ def remove(directory: str | None) -> None:
     """Takes away the checkpoint of a run that has come to its end: of several processes, when all say so."""
     if directory is not None:
         _least(0)
+        _remove(_own(directory) / MANIFEST)  # first: without it the rest counts for nothing, if we are killed
         _remove(_own(directory))
 
 
