@@ -131,7 +131,8 @@ def view_figures(
     """All figures of a view of one layer; tokens that are not `kept` (0, else 1) count nothing.
 
     Without a selection, of the raw view: no time goes into masks and means that change nothing. `rows`: the
-    `view_rows`, where they are known, and `solved` what `solve` found of them; with groups, of all vectors.
+    `view_rows`, where they are known, and `solved` what `solve` found of them; with groups, the vectors along
+    which they are resampled.
     """
     kept = jnp.asarray(kept)
     x = view_rows(update, kept, selection) if rows is None else rows
@@ -210,7 +211,7 @@ def _describe(
         values = spectrum.singular_values
         resampled = _resampled(coordinates[:, :RESAMPLED_AXES], groups, values, products[0])
         if factor_shape(*x.shape):
-            factor = _factor(x, spectrum.singular_values, coordinates)
+            factor = _factor(x, values, coordinates)
     return Found(spectrum, products, owned, mean_energy, resampled, factor)
 
 
