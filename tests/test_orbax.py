@@ -1,8 +1,11 @@
 """Orbax: what is converted is read back bit for bit, by layers, whole or sharded; or fails in one line."""
 
+import asyncio
+import gc
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -388,3 +391,19 @@ def test_interrupted(sent: signal.Signals, status: int, tmp_path: Path) -> None:
     assert process.returncode == status, stderr
     assert stderr == ("convert_checkpoint.py: interrupted; nothing was written\n" if sent == 2 else "")
     assert not list(out.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_signal_in_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM may come while Orbax makes its event loop: of the half that it then removes Python tells."""
+
+    def interrupted() -> None:
+        raise SystemExit(143)
+
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(socket, "socketpair", interrupted)
+    with pytest.raises(SystemExit), orbax_store.quiet():
+        asyncio.SelectorEventLoop()
+    gc.collect()
+    assert not told
