@@ -4,12 +4,13 @@ Axes: n tokens, d hidden size, r = min(n, d), k kept directions, G groups of doc
 into halves. All functions here must be traced with 64-bit types on.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Float64
+from jaxtyping import Array, Float, Float32, Float64
 
 from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import (
@@ -26,11 +27,9 @@ from jaxdelta.types import AnyArray
 from jaxdelta.views import View
 
 FACTOR_ROWS = 512
-RESAMPLED_AXES = 512  # along which tokens' coordinates are known to resampling: not fewer than FACTOR_ROWS
 
-# Directions among which a half's first is looked for before iterating, and whose turning is followed
-# when a document is left out; more than 10, for top10_frac.
-_RITZ = 16
+LEADING = 16  # axes whose turning is followed when a document is left out: more than 10, for top10_frac
+_FIRST_AMONG = 8  # of these a half's first direction is looked for before iterating
 _CHEBYSHEV_STEPS = 10
 
 
@@ -131,15 +130,15 @@ def view_figures(
     """All figures of a view of one layer; tokens that are not `kept` (0, else 1) count nothing.
 
     Without a selection, of the raw view: no time goes into masks and means that change nothing. `rows`: the
-    `view_rows`, where they are known, and `solved` what `solve` found of them; with groups, the vectors along
-    which they are resampled.
+    `view_rows`, where they are known, and `solved` what `solve` found of them.
     """
     kept = jnp.asarray(kept)
     x = view_rows(update, kept, selection) if rows is None else rows
     products = token_products(x, update.h)
     # Some solvers never return from a NaN; the products keep it, for the caller to see.
     x = jnp.where(jnp.isfinite(products[0].sum()), x, 0)
-    return _describe(x, kept, products, groups, *decompose(x, k, method, solved))
+    square = None if solved is None or len(x) > x.shape[1] else solved.square
+    return _describe(x, kept, products, groups, square, *decompose(x, k, method, solved))
 
 
 def host_figures(
@@ -153,7 +152,7 @@ def host_figures(
     x = view_rows(update, kept, selection)
     decomposed = host_decompose(np.asarray(x), k)
     products = token_products(x, update.h)
-    return jax.jit(_describe)(x, jnp.asarray(kept), products, groups, *decomposed)
+    return jax.jit(_describe)(x, jnp.asarray(kept), products, groups, None, *decomposed)
 
 
 def crossed(
@@ -166,7 +165,7 @@ def crossed(
 ) -> Crossed:
     """What relations between layers need of a view of which this was found."""
     x = view_rows(update, kept, selection).astype(jnp.float32)
-    coupling = _by_group(product(x, jnp.asarray(basis, jnp.float32).T), x, jnp.asarray(groups.membership))
+    coupling = by_group(product(x, jnp.asarray(basis, jnp.float32).T), x, jnp.asarray(groups.membership))
     return Crossed(x if factor is None else factor, coupling)
 
 
@@ -200,63 +199,46 @@ def _describe(
     kept: Float64[Array, " n"],
     products: tuple[Array, Array, Array],
     groups: Groups | None,
+    square: Float64[AnyArray, "r r"] | None,
     spectrum: Spectrum,
-    coordinates: Float64[Array, "n r"],
+    coordinates: Float64[Array, "n q"],
 ) -> Found:
-    first = spectrum.singular_values[0]
-    owned = jnp.square(coordinates[:, 0]) / jnp.maximum(jnp.square(first), np.finfo(np.float64).tiny)
+    values = spectrum.singular_values
+    owned = jnp.square(coordinates[:, 0]) / jnp.maximum(jnp.square(values[0]), np.finfo(np.float64).tiny)
     mean_energy = jnp.sum(jnp.square(x.sum(axis=0))) / jnp.maximum(kept.sum(), 1)
     resampled = factor = None
     if groups is not None:
-        values = spectrum.singular_values
-        resampled = _resampled(coordinates[:, :RESAMPLED_AXES], groups, values, products[0])
+        leading = coordinates[:, :LEADING]
+        among = by_group(leading, leading, jnp.asarray(groups.membership))
+        beyond = product(groups.membership, products[0]) - jnp.trace(among, axis1=1, axis2=2)
+        first = leading[:, :_FIRST_AMONG], among[:, :_FIRST_AMONG, :_FIRST_AMONG]
+        halves = _split_half(x, square, *first, values[0], groups)
+        resampled = Resampled(without_groups(jnp.square(values), among, beyond), halves)
         if factor_shape(*x.shape):
             factor = _factor(x, values, coordinates)
     return Found(spectrum, products, owned, mean_energy, resampled, factor)
 
 
-def _resampled(
-    coordinates: Float64[Array, "n q"],
-    groups: Groups,
-    values: Float64[AnyArray, " r"],
-    energies: Float64[AnyArray, " n"],
-) -> Resampled:
-    """From the tokens' coordinates along the leading q axes, and each token's whole energy.
+def without_groups(
+    energies: Float64[Array, " r"], among: Float64[Array, "G q q"], beyond: Float64[Array, " G"]
+) -> Float64[Array, "G r"]:
+    """The eigenvalues λ of the moments without each group: of Λ - A_g, exactly within the first q axes.
 
-    In units of σ_1, so that float32 serves an update of any size: it is enough for differences.
+    `among` are the groups' own moments A_g in those axes, `beyond` what they hold in all others. There all λ
+    shrink alike: they are directions with nearly nothing in them, and only how much they hold together enters
+    a figure. Within, Λ is solved anew: to first order its λ_j are λ_j - a_jj, which is too steady, for the
+    axes were fitted to the group itself. Without it they turn.
     """
-    first, membership = jnp.linalg.norm(coordinates[:, 0]), jnp.asarray(groups.membership)
-    beyond = product(membership, energies - jnp.square(coordinates).sum(axis=1))
-    tail = shrunk(jnp.square(values[coordinates.shape[1] :]), beyond)
-    coordinates = coordinates / jnp.where(first > 0, first, 1)
-    x = coordinates.astype(jnp.float32)
-    among = _by_group(x[:, :_RITZ], x, membership)
-    without = jnp.square(first) * _without_groups(coordinates, membership, among)
-    without = jnp.concatenate([without, tail], axis=1)
-    halves = jnp.reshape(groups.halves, (-1, len(membership)))
-    if not len(halves):
-        return Resampled(without, jnp.zeros(0, without.dtype))
-    leading = among[:, :, : among.shape[1]].reshape(len(membership), -1)
-    moments = product(halves.astype(jnp.float32), leading).reshape(len(halves), *[among.shape[1]] * 2)
-    found = _first_directions(x, product(halves, membership).astype(jnp.float32), moments)
-    found = found.reshape(-1, *groups.halves.shape[:2])
-    defined = jnp.any(found != 0, axis=0).all(axis=-1)
-    cosines = jnp.abs(jnp.sum(found[..., 0] * found[..., 1], axis=0)).astype(without.dtype)
-    return Resampled(without, jnp.where(defined, cosines, np.nan))
+    q = among.shape[1]
+    top = jax.vmap(eigh)(jnp.diag(energies[:q]) - among)[0][:, ::-1]
+    share = beyond / jnp.maximum(jnp.sum(energies[q:]), np.finfo(np.float64).tiny)
+    tail = jnp.maximum(1 - share, 0)[:, None] * energies[q:]
+    return jnp.concatenate([jnp.maximum(top, 0), tail], axis=1)
 
 
-def shrunk(tail: Float64[AnyArray, " t"], beyond: Float64[Array, " G"]) -> Float64[Array, "G t"]:
-    """The small λ without each group, which has so much of their sum: all shrink alike.
-
-    They are directions with nearly nothing in them: only how much they hold together enters a figure.
-    """
-    share = beyond / jnp.maximum(jnp.sum(tail), np.finfo(np.float64).tiny)
-    return jnp.maximum(1 - share, 0)[:, None] * tail
-
-
-def _by_group(
-    x: Float32[Array, "n p"], y: Float32[Array, "n q"], membership: Float64[Array, "G n"]
-) -> Float32[Array, "G p q"]:
+def by_group(
+    x: Float[Array, "n p"], y: Float[Array, "n q"], membership: Float64[Array, "G n"]
+) -> Float[Array, "G p q"]:
     """Σ x_i y_iᵀ over the tokens of each group.
 
     Tokens lie in pieces of ⌈n/G⌉, each of one group: at most 2G. That is 2/G of the work of all tokens for
@@ -274,53 +256,69 @@ def _by_group(
     return jax.ops.segment_sum(found, jnp.zeros(2 * groups, int).at[piece].set(owner), groups)
 
 
-def _without_groups(
-    coordinates: Float64[Array, "n q"], membership: Float64[Array, "G n"], among: Float32[Array, "G p q"]
-) -> Float64[Array, "G q"]:
-    """The eigenvalues of Λ - A_g, A_g = X_gᵀX_g of a group's coordinates X_g: exact within the first p axes,
-    with the others by second-order perturbation.
+def _split_half(
+    x: Float64[Array, "n d"],
+    square: Float64[AnyArray, "r r"] | None,
+    leading: Float64[Array, "n q"],
+    among: Float64[Array, "G q q"],
+    first: Float64[Array, ""],
+    groups: Groups,
+) -> Float64[Array, " R"]:
+    """|<v', v''>| of the first right singular vectors of two halves of the groups, NaN where one has none.
 
-    To first order they are λ_j - a_jj: too steady, for the axes were fitted to the group itself. Without it
-    they turn. `among` are the first p rows of A_g. Of what couples the two parts, each pair moves apart as
-    the eigenvalues of [[λ_j, a], [a, λ_k]] do; what one gains the other loses, equal ones nothing.
+    With W a half's tokens, v ∝ XᵀWu, u the first eigenvector of W XXᵀ W: all in the space of the tokens. In
+    units of σ_1, so that float32 serves an update of any size.
     """
-    size, energies = among.shape[1], jnp.square(coordinates)
-    diagonal = energies.sum(axis=0) - product(membership, energies)  # in float64: the sum is kept
-    top, others = diagonal[:, :size], diagonal[:, size:]
-    leading = jnp.where(np.eye(size, dtype=bool), top[:, None], -among[:, :, :size].astype(top.dtype))
-    top, vectors = jax.vmap(eigh)(leading)
-    along = product(jnp.swapaxes(vectors, 1, 2).astype(among.dtype), among[:, :, size:])
-    gap = (top[:, :, None] - others[:, None]).astype(among.dtype) / 2
-    squares = jnp.square(along)
-    apart = jnp.sqrt(jnp.square(gap) + squares) + jnp.abs(gap)
-    shift = (jnp.sign(gap) * squares / jnp.where(apart > 0, apart, 1)).astype(energies.dtype)
-    moved = [(top + shift.sum(axis=2))[:, ::-1], others - shift.sum(axis=1)]
-    return jnp.maximum(jnp.concatenate(moved, axis=1), 0)
+    unit = jnp.where(first > 0, first, 1)
+    repeats, _, count = groups.halves.shape
+    if not repeats:
+        return jnp.zeros(0, x.dtype)
+    halves = jnp.reshape(jnp.asarray(groups.halves), (2 * repeats, count))
+    tokens = product(halves, groups.membership).T.astype(jnp.float32)
+    moments = product(halves, among.reshape(count, -1)).reshape(-1, *among.shape[1:]) / unit**2
+    start = (leading / unit).astype(jnp.float32)
+    through = _through((x / unit).astype(jnp.float32), None if square is None else square / unit**2)
+    u = _first_vectors(through, tokens, start, moments.astype(jnp.float32))
+    images = through(u)
+    u, images = (jnp.reshape(part, (len(x), repeats, 2)) for part in (u, images))
+    lengths = jnp.sqrt(jnp.sum(u * images, axis=0)).prod(axis=1)
+    cosines = jnp.abs(jnp.sum(u[..., 0] * images[..., 1], axis=0)) / jnp.where(lengths > 0, lengths, 1)
+    return jnp.where(lengths > 0, cosines, np.nan).astype(x.dtype)
 
 
-def _first_directions(
-    coordinates: Float32[Array, "n r"], weights: Float32[Array, "B n"], among: Float32[Array, "B q q"]
-) -> Float32[Array, "r B"]:
-    """The first eigenvector of M = XᵀWX for several W, X the tokens' coordinates; 0 where M is.
+def _through(
+    x: Float32[Array, "n d"], square: Float64[AnyArray, "n n"] | None
+) -> Callable[[Float32[Array, "n B"]], Float32[Array, "n B"]]:
+    """y -> x xᵀ y, by whichever takes less work."""
+    n, d = x.shape
+    # The transpose is materialised: XLA on CPU is slow at products of one that is not.
+    transposed = jax.lax.optimization_barrier(x.T)
+    if n > d:
+        return lambda y: product(x, product(transposed, y))
+    rows = product(x, transposed) if square is None else jnp.asarray(square, jnp.float32)
+    return lambda y: product(rows, y)
 
-    The best within X's leading axes, where M is `among` with eigenvalues θ_1, θ_2 ..., then T_s(M/θ_2) of it
-    in all of them, T_s the Chebyshev polynomial: it keeps what belongs to eigenvalues up to θ_2 below 1 and
-    grows fastest beyond it, as the power M^s does far slower. θ_1/10 stands for a smaller θ_2.
+
+def _first_vectors(
+    through: Callable[[Array], Array],
+    tokens: Float32[Array, "n B"],
+    coordinates: Float32[Array, "n q"],
+    among: Float32[Array, "B q q"],
+) -> Float32[Array, "n B"]:
+    """The first eigenvector of W XXᵀ W for several W = diag(0 or 1), in columns; 0 where there is none.
+
+    The best of those in X's leading axes, where XᵀWX is `among` with eigenvalues θ_1, θ_2 ..., then
+    T_s(W XXᵀ W/θ_2) of it, T_s the Chebyshev polynomial: it keeps what belongs to eigenvalues up to θ_2 below
+    1 and grows fastest beyond it, as a power does far slower. θ_1/10 stands for a smaller θ_2.
     """
     values, vectors = jax.vmap(eigh)(among)
     edge = jnp.maximum(values[:, :-1].max(axis=1, initial=0), values[:, -1] / 10)
-    scaled = weights.T / jnp.where(edge > 0, edge, 1)
-    start = jnp.zeros((coordinates.shape[1], len(weights)), among.dtype)
-    start = start.at[: among.shape[1]].set(jnp.where(values[:, -1] > 0, vectors[:, :, -1].T, 0))
-
-    # The transpose is materialised: XLA on CPU is slow at products of one that is not.
-    transposed = jax.lax.optimization_barrier(coordinates.T)
-
-    def image(y: Array) -> Array:
-        return product(transposed, scaled * product(coordinates, y))
+    scaled = tokens / jnp.where(edge > 0, edge, 1)
+    first = jnp.where(values[:, -1] > 0, vectors[:, :, -1].T, 0)
+    start = tokens * product(coordinates, first)
 
     def step(_: Any, last: tuple[Array, Array]) -> tuple[Array, Array]:
-        return last[1], 2 * image(last[1]) - last[0]
+        return last[1], 2 * scaled * through(last[1]) - last[0]
 
-    y = jax.lax.fori_loop(1, _CHEBYSHEV_STEPS, step, (start, image(start)))[1]
-    return y / jnp.maximum(jnp.linalg.norm(y, axis=0), np.finfo(np.float32).tiny)
+    u = jax.lax.fori_loop(1, _CHEBYSHEV_STEPS, step, (start, scaled * through(start)))[1]
+    return u / jnp.maximum(jnp.linalg.norm(u, axis=0), np.finfo(np.float32).tiny)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64
 from jaxdelta import figures
 from jaxdelta.compiling import QuickJit
 from jaxdelta.figures import Crossed, Found, Groups, Selection
-from jaxdelta.spectrum import CERTIFIED, solve
+from jaxdelta.spectrum import CERTIFIED, Solved, solve
 from jaxdelta.sweep import Update, Wrote, joined
 from jaxdelta.timing import Clock
 from jaxdelta.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View, without_sinks
@@ -49,12 +49,13 @@ class Design:
         return None if self.plain else Selection.of(view)
 
     def basis_size(self, n: int, d: int) -> int:
-        """How many directions are computed: see `resampling` for why they are twice as many."""
-        return min(2 * self.k if self.groups else self.k, n, d)
+        """How many directions are computed: see `resampling` for why they are half as many again."""
+        return min(self.k + (self.k + 1) // 2 if self.groups else self.k, n, d)
 
     def axes(self, n: int, d: int) -> int:
-        """Of how many axes the vectors are found: resampling wants more."""
-        return min(max(figures.RESAMPLED_AXES, 2 * self.k), n, d) if self.groups else self.basis_size(n, d)
+        """Of how many axes the vectors are found: resampling wants some, and a factor more."""
+        wanted = figures.FACTOR_ROWS if figures.factor_shape(n, d) else figures.LEADING
+        return max(self.basis_size(n, d), min(wanted, n, d) if self.groups else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +224,9 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
         rows, solved, r = None, None, min(shape)
         if design.method == "gram":
             _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
-            of_float64 = partial(jax.ShapeDtypeStruct, dtype=np.float64)
+            of_float64: Any = partial(jax.ShapeDtypeStruct, dtype=np.float64)
             rows = of_float64(shape)
-            solved = of_float64((r,)), of_float64((r, design.axes(*shape)))
+            solved = Solved(*map(of_float64, ((r, r), (r,), (r, design.axes(*shape)))))
         own = (update, kept, rows, solved)
         _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
         if not design.plain:

@@ -20,8 +20,9 @@ from jaxtyping import Bool, Float32, Float64
 
 from jaxdelta.subspaces import SHARED_RANK, inner_products, one_blas_thread, orthonormalised, unit
 
-_POOL = 512  # draws that a phase's replicates are picked from, at least
-_ISOTROPIC_DRAWS = 10  # of which only the mean is kept
+_POOL = 384  # draws that a phase's replicates are picked from, at least
+_EACH = 4  # captures counted by each replicate's B: they vary with the direction captured, hardly with B
+_ISOTROPIC_DRAWS = 4  # of which only the mean is kept
 _AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates that are solved together
 
 
@@ -30,9 +31,9 @@ class PhaseNulls:
     """m draws of a phase's figures, had its N_p layers nothing in common but the covariance drawn from.
 
     Each layer gets k orthonormalised random directions, v the first of them. `intra`: mean |cos| of v over
-    all pairs of layers. `capture`: mean of ‖B v‖² over the layers, B the top right singular vectors (at most
-    8) of all their directions. `leave_one_out`: ‖B v‖² of one layer, B of the others' directions. Rows of
-    phases of fewer than two layers are NaN: nothing is compared there.
+    all pairs of layers. `capture`: ‖B v‖² of one layer, B the top right singular vectors (at most 8) of all
+    their directions. `leave_one_out`: the same with B of the others' directions. Rows of phases of fewer than
+    two layers are NaN: nothing is compared there.
     """
 
     intra: Float64[np.ndarray, "P m"]
@@ -96,7 +97,7 @@ def phase_nulls(
     def figures(phase: int) -> np.ndarray:
         inside = np.flatnonzero(members[phase]).tolist()
         pool = _cosines(np.sum([layers[layer][:size] for layer in inside], axis=0))
-        return _figures(pool, k * len(inside), k, draws, (seed, phase))
+        return _figures(pool, len(inside), k, draws, (seed, phase))
 
     for phase, of_phase in zip(compared, _in_parallel(figures, compared[:, None].tolist()), strict=True):
         found[:, phase] = of_phase
@@ -131,23 +132,29 @@ def _in_parallel(work: Callable[..., np.ndarray], each: Iterable[Iterable[Any]])
 
 
 def _figures(
-    pool: Float64[np.ndarray, "Q Q"], size: int, k: int, draws: int, seed: tuple[int, ...]
+    pool: Float64[np.ndarray, "Q Q"], layers: int, k: int, draws: int, seed: tuple[int, ...]
 ) -> Float64[np.ndarray, "3 m"]:
-    """The figures of replicates of `size` rows picked from the pool, each row once."""
+    """The figures of replicates of so many layers, whose rows are picked from the pool, each once."""
+    each = min(_EACH, layers)
+    size, stacks = k * layers + each, -(-draws // each)
     rows = np.tile(np.arange(len(pool)), (draws, 1))
     rows = np.random.default_rng(seed).permuted(rows, axis=1)[:, :size]
-    parts = np.array_split(rows, min(-(-draws * size**2 // _AT_ONCE), draws))
-    return np.concatenate([_replicates(pool[p[:, :, None], p[:, None, :]], k) for p in parts], axis=1)
+    above = np.triu_indices(layers, 1)
+    intra = np.abs(pool[rows[:, above[0]], rows[:, above[1]]]).mean(axis=1)
+    parts = np.array_split(rows[:stacks], min(-(-stacks * size**2 // _AT_ONCE), stacks))
+    found = [_captures(pool[p[:, :, None], p[:, None, :]], layers, k) for p in parts]
+    return np.stack([intra, *np.concatenate(found, axis=1).reshape(2, -1)[:, :draws]])
 
 
-def _replicates(products: Float64[np.ndarray, "m M M"], k: int) -> Float64[np.ndarray, "3 m"]:
-    """Intra, capture and leave_one_out of layers of k unit vectors each, from their inner products."""
-    stack, size = orthonormalised(products, k), products.shape[1]
-    above = np.triu_indices(size // k, 1)
-    intra = np.abs(stack[:, ::k, ::k])[:, *above].mean(axis=1)
-    capture = _capture(stack, stack[:, :, ::k]).mean(axis=1)
-    left_out = _capture(stack[:, :-k, :-k], stack[:, :-k, -k : size - k + 1])[:, 0]
-    return np.stack([intra, capture, left_out])
+def _captures(products: Float64[np.ndarray, "b M M"], layers: int, k: int) -> Float64[np.ndarray, "2 b e"]:
+    """`capture` and `leave_one_out` of layers of k unit vectors each, from the inner products of these and of
+    e more: each of the e is the v of a layer left out, in the place of the last."""
+    size, stack = layers * k, orthonormalised(products, k, layers)
+    each = products.shape[1] - size
+    inside = stack[:, :size, :size]
+    capture = _capture(inside, inside[:, :, : each * k : k])
+    left_out = _capture(stack[:, : size - k, : size - k], stack[:, : size - k, size:])
+    return np.stack([capture, left_out])
 
 
 def _capture(

@@ -4,7 +4,7 @@ Axes: G groups, d hidden size, c directions of the basis, q = min(d, LEADING) ax
 exact, R divisions into halves. All functions must be traced with 64-bit types on.
 
 Leaving out a group, or taking one half of them, changes M = Σ_g M_g. Within the q leading axes of M the new
-matrix is solved exactly; beyond them all λ shrink alike, see `figures.shrunk`.
+matrix is solved exactly; beyond them all λ shrink alike, see `figures.without_groups`.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled, shrunk
+from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled, without_groups
 from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import Spectrum, defect, orient, product
 from jaxdelta.types import AnyArray
@@ -86,7 +86,9 @@ def describe(
     return PooledFigures(
         spectrum,
         jnp.sum(jnp.square(left)) / jnp.maximum(n, 1),
-        Resampled(_without_groups(pooled, values, within), _split_half(pooled, within)),
+        Resampled(
+            without_groups(jnp.square(values), within, _beyond(pooled, within)), _split_half(pooled, within)
+        ),
         Crossed(factor, coupling),
     )
 
@@ -101,15 +103,12 @@ def _products(pooled: Pooled, axes: Float64[Array, "q d"]) -> Float64[Array, "G 
     return product(axes, jnp.asarray(pooled.squares)) - rank_one - other
 
 
-def _without_groups(
-    pooled: Pooled, values: Float64[Array, " d"], within: Float64[Array, "G q q"]
-) -> Float64[Array, "G d"]:
-    q, energies, mean = within.shape[1], jnp.square(values), pooled.mean
+def _beyond(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Array, " G"]:
+    """What each group holds outside of the leading axes."""
+    mean = pooled.mean
     diagonal = jnp.sum(jnp.diagonal(pooled.squares, axis1=1, axis2=2), axis=1)
     shifted = diagonal - 2 * product(jnp.asarray(pooled.sums), mean) + pooled.counts * jnp.sum(mean * mean)
-    beyond = shifted - jnp.trace(within, axis1=1, axis2=2)
-    top = jax.vmap(eigh)(jnp.diag(energies[:q]) - within)[0][:, ::-1]
-    return jnp.concatenate([jnp.maximum(top, 0), shrunk(energies[q:], beyond)], axis=1)
+    return shifted - jnp.trace(within, axis1=1, axis2=2)
 
 
 def _split_half(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Array, " R"]:

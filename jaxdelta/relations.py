@@ -5,10 +5,11 @@ Axes: N layers, P phases, m draws of a null, B draws of documents.
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 
 from jaxdelta.measure import ViewFigures
 from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_means, layer_draws, phase_nulls
@@ -23,7 +24,7 @@ from jaxdelta.significance import (
     segment_test,
     t_interval,
 )
-from jaxdelta.subspaces import alignment_index
+from jaxdelta.subspaces import alignment_index, one_blas_thread
 
 ORDERS = 2000  # of segments tried by the phase test
 
@@ -70,31 +71,21 @@ def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
     }
 
 
+@one_blas_thread
 def relate(
     layers: Sequence[ViewFigures], phases: Phases, sample: Sample, null_draws: int, seed: int
 ) -> dict[str, Any]:
     """Everything that relates the layers of one view, each figure beside chance and with its interval."""
     directions, members = stacked_directions(layers), phases.members
-    kept = [figures.crossed for figures in layers]
-    factors = [one.factor for one in kept if one is not None]
-    found = overlaps(directions, members)
-    values = np.stack([figures.singular_values for figures in layers])
-    aligned = alignment_index(directions, members, factors, values)
-    draws = None
-    if sample.intervals:
-        coupling = np.stack([one.coupling for one in kept if one is not None])
-        basis = np.stack([figures.basis for figures in layers])
-        weights = np.concatenate([sample.without, sample.draws])
-        draws = resampled_overlaps(coupling, basis, directions.shape[1], weights, members)
-    nulls = None
-    if null_draws:
-        k, d = directions.shape[1:]
-        drawn = layer_draws(factors, members, k, null_draws, seed)
-        nulls = _Nulls(
-            adjacent_null(drawn, null_draws),
-            phase_nulls(drawn, members, k, null_draws, seed),
-            isotropic_means(members, k, d, seed),
-        )
+    factors = [figures.crossed.factor for figures in layers if figures.crossed is not None]
+    with ThreadPoolExecutor(1, "draws") as beside:
+        drawn = beside.submit(_draws, layers, members, sample) if sample.intervals else None
+        nulls = _nulls(factors, directions, members, null_draws, seed) if null_draws else None
+        found = overlaps(directions, members)
+        values = np.stack([figures.singular_values for figures in layers])
+        aligned = alignment_index(directions, members, factors, values)
+        tested = _phase_test(found, phases)
+        draws = drawn.result() if drawn else None
     present = np.any(directions[:, 0], axis=-1)
     bounds = _Bounds(draws, sample.documents)
     return {
@@ -102,9 +93,33 @@ def relate(
         "adjacent": _adjacent(found, nulls, bounds, present, directions.shape[2]),
         "phases": _phases(found, phases, nulls, bounds),
         "layers": _layers(found, aligned, phases, nulls, bounds),
-        **_phase_test(found, phases),
+        **tested,
         **({"v1_stability": _stability(draws.v1_cos[:, sample.documents :])} if draws else {}),
     }
+
+
+def _draws(layers: Sequence[ViewFigures], members: Bool[np.ndarray, "P N"], sample: Sample) -> OverlapDraws:
+    """The overlaps without each document, then in each draw of documents."""
+    coupling = np.stack([figures.crossed.coupling for figures in layers if figures.crossed is not None])
+    basis = np.stack([figures.basis for figures in layers])
+    weights = np.concatenate([sample.without, sample.draws])
+    return resampled_overlaps(coupling, basis, layers[0].k, weights, members)
+
+
+def _nulls(
+    factors: Sequence[Float32[np.ndarray, "_ d"]],
+    directions: Float64[np.ndarray, "N k d"],
+    members: Bool[np.ndarray, "P N"],
+    draws: int,
+    seed: int,
+) -> "_Nulls":
+    k, d = directions.shape[1:]
+    drawn = layer_draws(factors, members, k, draws, seed)
+    return _Nulls(
+        adjacent_null(drawn, draws),
+        phase_nulls(drawn, members, k, draws, seed),
+        isotropic_means(members, k, d, seed),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

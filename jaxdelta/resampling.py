@@ -7,7 +7,7 @@ With M_g = Σ δ_i δ_iᵀ over document g's tokens, a draw's moment is M_w = Σ
 come from the full text's leading V (c, d) by a Rayleigh-Ritz step on their span, V M_w Vᵀ = Q θ Qᵀ, and one
 power step, Qᵀ V M_w. Within the span that is exact; what a direction i gains from outside of it, from an axis
 j > c, is understated by the share λ_j/λ_i. With c = k that is much for the k-th direction, which rarely has
-a gap after it, and captures seem too certain: hence c = 2k. Only V M_g (c, d) is needed of a document.
+a gap after it, and captures seem too certain: hence c = 3k/2. Only V M_g (c, d) is needed of a document.
 
 Products over d are in float32, draws being estimates of a spread. All of it is NumPy's, a thread for each
 core: it takes less time than compiling it did.
@@ -33,7 +33,7 @@ from jaxdelta.subspaces import (
 )
 
 _CHUNK_BYTES = 16 << 20  # of a phase's directions, at most: fresh pages of larger arrays cost time
-_CHOSEN_FROM = 12  # dimensions, among which the 8 of a draw's shared subspace are chosen
+_CHOSEN_FROM = 10  # dimensions, among which the 8 of a draw's shared subspace are chosen
 
 
 @dataclasses.dataclass(frozen=True)

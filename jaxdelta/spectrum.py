@@ -10,7 +10,7 @@ certificate. All functions here must be traced with 64-bit types on.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,16 @@ from jaxdelta.types import AnyArray
 METHODS = ("gram", "full")
 CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
 
-Solved = tuple[Float64[AnyArray, " r"], Float64[AnyArray, "r v"]]  # eigenvalues, eigenvectors; ascending
-
 _SIGN_FLOOR = 1e-3
 _GRAM_BLOCK = 256  # rows; products of smaller blocks are too slow to save anything
+
+
+class Solved(NamedTuple):
+    """The smaller of x xᵀ and xᵀx, its eigenvalues, ascending, and the last of its eigenvectors."""
+
+    square: Float64[AnyArray, "r r"]
+    energies: Float64[AnyArray, " r"]
+    vectors: Float64[AnyArray, "r v"]
 
 
 @jax.tree_util.register_dataclass
@@ -64,15 +70,14 @@ def decompose(
     if method == "full":
         values, vectors, coordinates = _by_svd(x, k)
     else:
-        values, vectors, coordinates = _by_gram(x, k, solved or lapack.eigh(_short_gram(x)))
+        found = lapack.eigh(_short_gram(x)) if solved is None else (solved.energies, solved.vectors)
+        values, vectors, coordinates = _by_gram(x, k, *map(jnp.asarray, found))
     directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
     return Spectrum(values, directions, _defect(x, values, directions)), coordinates
 
 
-def solve(
-    x: Float64[np.ndarray, "n d"], k: int
-) -> tuple[Float64[np.ndarray, " r"], Float64[np.ndarray, "r k"]]:
-    """All eigenvalues of the smaller of x xᵀ and xᵀx, ascending, and the last k of its vectors.
+def solve(x: Float64[np.ndarray, "n d"], k: int) -> Solved:
+    """All eigenvalues of the smaller of x xᵀ and xᵀx, and the last k of its vectors.
 
     On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all. Where
     x is not finite, from which some solvers never return, of zero.
@@ -80,7 +85,8 @@ def solve(
     square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     if not np.isfinite(square.sum()):
         square[:] = 0
-    return lapack.host_eigh(square) if k == len(square) else lapack.largest(square, k)
+    found = lapack.host_eigh(square) if k == len(square) else lapack.largest(square, k)
+    return Solved(square, *found)
 
 
 def token_products(
@@ -214,8 +220,9 @@ def _short_gram(x: Float64[Array, "n d"]) -> Float64[Array, "r r"]:
     return gram(x if x.shape[0] <= x.shape[1] else jax.lax.optimization_barrier(x.T))
 
 
-def _by_gram(x: Float64[Array, "n d"], k: int, solved: Solved) -> Decomposition:
-    energies, vectors = map(jnp.asarray, solved)
+def _by_gram(
+    x: Float64[Array, "n d"], k: int, energies: Float64[Array, " r"], vectors: Float64[Array, "r v"]
+) -> Decomposition:
     vectors, values = vectors[:, ::-1], jnp.sqrt(jnp.maximum(energies[::-1], 0))
     top = vectors[:, :k]
     if x.shape[0] > x.shape[1]:

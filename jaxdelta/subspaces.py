@@ -46,18 +46,22 @@ def unit(x: Float[np.ndarray, "*sets d"]) -> Float[np.ndarray, "*sets d"]:
     return x / np.where(norm > 0, norm, 1)
 
 
-def orthonormalised(products: Float64[np.ndarray, "b m m"], k: int) -> Float64[np.ndarray, "b m m"]:
+def orthonormalised(
+    products: Float64[np.ndarray, "b m m"], k: int, layers: int | None = None
+) -> Float64[np.ndarray, "b m m"]:
     """The inner products of n·k vectors, from those they had before each layer's k were made orthonormal.
 
     Gram-Schmidt in the order of a layer's vectors X is L⁻¹X, XXᵀ = L Lᵀ (Cholesky). Vectors that depend on
-    those before them are left near zero.
+    those before them are left near zero. Any others, after those of so many `layers`, stay as they are.
     """
     draws, m, _ = products.shape
-    own = np.stack([products[:, i : i + k, i : i + k] for i in range(0, m, k)], axis=1)
+    whole = m if layers is None else layers * k
+    own = np.stack([products[:, i : i + k, i : i + k] for i in range(0, whole, k)], axis=1)
     change = np.linalg.inv(np.linalg.cholesky(own + _RIDGE * np.eye(k)))
 
     def changed(x: np.ndarray) -> np.ndarray:
-        return (change @ x.reshape(draws, -1, k, m)).reshape(draws, m, m)
+        turned = (change @ x[:, :whole].reshape(draws, -1, k, m)).reshape(draws, whole, m)
+        return np.concatenate([turned, x[:, whole:]], axis=1)
 
     return changed(changed(products).swapaxes(1, 2))
 

@@ -357,7 +357,7 @@ def nulls(quick: bool) -> list[Check]:
     rng, members = np.random.default_rng(5), np.ones((1, layers), bool)
     sigma = np.arange(1, HIDDEN + 1) ** -0.5
     factors = [(rng.normal(size=(TOKENS, HIDDEN)) * sigma).astype(np.float32) for _ in range(layers)]
-    found: dict[str, list[float]] = {"adjacent": [], "intra": [], "leave_one_out": []}
+    found: dict[str, list[float]] = {"adjacent": [], "intra": [], "capture": [], "leave_one_out": []}
     for seed in range(sets):
         two = unit(pooled(rng, factors[:2], 2))
         drawn_by_layer = layer_draws(factors, members, TOP, draws, seed)
@@ -367,7 +367,9 @@ def nulls(quick: bool) -> list[Check]:
         drawn = overlaps(np.stack([np.linalg.qr(x.T)[0].T for x in rows]), members)
         phase = phase_nulls(drawn_by_layer, members, TOP, draws, seed)
         found["intra"].append(float(p_value(drawn.intra_cos_mean[0], phase.intra[0])))
-        found["leave_one_out"].append(float(p_value(drawn.leave_one_out[0, 0], phase.leave_one_out[0])))
+        for name in ("capture", "leave_one_out"):
+            of_first, null = getattr(drawn, name)[0, 0], getattr(phase, name)[0]
+            found[name].append(float(p_value(of_first, null)))
     lines = []
     for name, values in found.items():
         chance = scipy.stats.kstest(values, "uniform").pvalue

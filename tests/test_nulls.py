@@ -33,19 +33,25 @@ def figures(found: PhaseNulls) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("layers", "k", "d"), [(2, 8, 60), (3, 1, 20), (5, 4, 40), (9, 3, 12), (4, 2, 300)])
-def test_replicates_against_explicit_vectors(layers: int, k: int, d: int) -> None:
-    draws = np.random.default_rng(layers).normal(size=(6, layers * k, d)) * np.arange(1, d + 1) ** -0.5
+def test_captures_against_explicit_vectors(layers: int, k: int, d: int) -> None:
+    """Of layers in their own subspace, and of other vectors in that of all layers but one."""
+    each, size = min(nulls._EACH, layers), layers * k
+    draws = np.random.default_rng(layers).normal(size=(6, size + each, d)) * np.arange(1, d + 1) ** -0.5
     draws /= np.linalg.norm(draws, axis=-1, keepdims=True)
-    found = nulls._replicates(draws @ draws.swapaxes(1, 2), k)
-    for replicate, (intra, capture, left_out) in zip(draws, found.T, strict=True):
-        frames = np.linalg.qr(replicate.reshape(layers, k, d).swapaxes(1, 2))[0].swapaxes(1, 2)
-        v = frames[:, 0]
-        pairs = [abs(v[i] @ v[j]) for i in range(layers) for j in range(i)]
-        assert intra == pytest.approx(np.mean(pairs), abs=1e-8)
+    found = nulls._captures(draws @ draws.swapaxes(1, 2), layers, k)
+    assert found.shape == (2, 6, each)
+    for replicate, capture, left_out in zip(draws, *found, strict=True):
+        frames = np.linalg.qr(replicate[:size].reshape(layers, k, d).swapaxes(1, 2))[0].swapaxes(1, 2)
         basis = np.linalg.svd(frames.reshape(-1, d), full_matrices=False)[2][:8]
-        assert capture == pytest.approx(np.mean(np.sum((v @ basis.T) ** 2, axis=1)), abs=1e-8)
+        np.testing.assert_allclose(capture, np.sum((frames[:each, 0] @ basis.T) ** 2, axis=1), atol=1e-8)
         basis = np.linalg.svd(frames[:-1].reshape(-1, d), full_matrices=False)[2][:8]
-        assert left_out == pytest.approx(np.sum((basis @ v[-1]) ** 2), abs=1e-8)
+        np.testing.assert_allclose(left_out, np.sum((replicate[size:] @ basis.T) ** 2, axis=1), atol=1e-8)
+
+
+def test_intra_of_vectors_all_equally_close() -> None:
+    pool = np.full((50, 50), -0.3)
+    intra = nulls._figures(pool + 1.3 * np.eye(50), 4, 2, 10, (0,))[0]
+    np.testing.assert_allclose(intra, 0.3)
 
 
 def test_chance_capture_is_large() -> None:
