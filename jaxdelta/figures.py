@@ -75,8 +75,8 @@ class Found(NamedTuple):
     """What the device finds of a view.
 
     `products`: see `token_products`; `owned`: each token's share of σ_1²; `mean_energy`: ‖Σ_i δ_i‖²/n;
-    `factor`: see Crossed, None where it is δ itself. Of a long text some products and shares are unknown,
-    see `pooling`.
+    `factor`: see Crossed, None where it is δ itself, or too few axes are known. Of a long text some products
+    and shares are unknown, see `pooling`.
     """
 
     spectrum: Spectrum
@@ -214,7 +214,8 @@ def _describe(
         first = leading[:, :_FIRST_AMONG], among[:, :_FIRST_AMONG, :_FIRST_AMONG]
         halves = _split_half(x, square, *first, values[0], groups)
         resampled = Resampled(without_groups(jnp.square(values), among, beyond), halves)
-        if factor_shape(*x.shape):
+        shape = factor_shape(*x.shape)
+        if shape and coordinates.shape[1] >= shape[0]:
             factor = _factor(x, values, coordinates)
     return Found(spectrum, products, owned, mean_energy, resampled, factor)
 

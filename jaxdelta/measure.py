@@ -52,9 +52,10 @@ class Design:
         """How many directions are computed: see `resampling` for why they are half as many again."""
         return min(self.k + (self.k + 1) // 2 if self.groups else self.k, n, d)
 
-    def axes(self, n: int, d: int) -> int:
+    def axes(self, view: View, n: int, d: int) -> int:
         """Of how many axes the vectors are found: resampling wants some, and a factor more."""
-        wanted = figures.FACTOR_ROWS if figures.factor_shape(n, d) else figures.LEADING
+        factor = figures.factor_shape(n, d) if view in CROSSED else None
+        wanted = factor[0] if factor else figures.LEADING
         return max(self.basis_size(n, d), min(wanted, n, d) if self.groups else 0)
 
 
@@ -221,20 +222,26 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
         kept = np.ones(shape[0])
         common = (design.selection(RAW), design.groups)
         size, factor_size = design.basis_size(*shape), figures.factor_shape(*shape)
-        rows, solved, r = None, None, min(shape)
         if design.method == "gram":
             _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
-            of_float64: Any = partial(jax.ShapeDtypeStruct, dtype=np.float64)
-            rows = of_float64(shape)
-            solved = Solved(*map(of_float64, ((r, r), (r,), (r, design.axes(*shape)))))
-        own = (update, kept, rows, solved)
-        _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
+        for rows, solved in _solved_shapes(shape, design):
+            own = (update, kept, rows, solved)
+            _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
         if not design.plain:
             _single.lower(figures.state_products, (update,), (), ()).compile()
         if design.groups:
             basis = jax.ShapeDtypeStruct((size, shape[1]), jnp.float64)
             factor = factor_size and jax.ShapeDtypeStruct(factor_size, jnp.float32)
             _single.lower(figures.crossed, (update, kept, basis, factor), common, ()).compile()
+
+
+def _solved_shapes(shape: tuple[int, int], design: Design) -> list[tuple[Any, Any]]:
+    """Of a view's rows and of what `solve` finds of them, by numbers of axes; None where it finds nothing."""
+    if design.method != "gram":
+        return [(None, None)]
+    of: Any = partial(jax.ShapeDtypeStruct, dtype=np.float64)
+    r, axes = min(shape), {design.axes(view, *shape) for view in design.views}
+    return [(of(shape), Solved(of((r, r)), of((r,)), of((r, q)))) for q in axes]
 
 
 def _measured(batch: list[Update], design: Design, call: Caller) -> list[LayerFigures]:
@@ -273,7 +280,7 @@ def _view(
     solved = rows
     if call is _one_by_one and design.method == "gram":
         rows = [_single(figures.view_rows, one, (selection,), ()) for one in own]
-        solved = [solve(np.asarray(one), design.axes(*one.shape)) for one in rows]
+        solved = [solve(np.asarray(one), design.axes(view, *one.shape)) for one in rows]
     each = [(*pair, *more) for pair, *more in zip(own, rows, solved, strict=True)]
     found = call(figures.view_figures, each, (selection, design.groups), (size, design.method))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN

@@ -77,10 +77,11 @@ def relate(
 ) -> dict[str, Any]:
     """Everything that relates the layers of one view, each figure beside chance and with its interval."""
     directions, members = stacked_directions(layers), phases.members
-    factors = [figures.crossed.factor for figures in layers if figures.crossed is not None]
+    k, kept = directions.shape[1], [figures.crossed for figures in layers]
+    factors = [np.asarray(one.factor) for one in kept if one is not None]
     with ThreadPoolExecutor(1, "draws") as beside:
-        drawn = beside.submit(_draws, layers, members, sample) if sample.intervals else None
-        nulls = _nulls(factors, directions, members, null_draws, seed) if null_draws else None
+        drawn = beside.submit(_draws, layers, members, k, sample) if sample.intervals else None
+        nulls = _Nulls.drawn(factors, members, k, null_draws, seed) if null_draws else None
         found = overlaps(directions, members)
         values = np.stack([figures.singular_values for figures in layers])
         aligned = alignment_index(directions, members, factors, values)
@@ -98,35 +99,40 @@ def relate(
     }
 
 
-def _draws(layers: Sequence[ViewFigures], members: Bool[np.ndarray, "P N"], sample: Sample) -> OverlapDraws:
+def _draws(
+    layers: Sequence[ViewFigures], members: Bool[np.ndarray, "P N"], k: int, sample: Sample
+) -> OverlapDraws:
     """The overlaps without each document, then in each draw of documents."""
     coupling = np.stack([figures.crossed.coupling for figures in layers if figures.crossed is not None])
     basis = np.stack([figures.basis for figures in layers])
     weights = np.concatenate([sample.without, sample.draws])
-    return resampled_overlaps(coupling, basis, layers[0].k, weights, members)
-
-
-def _nulls(
-    factors: Sequence[Float32[np.ndarray, "_ d"]],
-    directions: Float64[np.ndarray, "N k d"],
-    members: Bool[np.ndarray, "P N"],
-    draws: int,
-    seed: int,
-) -> "_Nulls":
-    k, d = directions.shape[1:]
-    drawn = layer_draws(factors, members, k, draws, seed)
-    return _Nulls(
-        adjacent_null(drawn, draws),
-        phase_nulls(drawn, members, k, draws, seed),
-        isotropic_means(members, k, d, seed),
-    )
+    return resampled_overlaps(coupling, basis, k, weights, members)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Nulls:
+    """What chance gives, had the layers their covariance in common, or nothing."""
+
     adjacent: Float64[np.ndarray, "pairs m"]
     matched: PhaseNulls
     isotropic: dict[str, Float64[np.ndarray, " P"]]
+
+    @classmethod
+    def drawn(
+        cls,
+        factors: Sequence[Float32[np.ndarray, "_ d"]],
+        members: Bool[np.ndarray, "P N"],
+        k: int,
+        draws: int,
+        seed: int,
+    ) -> "_Nulls":
+        """So many draws of each, for k directions of each layer."""
+        rows = layer_draws(factors, members, k, draws, seed)
+        return cls(
+            adjacent_null(rows, draws),
+            phase_nulls(rows, members, k, draws, seed),
+            isotropic_means(members, k, factors[0].shape[1], seed),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
