@@ -89,6 +89,27 @@ def test_batches_give_the_same(on_threads: list[LayerFigures], monkeypatch: pyte
     assert_same(measured(5), on_threads)
 
 
+def test_few_axes_of_a_long_update_serve_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: as many as a factor has are found of the compared views, of the others some."""
+    shape, views = (FACTOR_ROWS + 28, FACTOR_ROWS + 8), (RAW, View(centred=True))
+    design = Design(K, views=views, groups=Sample.of(tokens(shape[0]), 20, seed=5).groups)
+    assert [design.axes(view, *shape) for view in views] == [FACTOR_ROWS, figures.LEADING]
+
+    def figures_of() -> LayerFigures:
+        return measure.measure([[Wrote(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
+
+    few = figures_of().views
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    every = figures_of().views
+    for view in views:
+        one, other = few[view].found.resampled, every[view].found.resampled
+        assert one is not None and other is not None
+        np.testing.assert_allclose(one.without, other.without, rtol=1e-6)
+        np.testing.assert_allclose(one.split_half, other.split_half, rtol=1e-4)
+    squares = [of[RAW].crossed.factor.T @ of[RAW].crossed.factor for of in (few, every)]
+    np.testing.assert_allclose(*squares, rtol=0, atol=1e-5 * squares[0].max())
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_spectra_that_fail_are_done_again_with_all_figures(
     backend: str, on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch
