@@ -1,10 +1,9 @@
 """The tables of a comparison, for the terminal."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from jaxdelta.report.compare import Comparison, Pair, Part, relative_rank, steadiness
-from jaxdelta.report.markup import number, visible
+from jaxdelta.report.markup import number, spanned, visible
 
 WIDEST = 28  # columns of a label or a fact; the page shows them whole
 CELL = 10
@@ -85,18 +84,12 @@ def _phases(found: Comparison) -> Iterator[str]:
         chance, drift = number(row["intra"].get("null_mean"), ".3f"), number(row.get("gap_p"), ".3f")
         yield (
             f" {visible(row['phase']):>5}  {label:{width}}  {phase.layers:>8}  {row['layers']:>2}  "
-            f"{_bounded(row['intra']):>22}  {chance:>6}  {drift:>8}  {_bounded(relative_rank(row)):>22}"
+            f"{spanned(row['intra']):>22}  {chance:>6}  {drift:>8}  {spanned(relative_rank(row)):>22}"
         )
     for phase in found.phases:
         if phase.row.get("verdict"):
             label, row = _cut(found.labels[phase.run]), phase.row
             yield f" {visible(row['phase']):>5}  {label:{width}}  {row['verdict']} ({row['why']})"
-
-
-def _bounded(figure: dict[str, Any]) -> str:
-    """A figure with its interval."""
-    value, interval = figure["value"], figure.get("interval")
-    return number(value, ".3f") + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _cut(text: str) -> str:

@@ -117,6 +117,12 @@ def bounded(figure: dict[str, Any]) -> tuple[str, str]:
     return number(figure["value"]), interval
 
 
+def spanned(figure: dict[str, Any]) -> str:
+    """The two in one cell of a table on the terminal."""
+    interval = " [{:.3f}, {:.3f}]".format(*figure["interval"]) if "interval" in figure else ""
+    return number(figure["value"], ".3f") + interval
+
+
 def _embedded(data: Any) -> str:
     """JSON that nothing in HTML can end before its end."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from jaxdelta.report.markup import number, spanned
 from jaxdelta.result import Analysis
 from jaxdelta.views import ALL, view_of
 
@@ -68,9 +69,9 @@ def chance_table(analysis: Analysis) -> Iterator[str]:
         for row, gap in zip(relations["phases"], test["phases"], strict=True):
             alone = [each["leave_one_out"] for each in relations["layers"] if each["phase"] == row["phase"]]
             yield (
-                f" {row['phase']:>5} {row['layers']:>3} {_bounded(row['intra']):>22} "
+                f" {row['phase']:>5} {row['layers']:>3} {spanned(row['intra']):>22} "
                 f"{_number(row['intra'].get('null_mean')):>7} {_number(row['intra'].get('null_p')):>6} "
-                f"{_number(gap['p_value']):>7} {_bounded(row['stacked_rank']):>22} "
+                f"{_number(gap['p_value']):>7} {spanned(row['stacked_rank']):>22} "
                 f"{row['dimensions_90']:>5} {_mean(alone, 'value'):>9} {_mean(alone, 'null_mean'):>7}"
             )
         orders = f"{'all' if test['exact'] else 'random'} {test['orders']} orders of the phases"
@@ -92,16 +93,8 @@ def verdict_table(analysis: Analysis) -> Iterator[str]:
         yield f" {analysis.run['documents']} documents: fewer than ten, intervals are rough"
 
 
-def _bounded(figure: dict[str, Any]) -> str:
-    """A figure with its interval."""
-    if figure["value"] is None:
-        return "-"
-    interval = figure.get("interval")
-    return f"{figure['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-
-
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return number(value, ".3f")
 
 
 def _mean(figures: list[dict[str, Any]], key: str) -> str:
