@@ -151,6 +151,11 @@ class SplitSweep(Sweep):
     def _fetch_all(self, array: Array) -> np.ndarray:
         return self._grid.whole(array)
 
+    @property
+    def _probed(self) -> int:
+        """All of a block's windows: every device has some of them."""
+        return self.blocks.windows
+
     @cached_property
     def _norm(self) -> Callable[..., Any]:
         split, everywhere = self._grid.split(), self._grid.everywhere

@@ -35,6 +35,8 @@ from jaxdelta.states import State, States, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 
+PROBED = 2048  # tokens of a long text whose loss is taken, at least
+
 # Called with a layer, a block, and the state after it.
 Keep = Callable[[int, int, State], None]
 
@@ -315,28 +317,36 @@ class Sweep:
         with self.clock("transfer"):
             return jax.block_until_ready(layer)
 
+    @property
+    def _probed(self) -> int:
+        """How many windows of a block the loss is taken of."""
+        windows, length = self.tokens[0].shape
+        return min(windows, -(-PROBED // length)) if self._whole else windows
+
     def finish_loss(self) -> None:
-        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or a long one's first block
-        (it takes as long as several layers, and only says whether the weights are real)."""
-        vocab_size = self.weights.config.vocab_size
+        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or a long one's beginning (it
+        takes as long as several layers, and only says whether the weights are real)."""
+        vocab_size, windows = self.weights.config.vocab_size, self._probed
         bounds = vocabulary_slices(vocab_size)
         with self.clock("loss"):
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
             count = len(self._last_normed)
-            targets = [self.weights.head_rows(block[:, 1:]) for block in self.tokens[:count]]
-            blocks = zip(targets, self._last_normed, strict=True)
+            targets = [self.weights.head_rows(block[:windows, 1:]) for block in self.tokens[:count]]
+            normed = [block if len(block) == windows else block[:windows] for block in self._last_normed]
+            blocks = zip(targets, normed, strict=True)
             losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0], self._fetch_all)
-            counted = np.concatenate(self.counted[:count])[:, 1:]
+            counted = np.concatenate([block[:windows, 1:] for block in self.counted[:count]])
             self.loss = float(np.concatenate(losses)[counted].mean())
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
-        config, (h, written), tokens = self.weights.config, self._abstract_state(), self.tokens[0].shape
+        config, (h, written) = self.weights.config, self._abstract_state()
+        probed = self._probed, self.tokens[0].shape[1], config.hidden_size
         weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
         rows = self._rows[0]
         attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
         _final_norm.lower(h, h, h, written, attention, weight, rows, eps=config.rms_norm_eps).compile()
-        compile_sliced_loss(config.vocab_size, (*tokens, config.hidden_size), config.dtype, self.dtypes[0])
+        compile_sliced_loss(config.vocab_size, probed, config.dtype, self.dtypes[0])
 
 
 class _Final:

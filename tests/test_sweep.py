@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdelta import sweep
 from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.model import residual_stream
@@ -71,6 +72,25 @@ def test_states_on_the_host_change_no_bit(checkpoint: Checkpoint) -> None:
         assert_same(
             passed(checkpoint, Blocks(2, 70, "host"), dtype), passed(checkpoint, Blocks(2, 70), dtype), 0
         )
+
+
+def test_the_loss_of_a_long_text_is_that_of_its_beginning(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many whole windows as are needed, however many a block has."""
+
+    def loss(windows: int, tokens: Tokens, **options: bool) -> float:
+        passing = Sweep(checkpoint, tokens, blocks=Blocks(windows, 70), **options)
+        for _ in joined(passing):
+            pass
+        passing.finish_loss()
+        return passing.loss
+
+    beginning = loss(2, Tokens(IDS[:2], np.zeros_like(IDS[:2])))
+    monkeypatch.setattr(sweep, "PROBED", 71)
+    for windows in (2, 3, 6):
+        assert loss(windows, TOKENS, whole=True) == pytest.approx(beginning, rel=1e-6)
+    assert loss(6, TOKENS) != pytest.approx(beginning, rel=1e-6)
 
 
 def test_resident_weights_change_no_bit(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:
