@@ -17,11 +17,12 @@ Rotary = tuple[Float32[AnyArray, "T 2 halfH"], Float32[AnyArray, "T 2 halfH"]]
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
     """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
 
-    Computed in float32 step by step as transformers does: a frequency one rounding off is an angle
-    1e-4 off at position 2000.
+    Rounded to float32 step by step as transformers does: a frequency one rounding off is an angle 1e-4
+    off at position 2000. Each power is the float32 nearest to it, by float64: the float32 powers of NumPy
+    and of PyTorch are up to one rounding off on some processors, and not the same ones.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelengths = np.float32(rope.theta) ** exponents
+    wavelengths = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1) / wavelengths
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
