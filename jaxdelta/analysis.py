@@ -315,6 +315,7 @@ def _run_facts(
         "layers_seconds": dict(sweep.clock.seconds),
         "closure_error": sweep.closure_error,
         "calibration_loss": sweep.loss,
+        "loss_tokens": sweep.loss_tokens,
         "certificate": spectra.certificate,
         "rows_on_host": spectra.on_host,
         **document_facts(sample.tokens),

@@ -1,6 +1,6 @@
 """The model's loss on a text, its output embedding taken in slices. Axes as in `jaxdelta.model`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxdelta.layers import contract
 from jaxdelta.types import AnyArray
 
 VOCAB_SLICE = 4096
+PROBED = 512  # tokens of a text whose loss is taken: of them all it would take as long as several layers
 
 
 def next_token_loss(
@@ -33,8 +34,7 @@ def next_token_loss(
     """
     targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
     slices = (head[start:stop] for start, stop in vocabulary_slices(head.shape[0]))
-    (losses,) = sliced_loss(head.shape[0], slices, [(targets, normed)], compute_dtype)
-    return losses
+    return np.asarray(sliced_loss(head.shape[0], slices, targets, normed[:, :-1], compute_dtype))
 
 
 def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
@@ -47,57 +47,48 @@ def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
 def sliced_loss(
     vocab_size: int,
     slices: Iterable[Float[Array, "_ D"]],
-    blocks: Iterable[tuple[Float[Array, "B next D"], Float32[AnyArray, "B T D"]]],
+    targets: Float[Array, "*batch D"],
+    normed: Float32[AnyArray, "*batch D"],
     compute_dtype: DTypeLike,
-    fetch: Callable[[Array], np.ndarray] = np.asarray,
-) -> list[Float32[np.ndarray, "B next"]]:
+) -> Float32[Array, "*batch"]:
     """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
 
     Args:
         vocab_size: the number of W's rows.
         slices: the output embedding's rows, as `vocabulary_slices` cuts them.
-        blocks: of the text, each with the W_target of every position's next token, and x, the last state
-            after the final norm; its last position has no next token.
+        targets: W_target of every token's next one.
+        normed: x, every token's last state after the final norm.
         compute_dtype: dtype of the factors of the products.
-        fetch: brings an array to the host.
     """
-    begun = [_begin_loss(*block, jnp.dtype(compute_dtype)) for block in blocks]
-    log_sums = [log_sum for _, _, log_sum in begun]
+    x, target_score, log_sum = _begin_loss(targets, normed, jnp.dtype(compute_dtype))
     counted = 0
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
-        for i, (x, _, _) in enumerate(begun):
-            log_sums[i] = _add_slice(log_sums[i], x, rows, counted - start)
-        jax.block_until_ready(log_sums)  # before the next slice is taken
+        log_sum = _add_slice(log_sum, x, rows, counted - start)
+        jax.block_until_ready(log_sum)  # before the next slice is taken
         counted = stop
-    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
-        return [
-            fetch(log_sum) - fetch(target_score)
-            for log_sum, (_, target_score, _) in zip(log_sums, begun, strict=True)
-        ]
+    return log_sum - target_score
 
 
 @partial(QuickJit, static_argnums=2)
 def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Array, Array, Array]:
-    x = normed[:, :-1].astype(compute_dtype)
-    return x, contract("BTD,BTD->BT", x, targets), jnp.full(x.shape[:2], -jnp.inf, jnp.float32)
+    x = normed.astype(compute_dtype)
+    return x, contract("...D,...D->...", x, targets), jnp.full(x.shape[:-1], -jnp.inf, jnp.float32)
 
 
 @QuickJit
 def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
     """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
     new = jnp.arange(rows.shape[0]) >= counted
-    scores = contract("BTD,VD->BTV", x, rows)
+    scores = contract("...D,VD->...V", x, rows)
     return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
 
 
 def compile_sliced_loss(
-    vocab_size: int, shape: tuple[int, int, int], weights_dtype: DTypeLike, compute_dtype: DTypeLike
+    vocab_size: int, shape: tuple[int, int], weights_dtype: DTypeLike, compute_dtype: DTypeLike
 ) -> None:
-    """Compiles `sliced_loss` for states of a shape (B, T, D), before they and the slices are there."""
-    windows, length, hidden = shape
+    """Compiles `sliced_loss` for states of a shape (tokens, D), before they and the slices are there."""
     start, stop = vocabulary_slices(vocab_size)[0]
     abstract, dtype = jax.ShapeDtypeStruct, jnp.dtype(compute_dtype)
-    targets = abstract((windows, length - 1, hidden), weights_dtype)
-    _begin_loss.lower(targets, abstract(shape, jnp.float32), dtype).compile()
-    x, head = abstract(targets.shape, dtype), abstract((stop - start, hidden), weights_dtype)
-    _add_slice.lower(abstract(targets.shape[:2], jnp.float32), x, head, 0).compile()
+    _begin_loss.lower(abstract(shape, weights_dtype), abstract(shape, jnp.float32), dtype).compile()
+    x, head = abstract(shape, dtype), abstract((stop - start, shape[1]), weights_dtype)
+    _add_slice.lower(abstract(shape[:1], jnp.float32), x, head, 0).compile()

@@ -128,7 +128,7 @@ def _layer(directories: Sequence[Path], row: int, options: Options, sample: Samp
 def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:
     """The first run's, with what holds of all texts: the worst closure, the mean loss."""
     facts = [run.run for run in runs]
-    tokens = [run.n_calib_tokens for run in runs]
+    tokens = [run.run.get("loss_tokens", run.n_calib_tokens) for run in runs]
     return facts[0] | {
         "merged": [
             {key: run[key] for key in ("text_fingerprint", "text", "calibration_loss")} for run in facts
@@ -137,5 +137,6 @@ def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:
         "closure_error": max(run["closure_error"] for run in facts),
         "certificate": max(run["certificate"] for run in facts),
         "calibration_loss": float(np.average([run["calibration_loss"] for run in facts], weights=tokens)),
+        "loss_tokens": sum(tokens),
         **document_facts(sample.tokens),
     }

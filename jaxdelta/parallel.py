@@ -123,14 +123,6 @@ class Grid:
         whole = np.asarray(value)
         return self.place(whole.shape, spec, lambda index: np.asarray(whole[index]))
 
-    def whole(self, array: Array) -> np.ndarray:
-        """On the host of every process; all must ask for it."""
-        if array.is_fully_addressable or array.is_fully_replicated:
-            return np.asarray(array)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return np.asarray(process_allgather(array, tiled=True))
-
     def over(self, spec: PartitionSpec, function: Callable[..., Any], ins: Any, outs: Any) -> Any:
         """The function on each device's part of the axes that `spec` names; the others are XLA's to split."""
         axes = {name for axis in spec for name in ((axis,) if isinstance(axis, str) else axis)}

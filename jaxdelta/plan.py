@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdelta.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.loss import VOCAB_SLICE
+from jaxdelta.loss import PROBED, VOCAB_SLICE
 from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, update_bytes
 from jaxdelta.model import MIN_QUERY_BLOCK, pairs_at_once, query_block
 from jaxdelta.parallel import share
@@ -141,7 +141,7 @@ class Work:
             "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
             # A block's states enter and leave; the others wait, the ones that entered with them.
             "states": 2 * (n if blocks.place == "device" else m) * self._state,
-            "layer": max(self._layer_workspace(blocks), 8 * m * VOCAB_SLICE),
+            "layer": max(self._layer_workspace(blocks), 8 * min(m, PROBED) * VOCAB_SLICE),
         }
 
     def _layer_workspace(self, blocks: Blocks) -> int:

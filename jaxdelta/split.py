@@ -77,8 +77,8 @@ class SplitWeights:
         return self.weights.embeddings(ids)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the head by token id, split as the windows are: a process reads those of its own."""
-        return self.grid.to_devices(np.asarray(self.weights.head_rows(self.grid.mine(ids))))
+        """Rows of the head by token id, on every device."""
+        return self.grid.put(self.weights.head_rows(ids))
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
         """Rows `start` to `stop` of the head, split over `model` where it divides their number."""
@@ -148,24 +148,16 @@ class SplitSweep(Sweep):
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
         return super()._enter(self._grid.mine(tokens))
 
-    def _fetch_all(self, array: Array) -> np.ndarray:
-        return self._grid.whole(array)
-
-    @property
-    def _probed(self) -> int:
-        """All of a block's windows: every device has some of them."""
-        return self.blocks.windows
-
     @cached_property
     def _norm(self) -> Callable[..., Any]:
         split, everywhere = self._grid.split(), self._grid.everywhere
-        outputs = split, split if self._whole else everywhere, everywhere, everywhere
+        outputs = everywhere, split if self._whole else everywhere, everywhere, everywhere
         return jax.jit(inspect.unwrap(sweep._final_norm), static_argnames="eps", out_shardings=outputs)
 
     def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
-        first, entered, *others, rows = arguments
-        placed = None if rows is None else self._grid.put(rows)
-        return self._norm(self._owned(first), self._owned(entered), *others, placed, eps=eps)
+        first, entered, *others, rows, probed = arguments
+        placed = jax.tree.map(self._grid.put, (rows, probed))
+        return self._norm(self._owned(first), self._owned(entered), *others, *placed, eps=eps)
 
     def compile_rest(self) -> None:
         """Nothing: a run on several devices is long."""

@@ -23,7 +23,7 @@ from jaxdelta.calibration import Tokens
 from jaxdelta.compiling import QuickJit
 from jaxdelta.config import ModelConfig
 from jaxdelta.layers import rms_norm
-from jaxdelta.loss import compile_sliced_loss, sliced_loss, vocabulary_slices
+from jaxdelta.loss import PROBED, compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.model import (
     Qwen3,
     abstract_block,
@@ -34,8 +34,6 @@ from jaxdelta.model import (
 from jaxdelta.states import State, States, read_ahead
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
-
-PROBED = 2048  # tokens of a long text whose loss is taken, at least
 
 # Called with a layer, a block, and the state after it.
 Keep = Callable[[int, int, State], None]
@@ -156,7 +154,8 @@ class Sweep:
     """Iterating runs the pass: it yields every layer, and iterating over a layer yields what it Wrote into
     each block, of the tokens that count. What is known at the end stays here.
 
-    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`.
+    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`,
+    of `loss_tokens`.
     A pass that goes on from another one's `states` begins with layer `start`; `keep` is called with every
     state that it leaves. The clock's times: read (from disk) and transfer (to the device), both beside the
     computing; wait (for them), compute (the layers), keep (what is computed), loss.
@@ -164,9 +163,8 @@ class Sweep:
 
     closure_error: float
     loss: float
-    # How an array of all windows comes to the host, and a context to the device.
-    _fetch_all: Any = staticmethod(np.asarray)
-    _put_context: Any = staticmethod(jax.device_put)
+    loss_tokens: int
+    _put_context: Any = staticmethod(jax.device_put)  # how a context comes to the device
     _at_once: int | None = None  # see Context
 
     def __init__(
@@ -211,7 +209,17 @@ class Sweep:
     @cached_property
     def _rows(self) -> list[Int32[np.ndarray, " m"]]:
         """The same, as many everywhere; the last ones are to be dropped."""
-        return [np.resize(rows, max(map(len, self._taken))) for rows in self._taken]
+        return _filled(self._taken)
+
+    @cached_property
+    def _probed(self) -> list[Int32[np.ndarray, " p"]]:
+        """The tokens of each block whose next ones' probability is the loss: the first of the text."""
+        left, found = PROBED, []
+        for block in self.counted:
+            followed = np.pad(block[:, 1:], [(0, 0), (0, 1)])
+            found.append(np.flatnonzero(followed)[:left].astype(np.int32))
+            left -= len(found[-1])
+        return found
 
     def trace(self) -> None:
         """Traces the layers' function: before all else that is traced, since everything waits for it."""
@@ -251,10 +259,10 @@ class Sweep:
             for index in range(self.start, last):
                 step = self._step(steps[self._kinds[index]], layers, windows[index])
                 yield from _all_of(self._pass(index, step))
-            final = _Final(self.weights, 1 if self._whole else len(self.tokens), self._final_norm)
+            final = _Final(self.weights, self._probed, self._final_norm)
             step = self._step(steps[self._kinds[-1]], layers, windows[-1])
             yield from _all_of(self._pass(last, step, final))
-        self._last_normed, self.closure_error = final.normed, final.closure_error
+        self._last_normed, self.closure_error = np.concatenate(final.normed), final.closure_error
 
     def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
         """The next layer's function of a block and its state."""
@@ -286,7 +294,7 @@ class Sweep:
                 normed = None
                 if final:
                     first = self._enter(self.tokens[block])
-                    normed = final(first, entered, state, update.attention, rows)
+                    normed = final(block, first, entered, state, update.attention, rows)
                 yield Wrote(self._counting(update, block), normed and self._counting(normed, block))
         with self.clock("compute"):
             states.settle()
@@ -317,55 +325,49 @@ class Sweep:
         with self.clock("transfer"):
             return jax.block_until_ready(layer)
 
-    @property
-    def _probed(self) -> int:
-        """How many windows of a block the loss is taken of."""
-        windows, length = self.tokens[0].shape
-        return min(windows, -(-PROBED // length)) if self._whole else windows
-
     def finish_loss(self) -> None:
-        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or a long one's beginning (it
-        takes as long as several layers, and only says whether the weights are real)."""
-        vocab_size, windows = self.weights.config.vocab_size, self._probed
+        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or the first PROBED tokens of
+        a longer one (it only says whether the weights are real)."""
+        vocab_size = self.weights.config.vocab_size
         bounds = vocabulary_slices(vocab_size)
         with self.clock("loss"):
             slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
-            count = len(self._last_normed)
-            targets = [self.weights.head_rows(block[:windows, 1:]) for block in self.tokens[:count]]
-            normed = [block if len(block) == windows else block[:windows] for block in self._last_normed]
-            blocks = zip(targets, normed, strict=True)
-            losses = sliced_loss(vocab_size, slices, blocks, self.dtypes[0], self._fetch_all)
-            counted = np.concatenate([block[:windows, 1:] for block in self.counted[:count]])
-            self.loss = float(np.concatenate(losses)[counted].mean())
+            probed = zip(self.tokens, self._probed, strict=True)
+            following = np.concatenate([tokens.ravel()[places + 1] for tokens, places in probed])
+            targets = self.weights.head_rows(following)
+            losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
+            self.loss, self.loss_tokens = float(np.asarray(losses, np.float64).mean()), len(following)
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
         config, (h, written) = self.weights.config, self._abstract_state()
-        probed = self._probed, self.tokens[0].shape[1], config.hidden_size
         weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
-        rows = self._rows[0]
+        rows, probed = self._rows[0], _filled(self._probed)[0]
         attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
-        _final_norm.lower(h, h, h, written, attention, weight, rows, eps=config.rms_norm_eps).compile()
-        compile_sliced_loss(config.vocab_size, probed, config.dtype, self.dtypes[0])
+        _final_norm.lower(
+            h, h, h, written, attention, weight, rows, probed, eps=config.rms_norm_eps
+        ).compile()
+        shape = sum(map(len, self._probed)), config.hidden_size
+        compile_sliced_loss(config.vocab_size, shape, config.dtype, self.dtypes[0])
 
 
 class _Final:
-    """The final norm, block by block: the first `keep` states after it, and the closure of all so far."""
+    """The final norm, block by block: the `probed` states after it, and the closure of all so far."""
 
-    def __init__(self, weights: Weights, keep: int, norm: Callable[..., Any]):
-        self._weight, self._eps, self._keep = weights.final_norm(), weights.config.rms_norm_eps, keep
+    def __init__(self, weights: Weights, probed: list[np.ndarray], norm: Callable[..., Any]):
+        self._weight, self._eps = weights.final_norm(), weights.config.rms_norm_eps
+        self._counts, self._places = list(map(len, probed)), _filled(probed)
         self._norm = norm
         self._missing = self._energy = 0.0
-        self.normed: list[Array] = []
+        self.normed: list[Float32[np.ndarray, "_ D"]] = []
 
     def __call__(
-        self, first: AnyArray, entered: AnyArray, last: State, attention: Array, rows: Any
+        self, block: int, first: AnyArray, entered: AnyArray, last: State, attention: Array, rows: Any
     ) -> Update:
         """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
-        states = (first, entered, *last)
-        normed, update, missing, energy = self._norm(*states, attention, self._weight, rows, eps=self._eps)
-        if len(self.normed) < self._keep:
-            self.normed.append(normed)
+        arguments = first, entered, *last, attention, self._weight, rows, self._places[block]
+        normed, update, missing, energy = self._norm(*arguments, eps=self._eps)
+        self.normed.append(np.asarray(normed)[: self._counts[block]])
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
         return update
 
@@ -374,6 +376,11 @@ class _Final:
         """‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F."""
         with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, and the caller's to find
             return float(np.sqrt(np.divide(self._missing, self._energy)))
+
+
+def _filled(places: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p"]]:
+    """As many in every block, so that one function serves all: the last ones are to be dropped."""
+    return [np.resize(some, max(map(len, places))) for some in places]
 
 
 def _all_of(wrote: Iterator[Wrote]) -> Iterator[Iterator[Wrote]]:
@@ -429,14 +436,17 @@ def _final_norm(
     attention: Array,
     weight: Array,
     rows: Array | None,
+    probed: Array,
     *,
     eps: float,
 ) -> tuple[Array, Update, Array, Array]:
-    """The last state after the final norm; the last layer's Update with it; ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
+    """The `probed` of the last states after the final norm; the last layer's Update with it;
+    ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
     normed = rms_norm(last, weight, eps)
     first, entered, last = (state.astype(jnp.float32) for state in (first, entered, last))
     update = Update(attention, _tokens(normed - entered, rows) - attention, _tokens(entered, rows))
-    return normed, update, jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
+    missing, energy = jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
+    return _tokens(normed, probed), update, missing, energy
 
 
 @jax.jit

@@ -553,6 +553,7 @@ def test_json(result: Analysis, tmp_path: Path) -> None:
         "seconds",
         "closure_error",
         "calibration_loss",
+        "loss_tokens",
     }
     assert fields["run"]["flags"] == dataclasses.asdict(Options(top_k=K, phases=PHASES))
 

@@ -10,6 +10,7 @@ import pytest
 from jaxdelta import sweep
 from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.loss import next_token_loss
 from jaxdelta.model import residual_stream
 from jaxdelta.sweep import Blocks, Resident, Sweep, Update, Weights, joined
 
@@ -77,20 +78,22 @@ def test_states_on_the_host_change_no_bit(checkpoint: Checkpoint) -> None:
 def test_the_loss_of_a_long_text_is_that_of_its_beginning(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of as many whole windows as are needed, however many a block has."""
+    """Of as many tokens as are needed, however many windows a block has; the windows' first have no loss."""
+    model = checkpoint.load()
+    losses = next_token_loss(model.head, model.norm(residual_stream(model, IDS).states[-1]), IDS).ravel()
 
-    def loss(windows: int, tokens: Tokens, **options: bool) -> float:
-        passing = Sweep(checkpoint, tokens, blocks=Blocks(windows, 70), **options)
+    def loss(windows: int, probed: int, **options: bool) -> float:
+        monkeypatch.setattr(sweep, "PROBED", probed)
+        passing = Sweep(checkpoint, TOKENS, blocks=Blocks(windows, 70), **options)
         for _ in joined(passing):
             pass
         passing.finish_loss()
         return passing.loss
 
-    beginning = loss(2, Tokens(IDS[:2], np.zeros_like(IDS[:2])))
-    monkeypatch.setattr(sweep, "PROBED", 71)
-    for windows in (2, 3, 6):
-        assert loss(windows, TOKENS, whole=True) == pytest.approx(beginning, rel=1e-6)
-    assert loss(6, TOKENS) != pytest.approx(beginning, rel=1e-6)
+    for probed in (5, 69, 100, 1000):
+        for windows, whole in ((1, False), (2, True), (3, False), (4, False), (6, True)):
+            assert loss(windows, probed, whole=whole) == pytest.approx(losses[:probed].mean(), rel=1e-5)
+    assert abs(losses[:5].mean() - losses.mean()) > 1e-3
 
 
 def test_resident_weights_change_no_bit(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:

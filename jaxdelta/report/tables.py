@@ -90,7 +90,8 @@ def checks(analysis: Analysis) -> Iterator[str]:
     run = analysis.run
     yield "=== Checks ==="
     yield f" closure  ‖h_0 + Σδ - h_N‖ / ‖h_N‖ = {run['closure_error']:.1e}"
-    yield f" loss on the calibration text = {run['calibration_loss']:.4f} nats per token"
+    of = f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
+    yield f" loss on {of}the calibration text = {run['calibration_loss']:.4f} nats per token"
     for name, row in (("before", analysis.last_layer_residual), ("after", analysis.last_layer_normed)):
         used = "shown above" if row in analysis.per_layer else "in the JSON"
         yield (
