@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdelta import __version__, resume, split
+from jaxdelta import resume, split
 from jaxdelta.calibration import Tokens, load_encoder, tokenize
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.control import controlled
@@ -20,6 +19,7 @@ from jaxdelta.corpus import read_documents, shuffled
 from jaxdelta.described import Described, described
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.excerpt import excerpt
+from jaxdelta.facts import Spectra, device, pass_times, run_facts, versions
 from jaxdelta.figures import Groups
 from jaxdelta.gathered import parts_looked_at
 from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
@@ -37,13 +37,11 @@ from jaxdelta.result import Analysis
 from jaxdelta.rows import Sample
 from jaxdelta.spectrum import numerical_rank
 from jaxdelta.states import States, scratch_directory
-from jaxdelta.sweep import Resident, Sweep, Weights, Wrote
+from jaxdelta.sweep import Sweep, Wrote
 from jaxdelta.timing import Stages
 from jaxdelta.verdict import verdicts
 from jaxdelta.views import RAW, View, parse_views
-
-FEW_DOCUMENTS = 10
-VERSIONED = ("jax", "jaxlib", "flax", "numpy")
+from jaxdelta.weights import Resident, Weights
 
 Listener = Callable[[str], None]
 
@@ -178,13 +176,13 @@ def _measure(
         found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
         figures = run.keeping(found) if run else found
         layers = list(described(figures, Phases(phases), sample, options.top_k, sweep.shape[1]))
-        spectra = _Spectra.of(layers)
+        spectra = Spectra.of(layers)
         note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {sweep.loss:.4f} nats per token")
         if spectra.on_host:
             note(f"spectra done again on the host: rows {spectra.on_host}")
     rate = tokens_per_second(sweep, tokens.count, stages.clock.seconds["layers"])
-    stages.listener(f"           {rate:,.0f} tokens/s: {_times(sweep.clock.seconds)}")
+    stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(sweep.clock.seconds)}")
     _check_finite(weights, layers, sweep.loss)
     if kept:
         keep_text(kept, sample)
@@ -196,7 +194,7 @@ def _measure(
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
         text=excerpt(tokens, result["per_layer"]),
-        run=_run_facts(weights, options, plan, sweep, spectra, sample, grid)
+        run=run_facts(weights, options, plan, sweep, spectra, sample, grid)
         | {"seconds": dict(stages.clock.seconds), "tokens_per_second": rate},
         **result,
     )
@@ -241,22 +239,9 @@ def _begun(
     stride = 1
     if sample.windows is None and (grid or in_batches()):
         stride = plan.at_once * (grid.mesh.size if grid else 1)
-    program = {**_versions(), "device": _device(), "layers measured at once": stride}
+    program = {**versions(), "device": device(), "layers measured at once": stride}
     manifest = resume.manifest(program, weights, dataclasses.asdict(options), tokens, plan.blocks)
     return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, stride, listener)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spectra:
-    """The largest defect of all spectra, and the rows of which NumPy had to do some again."""
-
-    certificate: float
-    on_host: list[int]
-
-    @classmethod
-    def of(cls, layers: Sequence[Described]) -> "_Spectra":
-        again = [layer.on_host for layer in layers]
-        return cls(max(layer.defect for layer in layers), np.flatnonzero(again).tolist())
 
 
 def _planned(
@@ -283,68 +268,6 @@ def _planned(
         with stages("load"):
             return Resident(weights.load()), plan
     return weights, plan
-
-
-def _run_facts(
-    weights: Weights,
-    options: Options,
-    plan: Plan,
-    sweep: Sweep,
-    spectra: _Spectra,
-    sample: Sample,
-    grid: Grid | None,
-) -> dict[str, Any]:
-    return {
-        "versions": _versions(),
-        "device": _device(),
-        "mesh": grid and grid.facts,
-        "model_type": weights.config.model_type,
-        "weights_dtype": weights.config.dtype,
-        "compute_dtype": options.compute_dtype,
-        "residual_dtype": options.residual_dtype,
-        "last_state": options.last_state,
-        "flags": dataclasses.asdict(options),
-        "text_fingerprint": sample.tokens.fingerprint,
-        "text": {
-            "layout": options.layout,
-            "windows": len(sample.tokens.ids),
-            "window_length": sample.tokens.ids.shape[1],
-            "padding": sample.tokens.padding,
-        },
-        "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
-        "layers_seconds": dict(sweep.clock.seconds),
-        "closure_error": sweep.closure_error,
-        "calibration_loss": sweep.loss,
-        "loss_tokens": sweep.loss_tokens,
-        "certificate": spectra.certificate,
-        "rows_on_host": spectra.on_host,
-        **document_facts(sample.tokens),
-    }
-
-
-def document_facts(tokens: Tokens) -> dict[str, Any]:
-    """How many documents have tokens that count, and whether they are few for intervals."""
-    documents = len(np.unique(tokens.documents[tokens.counted]))
-    return {"documents": documents, "few_documents": documents < FEW_DOCUMENTS}
-
-
-def _versions() -> dict[str, str]:
-    return {"jaxdelta": __version__, **{package: metadata.version(package) for package in VERSIONED}}
-
-
-def _device() -> str:
-    return f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-
-
-def _times(seconds: Mapping[str, float]) -> str:
-    """What bound the pass: the layers wait where reading is slower than computing, or the disk they are kept
-    on is."""
-    bounds = {"compute": "computing", "wait": "reading", "keep": "keeping"}
-    told = [what for what in (*bounds, "loss") if what in seconds]
-    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in told)
-    beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
-    bound = max(set(bounds) & set(told), key=lambda what: seconds[what])
-    return f"{own}; beside them {beside}: bound by {bounds[bound]}"
 
 
 def _with_loss(sweep: Sweep, layers: Iterator[Iterator[Wrote]]) -> Iterator[Iterator[Wrote]]:

@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxdelta.calibration import Tokens
 from jaxdelta.config import ModelConfig
-from jaxdelta.sweep import Weights
 from jaxdelta.types import AnyArray
+from jaxdelta.weights import Weights
 
 CONTROLS = ("random_init", "permuted_weights", "shuffled_tokens", "random_tokens")
 

@@ -21,7 +21,8 @@ from jaxdelta.measure import layers_at_once, layers_pending, spectrum_bytes, upd
 from jaxdelta.model import MIN_QUERY_BLOCK, pairs_at_once, query_block
 from jaxdelta.parallel import share
 from jaxdelta.pooling import pool_bytes
-from jaxdelta.sweep import Blocks, Weights
+from jaxdelta.sweep import Blocks
+from jaxdelta.weights import Weights
 
 MODES = ("auto", "stream", "resident")
 BLOCK_TOKENS = 8_192  # of a long text that pass at once: more make nothing faster, and need more memory

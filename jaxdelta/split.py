@@ -31,8 +31,9 @@ from jaxdelta.moments import Bounds, Moments
 from jaxdelta.parallel import ALL, DATA, WHOLE, Grid, weight_spec
 from jaxdelta.pooling import Programs
 from jaxdelta.states import State
-from jaxdelta.sweep import Sweep, Update, Weights
+from jaxdelta.sweep import Sweep, Update
 from jaxdelta.types import AnyArray
+from jaxdelta.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)

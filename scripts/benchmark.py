@@ -52,8 +52,9 @@ from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate  # noqa: E402
 from jaxdelta.rows import Sample  # noqa: E402
-from jaxdelta.sweep import Resident, Sweep, Update, Weights, Wrote  # noqa: E402
+from jaxdelta.sweep import Sweep, Update, Wrote  # noqa: E402
 from jaxdelta.views import ALL, RAW  # noqa: E402
+from jaxdelta.weights import Resident, Weights  # noqa: E402
 
 SCRIPTS = Path(__file__).resolve().parent
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")

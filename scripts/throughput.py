@@ -19,8 +19,9 @@ from jaxdelta.model import query_block
 from jaxdelta.plan import BLOCK_TOKENS
 from jaxdelta.pooling import Pool, Windows
 from jaxdelta.rows import Sample
-from jaxdelta.sweep import Blocks, Resident, Sweep
+from jaxdelta.sweep import Blocks, Sweep
 from jaxdelta.views import DEFAULT_VIEWS, parse_views
+from jaxdelta.weights import Resident
 
 Side = Callable[[], object]
 

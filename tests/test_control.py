@@ -21,7 +21,7 @@ from jaxdelta.comparison import compare_control, load_control
 from jaxdelta.control import CONTROLS, PermutedWeights, RandomInit, controlled
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.tables import tables
-from jaxdelta.sweep import Resident, Weights
+from jaxdelta.weights import Resident, Weights
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "delta_svd.py"
 OF_WEIGHTS, OF_TEXTS = CONTROLS[:2], CONTROLS[2:]

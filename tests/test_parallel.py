@@ -25,7 +25,8 @@ from jaxdelta.parallel import processes as processes_of
 from jaxdelta.plan import Work
 from jaxdelta.resume import RUN
 from jaxdelta.split import SplitSweep, SplitWeights
-from jaxdelta.sweep import Blocks, Resident, Sweep, joined
+from jaxdelta.sweep import Blocks, Sweep, joined
+from jaxdelta.weights import Resident
 
 HERE = Path(__file__).parent
 SHAPE = {"attention_bias": True, "num_key_value_heads": 4}  # four of everything that is split

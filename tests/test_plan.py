@@ -16,7 +16,8 @@ from jaxdelta.config import Experts, ModelConfig
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model import Qwen3
 from jaxdelta.plan import Work, device_limit
-from jaxdelta.sweep import Blocks, Resident, Sweep
+from jaxdelta.sweep import Blocks, Sweep
+from jaxdelta.weights import Resident
 
 GB = 10**9
 

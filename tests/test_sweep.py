@@ -12,7 +12,8 @@ from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.loss import next_token_loss
 from jaxdelta.model import residual_stream
-from jaxdelta.sweep import Blocks, Resident, Sweep, Update, Weights, joined
+from jaxdelta.sweep import Blocks, Sweep, Update, joined
+from jaxdelta.weights import Resident, Weights
 
 IDS = np.random.default_rng(5).integers(0, 256, (6, 70)).astype(np.int32)
 TOKENS = Tokens(IDS, np.zeros_like(IDS))
