@@ -142,7 +142,9 @@ class Work:
             "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
             # A block's states enter and leave; the others wait, the ones that entered with them.
             "states": 2 * (n if blocks.place == "device" else m) * self._state,
-            "layer": max(self._layer_workspace(blocks), 8 * min(m, PROBED) * VOCAB_SLICE),
+            "layer": max(
+                self._layer_workspace(blocks), 8 * min(math.prod(self.tokens), PROBED) * VOCAB_SLICE
+            ),
         }
 
     def _layer_workspace(self, blocks: Blocks) -> int:

@@ -252,7 +252,7 @@ class Sweep:
             following = np.concatenate([tokens.ravel()[places + 1] for tokens, places in probed])
             targets = self.weights.head_rows(following)
             losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
-            self.loss, self.loss_tokens = float(np.asarray(losses, np.float64).mean()), len(following)
+            self.loss, self.loss_tokens = float(losses.mean(dtype=np.float64)), len(following)
 
     def compile_rest(self) -> None:
         """Compiles what follows the layers, on another thread while they compute."""
