@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 from jaxdelta.report.charts import phase_bands
+from jaxdelta.report.tables import probed
 from jaxdelta.result import Analysis
 from jaxdelta.views import view_of
 
@@ -102,7 +103,7 @@ def _phases(analysis: Analysis) -> Iterator[str]:
 def _checks(analysis: Analysis) -> Iterator[str]:
     run = analysis.run
     yield (
-        f"The updates account for the last state to {run['closure_error']:.1e}; the loss on the text was "
-        f"{run['calibration_loss']:.4f} nats per token."
+        f"The updates account for the last state to {run['closure_error']:.1e}; the loss on "
+        f"{probed(run)}the text was {run['calibration_loss']:.4f} nats per token."
     )
     yield f"The SHA-256 of the run's .safetensors file is {array_hash(analysis)}."

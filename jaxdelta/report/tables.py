@@ -1,6 +1,7 @@
 """The tables a run prints, in the reference's words and columns."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from jaxdelta.report import trust
 from jaxdelta.result import Analysis
@@ -85,13 +86,17 @@ def control_table(analysis: Analysis) -> Iterator[str]:
         yield f" {row['phase']:>5} {' '.join(means)}"
 
 
+def probed(run: dict[str, Any]) -> str:
+    """How much of the text the loss is of, where the file says it."""
+    return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
+
+
 def checks(analysis: Analysis) -> Iterator[str]:
     """What tells that the figures can be believed, and the last layer in both conventions."""
     run = analysis.run
     yield "=== Checks ==="
     yield f" closure  ‖h_0 + Σδ - h_N‖ / ‖h_N‖ = {run['closure_error']:.1e}"
-    of = f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
-    yield f" loss on {of}the calibration text = {run['calibration_loss']:.4f} nats per token"
+    yield f" loss on {probed(run)}the calibration text = {run['calibration_loss']:.4f} nats per token"
     for name, row in (("before", analysis.last_layer_residual), ("after", analysis.last_layer_normed)):
         used = "shown above" if row in analysis.per_layer else "in the JSON"
         yield (
