@@ -17,10 +17,10 @@ from jaxdelta.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.control import controlled
 from jaxdelta.corpus import read_documents, shuffled
 from jaxdelta.described import Described, described
+from jaxdelta.documents import Groups
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.excerpt import excerpt
 from jaxdelta.facts import Spectra, device, pass_times, run_facts, versions
-from jaxdelta.figures import Groups
 from jaxdelta.gathered import parts_looked_at
 from jaxdelta.keeping import RUN, keep_layer, keep_text, keeping
 from jaxdelta.measure import CROSSED, Design, LayerFigures, ViewFigures, in_batches, measured

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.figures import Crossed, Found, Resampled
+from jaxdelta.documents import Crossed, Resampled
+from jaxdelta.figures import Found
 from jaxdelta.measure import LayerFigures, ViewFigures
 from jaxdelta.spectrum import Spectrum
 from jaxdelta.views import View

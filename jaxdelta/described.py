@@ -48,6 +48,6 @@ def _compared(views: dict[View, ViewFigures]) -> dict[View, ViewFigures]:
     """What is one object stays one: without sinks the masked view is the raw one."""
     lighter: dict[int, ViewFigures] = {}
     for figures in views.values():
-        found = figures.found._replace(products=None, owned=None, resampled=None, factor=None)
+        found = figures.found._replace(products=None, owned=None, resampled=None)
         lighter[id(figures)] = replace(figures, found=found, kept=np.zeros(0, bool))
     return {view: lighter[id(figures)] for view, figures in views.items() if view in CROSSED}

@@ -73,7 +73,7 @@ class Gathered:
         return len(self.table["update"]), self.sums.shape[2]
 
     def figures(self, design: Design, halves: Float64[np.ndarray, "R 2 G"]) -> LayerFigures:
-        """Everything that is measured of the layer, `halves` as in `figures.Groups`. Uses the squares up."""
+        """Everything that is measured of the layer, `halves`: see `documents.Groups`. Uses the squares up."""
         with jax.enable_x64(True):
             entering, leaving = (np.sqrt(self.table[name]) for name in ("entering", "leaving"))
             sinks = np.flatnonzero(~without_sinks(entering, leaving, design.sink_factor))
@@ -112,9 +112,9 @@ class Gathered:
         own = self.table[view.part], self.table["entering"], self.table[f"{view.part}_h"]
         products = None if view.centred else own
         owned = self._owned(view, of, found, kept)
-        whole = Found(found.spectrum, products, owned, found.mean_energy, resampled, None)
         compared = found.crossed if design.groups and view in CROSSED else None
-        return ViewFigures(whole, design.k, kept, on_host, compared)
+        whole = Found(found.spectrum, products, owned, found.mean_energy, resampled, compared)
+        return ViewFigures(whole, design.k, kept, on_host)
 
     def _owned(
         self, view: View, of: Pooled, found: PooledFigures, kept: Bool[np.ndarray, " n"]

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
+from jaxdelta.types import AnyArray
+
 _BLOCK = 64  # columns that dsytrd and dormtr turn at once, at most
 
 
@@ -27,9 +29,31 @@ def _alone_on_a_cpu(decomposition: Callable[[Array], Any]) -> Callable[[Array], 
     return decompose
 
 
+def eigh(matrix: Float[AnyArray, "*sets m m"]) -> tuple[Any, Any]:
+    """Eigenvalues, ascending, and eigenvectors, in columns, of matrices whose lower triangles are given.
+
+    Of NumPy's arrays by NumPy; NaN where LAPACK fails.
+    """
+    if isinstance(matrix, np.ndarray):
+        return _unless_it_fails(np.linalg.eigh, matrix, matrix.shape[:-1], matrix.shape)
+    return _batched(_eigh, matrix)
+
+
+def eigenvalues(matrix: Float[AnyArray, "*sets m m"]) -> Float[AnyArray, "*sets m"]:
+    """Those of `eigh`: NumPy finds them in half the time, without the vectors."""
+    if isinstance(matrix, np.ndarray):
+        return _unless_it_fails(np.linalg.eigvalsh, matrix, matrix.shape[:-1])
+    return _batched(_eigh, matrix)[0]
+
+
+def _batched(decomposition: Callable[[Array], Any], matrices: Array) -> Any:
+    for _ in matrices.shape[:-2]:
+        decomposition = jax.vmap(decomposition)
+    return decomposition(matrices)
+
+
 @_alone_on_a_cpu
-def eigh(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
-    """Eigenvalues, ascending, and eigenvectors, in columns, of a matrix whose lower triangle is given."""
+def _eigh(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     vectors, values = jax.lax.linalg.eigh(matrix, symmetrize_input=False)
     return values, vectors
 
@@ -47,15 +71,12 @@ def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, 
     return left, values, right
 
 
-def host_eigh(
-    matrix: Float64[np.ndarray, "m m"],
-) -> tuple[Float64[np.ndarray, " m"], Float64[np.ndarray, "m m"]]:
-    """`eigh` by NumPy; NaN where LAPACK fails."""
+def _unless_it_fails(decomposition: Callable[..., Any], matrix: np.ndarray, *shapes: tuple[int, ...]) -> Any:
     try:
-        values, vectors = np.linalg.eigh(matrix)
+        return decomposition(matrix)
     except np.linalg.LinAlgError:
-        return np.full(len(matrix), np.nan), np.full(matrix.shape, np.nan)
-    return values, vectors
+        nothing = [np.full(shape, np.nan, matrix.dtype) for shape in shapes]
+        return tuple(nothing) if len(nothing) > 1 else nothing[0]
 
 
 def largest(
@@ -63,7 +84,7 @@ def largest(
 ) -> tuple[Float64[np.ndarray, " m"], Float64[np.ndarray, "m k"]]:
     """All eigenvalues, ascending, and the eigenvectors of the k largest, in columns, of a symmetric matrix.
 
-    Finding all vectors takes two thirds of the time of `host_eigh`. T = QᵀAQ tridiagonal (dsytrd), its
+    Finding all vectors takes two thirds of the time of `eigh`. T = QᵀAQ tridiagonal (dsytrd), its
     eigenvalues by the QR iteration of Pal, Walker and Kahan (dsterf), k of its vectors by relatively robust
     representations (dstemr; Dhillon & Parlett 2004), turned back by Q (dormtr). NaN where LAPACK fails.
     """

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float64
 
 from jaxdelta import figures
 from jaxdelta.compiling import QuickJit
-from jaxdelta.figures import Crossed, Found, Groups, Selection
+from jaxdelta.documents import FACTOR_ROWS, LEADING, Crossed, Groups
+from jaxdelta.figures import Found, Selection
 from jaxdelta.spectrum import CERTIFIED, Solved, solve
 from jaxdelta.sweep import Update, Wrote, joined
 from jaxdelta.timing import Clock
@@ -54,8 +55,7 @@ class Design:
 
     def axes(self, view: View, n: int, d: int) -> int:
         """Of how many axes the vectors are found: resampling wants some, and a factor more."""
-        factor = figures.factor_shape(n, d) if view in CROSSED else None
-        wanted = factor[0] if factor else figures.LEADING
+        wanted = FACTOR_ROWS if view in CROSSED and n > FACTOR_ROWS else LEADING
         return max(self.basis_size(n, d), min(wanted, n, d) if self.groups else 0)
 
 
@@ -70,7 +70,11 @@ class ViewFigures:
     k: int
     kept: Bool[np.ndarray, " n"]
     on_host: bool = False
-    crossed: Crossed | None = None
+
+    @property
+    def crossed(self) -> Crossed | None:
+        """What compares the view with other layers', where it is compared."""
+        return self.found.crossed
 
     @property
     def singular_values(self) -> Float64[np.ndarray, " r"]:
@@ -219,29 +223,23 @@ def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack
     matrix: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
     update = Update(matrix, matrix, matrix)
     with jax.enable_x64(True):
-        kept = np.ones(shape[0])
-        common = (design.selection(RAW), design.groups)
-        size, factor_size = design.basis_size(*shape), figures.factor_shape(*shape)
-        if design.method == "gram":
-            _single.lower(figures.view_rows, (update, kept), common[:1], ()).compile()
-        for rows, solved in _solved_shapes(shape, design):
-            own = (update, kept, rows, solved)
-            _single.lower(figures.view_figures, own, common, (size, design.method)).compile()
+        kept, selection, size = np.ones(shape[0]), design.selection(RAW), design.basis_size(*shape)
         if not design.plain:
             _single.lower(figures.state_products, (update,), (), ()).compile()
-        if design.groups:
-            basis = jax.ShapeDtypeStruct((size, shape[1]), jnp.float64)
-            factor = factor_size and jax.ShapeDtypeStruct(factor_size, jnp.float32)
-            _single.lower(figures.crossed, (update, kept, basis, factor), common, ()).compile()
+        rows = _single.lower(figures.view_rows, (update, kept), (selection,), ())
+        rows.compile()
+        for solved in _solved_shapes(shape, design):
+            own = (rows.out_info, matrix, kept, solved)
+            _single.lower(figures.spectral_figures, own, (), (size, design.method)).compile()
 
 
-def _solved_shapes(shape: tuple[int, int], design: Design) -> list[tuple[Any, Any]]:
-    """Of a view's rows and of what `solve` finds of them, by numbers of axes; None where it finds nothing."""
+def _solved_shapes(shape: tuple[int, int], design: Design) -> list[Any]:
+    """Of what `solve` finds of a view's rows, by numbers of axes; None where it finds nothing."""
     if design.method != "gram":
-        return [(None, None)]
+        return [None]
     of: Any = partial(jax.ShapeDtypeStruct, dtype=np.float64)
     r, axes = min(shape), {design.axes(view, *shape) for view in design.views}
-    return [(of(shape), Solved(of((r, r)), of((r,)), of((r, q)))) for q in axes]
+    return [Solved(of((r, r)), of((r,)), of((r, q))) for q in axes]
 
 
 def _measured(batch: list[Update], design: Design, call: Caller) -> list[LayerFigures]:
@@ -273,30 +271,35 @@ def _view(
     batch: list[Update], kept: list[np.ndarray], view: View, design: Design, call: Caller
 ) -> list[ViewFigures]:
     """A view of every layer of a batch; spectra whose certificate failed are computed again by NumPy."""
-    selection = design.selection(view)
+    common, size = (design.selection(view), design.groups), design.basis_size(*batch[0].h.shape)
+    compared = design.groups is not None and view in CROSSED
     own = [(update, mask.astype(np.float64)) for update, mask in zip(batch, kept, strict=True)]
-    size = design.basis_size(*batch[0].h.shape)
-    rows: Sequence[Any] = [None] * len(batch)
-    solved = rows
-    if call is _one_by_one and design.method == "gram":
-        rows = [_single(figures.view_rows, one, (selection,), ()) for one in own]
-        solved = [solve(np.asarray(one), design.axes(view, *one.shape)) for one in rows]
-    each = [(*pair, *more) for pair, *more in zip(own, rows, solved, strict=True)]
-    found = call(figures.view_figures, each, (selection, design.groups), (size, design.method))
+    if call is _one_by_one:
+        found = [_on_a_cpu(*one, view, design) for one in own]
+    else:
+        found = call(figures.view_figures, own, common, (size, design.method, compared))
     on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
     for row in np.flatnonzero(on_host):
         # One device has it then, where all had it.
         update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), batch[row])
-        again = figures.host_figures(update, own[row][1], selection, design.groups, size)
-        found[row] = jax.tree.map(np.array, again)
-    compared: list[Crossed | None] = [None] * len(batch)
-    if design.groups and view in CROSSED:
-        bases = [(*pair, one.spectrum.directions, one.factor) for pair, one in zip(own, found, strict=True)]
-        compared = call(figures.crossed, bases, (selection, design.groups))
+        found[row] = figures.host_figures(update, own[row][1], *common, size, compared)
     return [
-        ViewFigures(one, design.k, mask, failed, cross)
-        for one, mask, failed, cross in zip(found, kept, on_host, compared, strict=True)
+        ViewFigures(one, design.k, mask, failed)
+        for one, mask, failed in zip(found, kept, on_host, strict=True)
     ]
+
+
+def _on_a_cpu(update: Update, kept: Float64[np.ndarray, " n"], view: View, design: Design) -> Found:
+    """`figures.view_figures`, by LAPACK and NumPy what XLA's threads would take longer for."""
+    rows = _single(figures.view_rows, (update, kept), (design.selection(view),), ())
+    x, size = np.asarray(rows), design.basis_size(*rows.shape)
+    solved = solve(x, design.axes(view, *x.shape)) if design.method == "gram" else None
+    of_rows = _single(figures.spectral_figures, (rows, update.h, kept, solved), (), (size, design.method))
+    found, coordinates = jax.tree.map(np.array, of_rows)
+    if not np.isfinite(found.products[0].sum()):
+        x = np.zeros_like(x)
+    with np.errstate(invalid="ignore"):  # such a layer's figures are NaN, and the caller's to find
+        return figures.with_documents(found, x, solved, coordinates, design.groups, view in CROSSED)
 
 
 def update_bytes(n: int, d: int) -> int:

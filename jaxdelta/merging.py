@@ -13,10 +13,10 @@ import numpy as np
 from jaxdelta.analysis import collect
 from jaxdelta.calibration import PADDING, Tokens
 from jaxdelta.described import described
+from jaxdelta.documents import Groups
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.excerpt import excerpt
 from jaxdelta.facts import document_facts
-from jaxdelta.figures import Groups
 from jaxdelta.gathered import merge, parts_looked_at
 from jaxdelta.keeping import RUN, load_layer, load_text
 from jaxdelta.measure import Design, LayerFigures

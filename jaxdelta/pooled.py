@@ -4,7 +4,7 @@ Axes: G groups, d hidden size, c directions of the basis, q = min(d, LEADING) ax
 exact, R divisions into halves. All functions must be traced with 64-bit types on.
 
 Leaving out a group, or taking one half of them, changes M = Σ_g M_g. Within the q leading axes of M the new
-matrix is solved exactly; beyond them all λ shrink alike, see `figures.without_groups`.
+matrix is solved exactly; beyond them all λ shrink alike, see `documents.without_groups`.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxdelta.figures import FACTOR_ROWS, Crossed, Resampled, without_groups
+from jaxdelta.documents import FACTOR_ROWS, Crossed, Resampled, without_groups
 from jaxdelta.lapack import eigh
 from jaxdelta.spectrum import Spectrum, defect, orient, product
 from jaxdelta.types import AnyArray
@@ -25,7 +25,7 @@ LEADING = 128
 
 class Pooled(NamedTuple):
     """Of a view: Σxxᵀ and Σx of each group's tokens, x less `centred` (0 or 1) times the mean of all; how
-    many they are; how the groups are divided, see `figures.Groups`."""
+    many they are; how the groups are divided, see `documents.Groups`."""
 
     squares: Float64[AnyArray, "G d d"]
     sums: Float64[AnyArray, "G d"]
@@ -116,7 +116,7 @@ def _split_half(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Arra
     if not repeats:
         return jnp.zeros(0, within.dtype)
     halves = product(jnp.reshape(pooled.halves, (2 * repeats, groups)), within.reshape(groups, -1))
-    values, vectors = jax.vmap(eigh)(halves.reshape(-1, *within.shape[1:]))
+    values, vectors = eigh(halves.reshape(-1, *within.shape[1:]))
     first = vectors[:, :, -1].reshape(repeats, 2, -1)
     cosines = jnp.abs(jnp.sum(first[:, 0] * first[:, 1], axis=-1))
     return jnp.where((values[:, -1] > 0).reshape(repeats, 2).all(axis=1), cosines, np.nan)

@@ -27,7 +27,7 @@ _SUSPECT = 0.5
 
 class Windows(NamedTuple):
     """The text as it passes, block by block: which tokens count, and the group that each window is in;
-    `halves` as in `figures.Groups`."""
+    `halves` as in `documents.Groups`."""
 
     counted: list[Bool[np.ndarray, "B T"]]
     groups: list[Int32[np.ndarray, " B"]]

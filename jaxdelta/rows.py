@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64, Int, Int32
 
 from jaxdelta.calibration import Tokens
-from jaxdelta.figures import Groups
+from jaxdelta.documents import Groups
 from jaxdelta.measure import LayerFigures, ViewFigures
 from jaxdelta.significance import cluster_weights, half_weights, t_interval
 from jaxdelta.spectrum import (

@@ -70,22 +70,24 @@ def decompose(
     if method == "full":
         values, vectors, coordinates = _by_svd(x, k)
     else:
-        found = lapack.eigh(_short_gram(x)) if solved is None else (solved.energies, solved.vectors)
-        values, vectors, coordinates = _by_gram(x, k, *map(jnp.asarray, found))
+        values, vectors, coordinates = _by_gram(x, k, solved or solve(x, k))
     directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
     return Spectrum(values, directions, _defect(x, values, directions)), coordinates
 
 
-def solve(x: Float64[np.ndarray, "n d"], k: int) -> Solved:
-    """All eigenvalues of the smaller of x xᵀ and xᵀx, and the last k of its vectors.
+def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
+    """All eigenvalues of the smaller of x xᵀ and xᵀx, and at least the last k of its vectors.
 
-    On a CPU, where LAPACK takes less time than XLA with the product, and with k vectors than with all. Where
-    x is not finite, from which some solvers never return, of zero.
+    Of an array of NumPy's, k: on a CPU, where LAPACK takes less time than XLA with the product, and with k
+    vectors than with all. Where it is not finite, from which some solvers never return, of zero.
     """
+    if not isinstance(x, np.ndarray):
+        traced = _short_gram(x)
+        return Solved(traced, *lapack.eigh(traced))
     square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     if not np.isfinite(square.sum()):
         square[:] = 0
-    found = lapack.host_eigh(square) if k == len(square) else lapack.largest(square, k)
+    found = lapack.eigh(square) if k == len(square) else lapack.largest(square, k)
     return Solved(square, *found)
 
 
@@ -220,10 +222,9 @@ def _short_gram(x: Float64[Array, "n d"]) -> Float64[Array, "r r"]:
     return gram(x if x.shape[0] <= x.shape[1] else jax.lax.optimization_barrier(x.T))
 
 
-def _by_gram(
-    x: Float64[Array, "n d"], k: int, energies: Float64[Array, " r"], vectors: Float64[Array, "r v"]
-) -> Decomposition:
-    vectors, values = vectors[:, ::-1], jnp.sqrt(jnp.maximum(energies[::-1], 0))
+def _by_gram(x: Float64[Array, "n d"], k: int, solved: Solved) -> Decomposition:
+    vectors = jnp.asarray(solved.vectors)[:, ::-1]
+    values = jnp.sqrt(jnp.maximum(jnp.asarray(solved.energies)[::-1], 0))
     top = vectors[:, :k]
     if x.shape[0] > x.shape[1]:
         return values, top.T, product(x, vectors)
@@ -278,6 +279,8 @@ def gram(x: Float[Array, "m d"]) -> Float[Array, "m m"]:
     return jnp.block([[gram(top), corner.T], [corner, gram(bottom)]])
 
 
-def product(x: AnyArray, y: AnyArray) -> Array:
+def product(x: AnyArray, y: AnyArray) -> Any:
     """x y at full precision, which accelerators give only when asked."""
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return x @ y
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

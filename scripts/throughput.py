@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from jaxdelta.calibration import Tokens
 from jaxdelta.checkpoint import open_checkpoint
-from jaxdelta.figures import Groups
+from jaxdelta.documents import Groups
 from jaxdelta.measure import Design
 from jaxdelta.model import query_block
 from jaxdelta.plan import BLOCK_TOKENS

@@ -8,7 +8,7 @@ import numpy as np
 from updates import K, tokens, update
 
 from jaxdelta.described import described
-from jaxdelta.figures import FACTOR_ROWS
+from jaxdelta.documents import FACTOR_ROWS
 from jaxdelta.measure import Design, LayerFigures, measure
 from jaxdelta.relations import Phases
 from jaxdelta.rows import Sample, layer_row

@@ -1,6 +1,6 @@
 """Figures of many layers: the same side by side on threads, in batches, and by NumPy where a solver fails."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from updates import WIDE, K, tokens, update
 
-from jaxdelta import figures, measure
-from jaxdelta.figures import FACTOR_ROWS, Groups, Selection
+from jaxdelta import measure
+from jaxdelta.documents import FACTOR_ROWS, LEADING, Crossed, Groups
 from jaxdelta.measure import CROSSED, Design, LayerFigures
 from jaxdelta.rows import Sample, layer_row
 from jaxdelta.spectrum import CERTIFIED
@@ -93,7 +93,7 @@ def test_few_axes_of_a_long_update_serve_as_all(monkeypatch: pytest.MonkeyPatch)
     """On a CPU: as many as a factor has are found of the compared views, of the others some."""
     shape, views = (FACTOR_ROWS + 28, FACTOR_ROWS + 8), (RAW, View(centred=True))
     design = Design(K, views=views, groups=Sample.of(tokens(shape[0]), 20, seed=5).groups)
-    assert [design.axes(view, *shape) for view in views] == [FACTOR_ROWS, figures.LEADING]
+    assert [design.axes(view, *shape) for view in views] == [FACTOR_ROWS, LEADING]
 
     def figures_of() -> LayerFigures:
         return measure.measure([[Wrote(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
@@ -125,33 +125,40 @@ def test_spectra_that_fail_are_done_again_with_all_figures(
 # What relations between layers need
 
 
-def crossed(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, figures.Crossed]:
-    """Of a view with centre and mask; δ as it is there, and two directions."""
-    wrote, (n, d) = update(shape), shape
-    kept = np.ones(n)
-    kept[7] = 0
-    membership = (np.arange(n) % 3 == np.arange(3)[:, None]).astype(np.float64)
-    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(d, 2)))[0].T
-    common = (Selection.of(View("mlp", centred=True)), Groups(membership, np.zeros((0, 2, 3))))
-    with jax.enable_x64(True):
-        [view] = measure._one_by_one(figures.view_figures, [(wrote, kept, None, None)], common, (2, "gram"))
-        each = [(wrote, kept, directions, view.factor)]
-        [found] = measure._one_by_one(figures.crossed, each, common)
-    mlp = wrote.mlp.astype(np.float64)
-    rows = kept[:, None] * (mlp - mlp[kept > 0].mean(axis=0))
-    for group, coupling in zip(membership, found.coupling, strict=True):
-        wanted = directions @ (rows[group > 0].T @ rows[group > 0])
-        np.testing.assert_allclose(coupling, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    return rows, np.linalg.svd(rows, compute_uv=False), found
+@pytest.fixture(params=["numpy", "jax"])
+def crossed(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[tuple[int, int]], tuple[np.ndarray, np.ndarray, Crossed]]:
+    """Of a view with centre and mask: δ as it is there, its singular values, and what was found."""
+    view = View("mlp", centred=True)
+    call = measure._one_by_one if request.param == "numpy" else measure._together
+    monkeypatch.setattr(measure, "CROSSED", (view,))
+
+    def found(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Crossed]:
+        wrote, n = update(shape), shape[0]
+        kept = np.arange(n) != 7
+        membership = (np.arange(n) % 3 == np.arange(3)[:, None]).astype(np.float64)
+        design = Design(2, groups=Groups(membership, np.zeros((0, 2, 3))))
+        with jax.enable_x64(True):
+            [figure] = measure._view([wrote], [kept], view, design, call)
+        mlp = wrote.mlp.astype(np.float64)
+        rows = kept[:, None] * (mlp - mlp[kept].mean(axis=0))
+        assert figure.crossed is not None
+        for group, coupling in zip(membership, figure.crossed.coupling, strict=True):
+            wanted = figure.basis @ (rows[group > 0].T @ rows[group > 0])
+            np.testing.assert_allclose(coupling, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        return rows, np.linalg.svd(rows, compute_uv=False), figure.crossed
+
+    return found
 
 
-def test_the_factor_of_a_short_update_is_itself() -> None:
+def test_the_factor_of_a_short_update_is_itself(crossed: Any) -> None:
     rows, _, found = crossed(WIDE)
     np.testing.assert_allclose(found.factor, rows, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(540, 520), (520, 48)], ids=["cut", "all of it"])
-def test_the_factor_of_a_long_update_is_its_leading_directions(shape: tuple[int, int]) -> None:
+def test_the_factor_of_a_long_update_is_its_leading_directions(crossed: Any, shape: tuple[int, int]) -> None:
     rows, values, found = crossed(shape)
     assert found.factor.shape == (min(FACTOR_ROWS, *shape), shape[1])
     left = rows.T @ rows - found.factor.T.astype(np.float64) @ found.factor

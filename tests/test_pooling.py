@@ -10,7 +10,7 @@ from updates import K, tokens, update
 
 from jaxdelta import Analysis, analyze, rows
 from jaxdelta.calibration import Tokens, tokenize
-from jaxdelta.figures import Groups
+from jaxdelta.documents import Groups
 from jaxdelta.measure import Design, LayerFigures, measure
 from jaxdelta.plan import Work
 from jaxdelta.pooling import Pool, Windows

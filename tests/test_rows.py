@@ -17,7 +17,7 @@ from updates import DOCUMENTS, TALL, WIDE, K, measured, tokens, update
 
 from jaxdelta import measure
 from jaxdelta.calibration import Tokens
-from jaxdelta.figures import Groups
+from jaxdelta.documents import Groups
 from jaxdelta.measure import LayerFigures
 from jaxdelta.report import trust
 from jaxdelta.result import Analysis

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 from absl import flags
 from test_reference_scripts import load_script, run_script
 
+from jaxdelta.documents import by_group, without_groups
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.figures import by_group, without_groups
 from jaxdelta.significance import t_interval
 
 validation = load_script("validate_statistics")
@@ -55,18 +56,19 @@ def test_a_figure_that_one_document_decides_has_a_wide_interval() -> None:
     assert higher - lower > 2 * (high - low)
 
 
+@pytest.mark.parametrize("library", [np, jnp], ids=["numpy", "jax"])
 @pytest.mark.parametrize("axes", [24, 16])
-def test_eigenvalues_without_a_document_are_those_of_the_others(axes: int) -> None:
+def test_eigenvalues_without_a_document_are_those_of_the_others(axes: int, library: Any) -> None:
     """Followed along all axes, and along the first of them."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 24)) * 0.8 ** np.arange(24)
     _, values, vectors = np.linalg.svd(x, full_matrices=False)
     membership = (np.arange(300) // 12 == np.arange(25)[:, None]).astype(np.float64)
     with jax.enable_x64(True):
-        leading = jnp.asarray(x @ vectors[:axes].T)
-        among = by_group(leading, leading, jnp.asarray(membership))
+        leading = library.asarray(x @ vectors[:axes].T)
+        among = by_group(leading, leading, library.asarray(membership))
         beyond = membership @ np.square(x).sum(axis=1) - np.trace(among, axis1=1, axis2=2)
-        found = np.asarray(without_groups(jnp.square(values), among, jnp.asarray(beyond)))
+        found = np.asarray(without_groups(library.square(values), among, library.asarray(beyond)))
     exact = np.array([np.linalg.svd(x[group == 0], compute_uv=False) ** 2 for group in membership])
     np.testing.assert_allclose(found.sum(axis=1), exact.sum(axis=1), rtol=1e-12)
     np.testing.assert_allclose(found[:, :10], exact[:, :10], rtol=3e-3 if axes < 24 else 1e-10)
