@@ -161,16 +161,25 @@ def assembled(
     frame: Float64[AnyArray, "P p d"],
 ) -> Float64[Array, "P G d d"]:
     """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
-    lower = jnp.tri(rest.shape[2], dtype=bool)
 
     def add(group: Array, rest: Array) -> Array:
-        mixed, own = product(lead[:, group] / 2, frame) + cross[:, group], rest[:, group]
+        mixed = product(lead[:, group] / 2, frame) + cross[:, group]
         along = jnp.concatenate([frame, mixed], axis=1), jnp.concatenate([mixed, frame], axis=1)
-        # The transpose is materialised: XLA on CPU takes three times as long for one among sums.
-        whole = jnp.where(lower, own, jax.lax.optimization_barrier(jnp.swapaxes(own, 1, 2)))
-        return rest.at[:, group].set(whole + product(jnp.swapaxes(along[0], 1, 2), along[1]))
+        whole = _mirrored(rest[:, group]) + product(jnp.swapaxes(along[0], 1, 2), along[1])
+        return rest.at[:, group].set(whole)
 
     return jax.lax.fori_loop(0, rest.shape[1], add, rest)
+
+
+def _mirrored(x: Float64[Array, "P m m"]) -> Float64[Array, "P m m"]:
+    """What is below the diagonal also above it: by halves, so that no more is transposed than must be."""
+    m = x.shape[1]
+    if m <= _PANEL:
+        return jnp.where(jnp.tri(m, dtype=bool), x, jnp.swapaxes(x, 1, 2))
+    top, bottom, corner = x[:, : m // 2, : m // 2], x[:, m // 2 :, m // 2 :], x[:, m // 2 :, : m // 2]
+    # The transpose is materialised: XLA on CPU takes three times as long for one among sums.
+    across = jax.lax.optimization_barrier(jnp.swapaxes(corner, 1, 2))
+    return jnp.block([[_mirrored(top), across], [corner, _mirrored(bottom)]])
 
 
 @partial(jax.jit, donate_argnums=0)
