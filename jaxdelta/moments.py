@@ -26,7 +26,7 @@ from jaxdelta.types import AnyArray
 
 FRAME = 8
 _FRAME_STEPS, _FRAME_ROWS = 4, 2048
-_PANEL, _PANELS = 256, 8  # rows of Σrrᵀ that are multiplied at once, at least; how many panels at most
+_PANEL, _PANELS = 512, 8  # rows of Σrrᵀ that are multiplied at once, at least; how many panels at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 
@@ -125,17 +125,21 @@ def _add_window(
     group: Int[Array, ""],
 ) -> Moments:
     weight = kept.astype(jnp.float64)[:, None]
-    x, a = x.astype(jnp.float64) * weight, coordinates.astype(jnp.float64) * weight
+    a = coordinates.astype(jnp.float64) * weight
     # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
     along = sum(a[:, :, i, None] * jnp.asarray(frame)[:, i, None] for i in range(frame.shape[1]))
-    rest = (x - along).astype(jnp.float32)
-    a_transposed = jnp.swapaxes(a, 1, 2)
+    rest = (x.astype(jnp.float64) * weight - along).astype(jnp.float32)
+    # Σr with Σar, and Σx of them: summed beside its rest, x would be kept in float64, too.
+    counted = jnp.concatenate([a, jnp.broadcast_to(weight, (*a.shape[:2], 1))], axis=2)
+    p = a.shape[2]
+    summed = product(jnp.swapaxes(counted, 1, 2), rest.astype(jnp.float64))
+    along_sums = product(jnp.sum(a, axis=1, keepdims=True), jnp.asarray(frame))[:, 0]
     squares, cross, lead, sums, counts = map(jnp.asarray, moments)
     return Moments(
         _add_squares(squares, rest, group),
-        cross.at[:, group].add(product(a_transposed, rest.astype(jnp.float64))),
-        lead.at[:, group].add(product(a_transposed, a)),
-        sums.at[:, group].add(jnp.sum(x, axis=1)),
+        cross.at[:, group].add(summed[:, :p]),
+        lead.at[:, group].add(product(jnp.swapaxes(a, 1, 2), a)),
+        sums.at[:, group].add(summed[:, p] + along_sums),
         counts.at[group].add(weight.sum()),
     )
 
@@ -174,7 +178,7 @@ def assembled(
 def _mirrored(x: Float64[Array, "P m m"]) -> Float64[Array, "P m m"]:
     """What is below the diagonal also above it: by halves, so that no more is transposed than must be."""
     m = x.shape[1]
-    if m <= _PANEL:
+    if m <= _PANEL // 2:  # smaller ones save nothing
         return jnp.where(jnp.tri(m, dtype=bool), x, jnp.swapaxes(x, 1, 2))
     top, bottom, corner = x[:, : m // 2, : m // 2], x[:, m // 2 :, m // 2 :], x[:, m // 2 :, : m // 2]
     # The transpose is materialised: XLA on CPU takes three times as long for one among sums.
