@@ -166,7 +166,7 @@ def _through(
 ) -> Callable[[Float32[AnyArray, "n B"]], Float32[AnyArray, "n B"]]:
     """y -> x xᵀ y in units of x, by whichever takes less work."""
     n, d = x.shape
-    if n <= d and square is not None:
+    if square is not None:
         rows = (square / unit**2).astype(np.float32)
         return lambda y: product(rows, y)
     narrow = (x / unit).astype(np.float32)
