@@ -96,12 +96,19 @@ def keep_memory() -> None:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    """Whatever comes of a signal, which libraries may catch and wrap, the process ends as one it ended."""
+    received: list[int] = []
+
+    def strike(signum: int, frame: object) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
+
     try:
         gc.freeze()
         gc.enable()
         # From here on there may be something to tidy up.
-        _on_interrupt(signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _terminate)
+        _on_interrupt(strike)
+        signal.signal(signal.SIGTERM, strike)
         keep_memory()
         keep_compiled()
         main()
@@ -109,11 +116,20 @@ def _guarded(main: Callable[[], None]) -> None:
         # And from here on there is not: everything is written.
         _on_interrupt(signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except JaxDeltaError as error:
+    except BaseException as error:
+        if signal.SIGINT in received:
+            _end_interrupted()
+        if received:
+            os._exit(TERMINATED)
+        _explain(error)
+        raise
+
+
+def _explain(error: BaseException) -> None:
+    """Ends in one line what is no error of ours."""
+    if isinstance(error, JaxDeltaError):
         fail(str(error), error.status)
-    except KeyboardInterrupt:
-        _end_interrupted()
-    except OSError as error:
+    if isinstance(error, OSError):
         if isinstance(error, BrokenPipeError) or error.filename is None:
             # Our output went away or is full: nothing more can be said to it, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -159,10 +175,6 @@ def _wants_help(argv: list[str]) -> bool:
     return any(arg.startswith("-") and arg.lstrip("-").split("=")[0] in names for arg in argv[1:])
 
 
-def _terminate(signum: int, frame: object) -> None:
-    sys.exit(TERMINATED)
-
-
 def _on_interrupt(action: Any) -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
         signal.signal(signal.SIGINT, action)
@@ -182,6 +194,6 @@ def _unraisablehook(unraisable: Any) -> None:
 
 
 def _end_interrupted() -> NoReturn:
-    """Ends now: an ordinary exit would wait for all threads."""
+    """Ends now: an ordinary exit would wait for all threads, and tell of all that is half done."""
     print(f"{script_name()}: interrupted; nothing was written", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

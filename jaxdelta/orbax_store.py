@@ -11,6 +11,7 @@ import errno
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,19 +208,24 @@ def _read_into(buffer: np.ndarray, array: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then."""
-    verbosity, hook = logging.get_verbosity(), sys.unraisablehook
+    """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then.
+
+    What an error or a signal leaves half done, Python tells of as it is removed: event loops, and coroutines
+    that nobody waited for. Only a signal among it goes on to who else asks for such reports.
+    """
+    verbosity, hook, filters = logging.get_verbosity(), sys.unraisablehook, warnings.catch_warnings()
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = lambda report: None if _is_late(report) else hook(report)
+    sys.unraisablehook = lambda report: hook(report) if _is_signal(report) else None
+    filters.__enter__()
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     yield
+    filters.__exit__(None, None, None)
     logging.set_verbosity(verbosity)
     sys.unraisablehook = hook
 
 
-def _is_late(report: Any) -> bool:
-    """TensorStore's threads tell of every array to a loop that Orbax closes at the first error; and a loop
-    that a signal keeps from being made is closed all the same."""
-    return str(report.exc_value) == "Event loop is closed" or "attribute '_ssock'" in str(report.exc_value)
+def _is_signal(report: Any) -> bool:
+    return issubclass(report.exc_type, KeyboardInterrupt | SystemExit)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,21 @@ def test_signal_where_nothing_can_be_raised(
     assert (found.returncode, found.stderr) == (status, said)
 
 
+@both
+@pytest.mark.parametrize("error", ["ValueError", "OSError", "files.JaxDeltaError"])
+def test_signal_that_a_library_wraps(tmp_path: Path, sent: str, status: int, said: str, error: str) -> None:
+    main = f"try:\n    send()\nexcept BaseException as reason:\n    raise {error}('lost') from reason"
+    found = run(tmp_path, main, sent=sent)
+    assert (found.returncode, found.stderr) == (status, said)
+
+
+@both
+def test_signal_and_what_is_left_at_exit(tmp_path: Path, sent: str, status: int, said: str) -> None:
+    """Python would tell of a coroutine that nobody waited for."""
+    found = run(tmp_path, "async def task(): pass\nsys.left = task()\nsend()", sent=sent)
+    assert (found.returncode, found.stderr) == (status, said)
+
+
 def test_interrupted_during_the_imports(tmp_path: Path) -> None:
     """Also where a library catches everything."""
     found = run(tmp_path, start="try:\n    send()\nexcept:\n    pass")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,3 +408,25 @@ def test_signal_in_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.SelectorEventLoop()
     gc.collect()
     assert not told
+
+
+def test_signal_in_coroutine() -> None:
+    """Or while it starts a task, which nobody then waits for."""
+
+    async def task() -> None:
+        """Never starts."""
+
+    def interrupted() -> None:
+        task()
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit), orbax_store.quiet():
+        interrupted()
+    task()  # All that is left over is quiet from then on, and after a success nothing is.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.resetwarnings()
+        with orbax_store.quiet():
+            task()
+        assert not told
+        task()
+    assert "never awaited" in str(told[0].message)
