@@ -211,11 +211,11 @@ def quiet() -> Iterator[None]:
     """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then.
 
     What an error or a signal leaves half done, Python tells of as it is removed: event loops, and coroutines
-    that nobody waited for. Only a signal among it goes on to who else asks for such reports.
+    that nobody waited for.
     """
     verbosity, hook, filters = logging.get_verbosity(), sys.unraisablehook, warnings.catch_warnings()
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = lambda report: hook(report) if _is_signal(report) else None
+    sys.unraisablehook = lambda report: None if _is_left_over(report) else hook(report)
     filters.__enter__()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     yield
@@ -224,8 +224,13 @@ def quiet() -> Iterator[None]:
     sys.unraisablehook = hook
 
 
-def _is_signal(report: Any) -> bool:
-    return issubclass(report.exc_type, KeyboardInterrupt | SystemExit)
+def _is_left_over(report: Any) -> bool:
+    """An event loop half made, or what TensorStore's threads tell to one that Orbax closed at an error; but
+    no signal that struck there."""
+    if issubclass(report.exc_type, KeyboardInterrupt | SystemExit):
+        return False
+    of_asyncio = (getattr(report.object, "__module__", None) or "").startswith("asyncio.")
+    return of_asyncio or str(report.exc_value) == "Event loop is closed"
 
 
 @contextlib.contextmanager
