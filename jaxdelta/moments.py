@@ -26,7 +26,7 @@ from jaxdelta.types import AnyArray
 
 FRAME = 8
 _FRAME_STEPS, _FRAME_ROWS = 4, 2048
-_PANEL, _PANELS = 512, 8  # rows of Σrrᵀ that are multiplied at once, at least; how many panels at most
+_BLOCK, _BLOCKS = 256, 4  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 
@@ -124,36 +124,54 @@ def _add_window(
     kept: Bool[Array, " T"],
     group: Int[Array, ""],
 ) -> Moments:
-    weight = kept.astype(jnp.float64)[:, None]
-    a = coordinates.astype(jnp.float64) * weight
-    # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
-    along = sum(a[:, :, i, None] * jnp.asarray(frame)[:, i, None] for i in range(frame.shape[1]))
-    rest = (x.astype(jnp.float64) * weight - along).astype(jnp.float32)
-    # Σr with Σar, and Σx of them: summed beside its rest, x would be kept in float64, too.
+    weight = kept.astype(jnp.float32)[:, None]
+    a = coordinates * weight
+    rest = _rest(x, weight, a, frame)
+    # Σr with Σar, and Σx of them: of x itself, XLA would make a copy in float64.
     counted = jnp.concatenate([a, jnp.broadcast_to(weight, (*a.shape[:2], 1))], axis=2)
-    p = a.shape[2]
-    summed = product(jnp.swapaxes(counted, 1, 2), rest.astype(jnp.float64))
+    summed = [product(jnp.swapaxes(counted, 1, 2), block) for block in rest]
+    sums_of_rest = jnp.concatenate(summed, axis=2).astype(jnp.float64)
+    a = a.astype(jnp.float64)
     along_sums = product(jnp.sum(a, axis=1, keepdims=True), jnp.asarray(frame))[:, 0]
     squares, cross, lead, sums, counts = map(jnp.asarray, moments)
     return Moments(
         _add_squares(squares, rest, group),
-        cross.at[:, group].add(summed[:, :p]),
+        cross.at[:, group].add(sums_of_rest[:, :-1]),
         lead.at[:, group].add(product(jnp.swapaxes(a, 1, 2), a)),
-        sums.at[:, group].add(summed[:, p] + along_sums),
-        counts.at[group].add(weight.sum()),
+        sums.at[:, group].add(sums_of_rest[:, -1] + along_sums),
+        counts.at[group].add(weight.sum().astype(jnp.float64)),
     )
 
 
+def _rest(
+    x: Float32[Array, "P T d"],
+    weight: Float32[Array, "T 1"],
+    a: Float32[Array, "P T p"],
+    frame: Float64[AnyArray, "P p d"],
+) -> list[Float32[Array, "P T b"]]:
+    """r = x - aQ, found in float64, in blocks of columns, each an array of its own: of an array's columns XLA
+    on a CPU makes a copy before it multiplies them, which takes half as long as the product."""
+    hidden = x.shape[2]
+    size = max(_BLOCK, -(-hidden // _BLOCKS))
+    blocks = []
+    for columns in (slice(start, start + size) for start in range(0, hidden, size)):
+        # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
+        q = jnp.asarray(frame)[:, :, None, columns]
+        along = sum(a[:, :, i, None].astype(jnp.float64) * q[:, i] for i in range(a.shape[2]))
+        blocks.append(((x[:, :, columns] * weight).astype(jnp.float64) - along).astype(jnp.float32))
+    return blocks
+
+
 def _add_squares(
-    squares: Float64[Array, "P G d d"], rows: Float32[Array, "P T d"], group: Int[Array, ""]
+    squares: Float64[Array, "P G d d"], rest: list[Float32[Array, "P T b"]], group: Int[Array, ""]
 ) -> Float64[Array, "P G d d"]:
-    """Adds Σrrᵀ on and below the diagonal, and no more than a panel beyond it."""
-    hidden = rows.shape[2]
-    size = max(_PANEL, -(-hidden // _PANELS))
-    for start in range(0, hidden, size):
-        stop = min(start + size, hidden)
-        panel = product(jnp.swapaxes(rows[:, :, start:stop], 1, 2), rows[:, :, :stop])
-        squares = squares.at[:, group, start:stop, :stop].add(panel.astype(jnp.float64))
+    """Adds Σrrᵀ, of the blocks on and below the diagonal."""
+    size = rest[0].shape[2]
+    for i, rows in enumerate(rest):
+        for j, columns in enumerate(rest[: i + 1]):
+            square = product(jnp.swapaxes(rows, 1, 2), columns).astype(jnp.float64)
+            at = slice(i * size, i * size + rows.shape[2]), slice(j * size, j * size + columns.shape[2])
+            squares = squares.at[:, group, *at].add(square)
     return squares
 
 
@@ -178,7 +196,7 @@ def assembled(
 def _mirrored(x: Float64[Array, "P m m"]) -> Float64[Array, "P m m"]:
     """What is below the diagonal also above it: by halves, so that no more is transposed than must be."""
     m = x.shape[1]
-    if m <= _PANEL // 2:  # smaller ones save nothing
+    if m <= _BLOCK:  # smaller ones save nothing
         return jnp.where(jnp.tri(m, dtype=bool), x, jnp.swapaxes(x, 1, 2))
     top, bottom, corner = x[:, : m // 2, : m // 2], x[:, m // 2 :, m // 2 :], x[:, m // 2 :, : m // 2]
     # The transpose is materialised: XLA on CPU takes three times as long for one among sums.
