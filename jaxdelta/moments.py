@@ -26,7 +26,7 @@ from jaxdelta.types import AnyArray
 
 FRAME = 8
 _FRAME_STEPS, _FRAME_ROWS = 4, 2048
-_BLOCK, _BLOCKS = 256, 4  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
+_BLOCK, _BLOCKS = 256, 8  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 
