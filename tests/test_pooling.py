@@ -97,6 +97,25 @@ def test_a_group_left_out_and_tokens_that_do_not_count() -> None:
             np.testing.assert_allclose(energies, values**2, rtol=1e-5, atol=1e-6 * values[0] ** 2)
 
 
+def test_sums_of_every_group_at_a_width_of_many_blocks() -> None:
+    """Σxxᵀ and Σx, also where the last block is narrower; one direction is far above the rest."""
+    hidden, wrote = 600, update((SHAPE[0], 600), 5, SINKS)
+    wrote.attention[:] += 30 * np.ones((SHAPE[0], 1), np.float32) * wrote.mlp[:1]
+    text = windows(2)
+    pool = Pool(text, hidden, Design(K, views=VIEWS, groups=Groups(np.ones((GROUPS, 1)), text.halves)))
+    for block, part in enumerate(zip(*(np.split(part, 2) for part in wrote), strict=True)):
+        pool.add(block, Update(*map(jnp.asarray, part)))
+    found, owners = pool.gathered(), np.arange(SHAPE[0]) * GROUPS // SHAPE[0]
+    kept = np.isin(np.arange(SHAPE[0]), found.aside.places, invert=True)
+    for part, name in enumerate(found.parts):
+        x = (wrote.delta if name == "update" else getattr(wrote, name)).astype(np.float64)
+        for group in range(GROUPS):
+            rows = x[(owners == group) & kept]
+            square = rows.T @ rows
+            np.testing.assert_allclose(found.squares[part, group], square, atol=1e-6 * np.trace(square))
+            np.testing.assert_allclose(found.sums[part, group], rows.sum(axis=0), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dominated", [False, True], ids=["spread", "99 % along one direction"])
 def test_of_fifty_thousand_tokens(dominated: bool) -> None:
     """Every singular value as of a float64 SVD of all rows at once, in whatever order the blocks come."""
