@@ -148,7 +148,7 @@ def _rest(
     weight: Float32[Array, "T 1"],
     a: Float32[Array, "P T p"],
     frame: Float64[AnyArray, "P p d"],
-) -> list[Float32[Array, "P T b"]]:
+) -> list[Float32[Array, "P T _"]]:
     """r = x - aQ, found in float64, in blocks of columns, each an array of its own: of an array's columns XLA
     on a CPU makes a copy before it multiplies them, which takes half as long as the product."""
     hidden = x.shape[2]
@@ -163,7 +163,7 @@ def _rest(
 
 
 def _add_squares(
-    squares: Float64[Array, "P G d d"], rest: list[Float32[Array, "P T b"]], group: Int[Array, ""]
+    squares: Float64[Array, "P G d d"], rest: list[Float32[Array, "P T _"]], group: Int[Array, ""]
 ) -> Float64[Array, "P G d d"]:
     """Adds Σrrᵀ, of the blocks on and below the diagonal."""
     size = rest[0].shape[2]
