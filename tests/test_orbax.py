@@ -410,7 +410,7 @@ def test_signal_in_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not told
 
 
-def test_signal_in_coroutine() -> None:
+def test_signal_in_coroutine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or while it starts a task, which nobody then waits for."""
 
     async def task() -> None:
@@ -420,6 +420,7 @@ def test_signal_in_coroutine() -> None:
         task()
         raise SystemExit(143)
 
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # no later test shall be quiet
     with pytest.raises(SystemExit), orbax_store.quiet():
         interrupted()
     task()  # All that is left over is quiet from then on, and after a success nothing is.

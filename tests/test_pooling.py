@@ -34,13 +34,20 @@ def windows(blocks: int, counted: np.ndarray | None = None) -> Windows:
     return Windows(np.split(counted, blocks), np.split(groups, blocks), of.halves)
 
 
-def pooled(wrote: Update, text: Windows) -> LayerFigures:
-    """The figures of an update that comes in the text's blocks."""
+def filled(wrote: Update, text: Windows) -> Pool:
+    """The pool of an update that comes in the text's blocks."""
     membership = np.ones((GROUPS, 1))  # a pool asks only whether there are groups
-    pool = Pool(text, HIDDEN, Design(K, views=VIEWS, groups=Groups(membership, text.halves)))
+    design = Design(K, views=VIEWS, groups=Groups(membership, text.halves))
+    pool = Pool(text, wrote.h.shape[1], design)
     parts = [np.split(part, len(text.counted)) for part in wrote]
     for block in range(len(text.counted)):
         pool.add(block, Update(*(jnp.asarray(part[block]) for part in parts)))
+    return pool
+
+
+def pooled(wrote: Update, text: Windows) -> LayerFigures:
+    """The figures of such an update."""
+    pool = filled(wrote, text)
     return pool.gathered().figures(pool._design, text.halves)
 
 
@@ -99,13 +106,9 @@ def test_a_group_left_out_and_tokens_that_do_not_count() -> None:
 
 def test_sums_of_every_group_at_a_width_of_many_blocks() -> None:
     """Σxxᵀ and Σx, also where the last block is narrower; one direction is far above the rest."""
-    hidden, wrote = 600, update((SHAPE[0], 600), 5, SINKS)
-    wrote.attention[:] += 30 * np.ones((SHAPE[0], 1), np.float32) * wrote.mlp[:1]
-    text = windows(2)
-    pool = Pool(text, hidden, Design(K, views=VIEWS, groups=Groups(np.ones((GROUPS, 1)), text.halves)))
-    for block, part in enumerate(zip(*(np.split(part, 2) for part in wrote), strict=True)):
-        pool.add(block, Update(*map(jnp.asarray, part)))
-    found, owners = pool.gathered(), np.arange(SHAPE[0]) * GROUPS // SHAPE[0]
+    wrote = update((SHAPE[0], 600), 5, SINKS)
+    wrote.attention[:] += 30 * wrote.mlp[:1]
+    found, owners = filled(wrote, windows(2)).gathered(), np.arange(SHAPE[0]) * GROUPS // SHAPE[0]
     kept = np.isin(np.arange(SHAPE[0]), found.aside.places, invert=True)
     for part, name in enumerate(found.parts):
         x = (wrote.delta if name == "update" else getattr(wrote, name)).astype(np.float64)
