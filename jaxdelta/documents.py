@@ -4,6 +4,7 @@ Axes: n tokens, d hidden size, r = min(n, d), q leading axes, G groups of docume
 halves, c directions of the basis. Written for NumPy's arrays, which a CPU has, and for traced ones alike.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def resampled(
     """Of a view's tokens, their squared norms, x xᵀ where it is known, and their coordinates along V."""
     xp, values = namespace(x), spectrum.singular_values
     leading = coordinates[:, :LEADING]
-    among = by_group(leading, leading, groups.membership)
+    among = moments_by_group(leading, groups.membership)
     beyond = product(groups.membership, norms) - xp.trace(among, axis1=1, axis2=2)
     first = leading[:, :_FIRST_AMONG], among[:, :_FIRST_AMONG, :_FIRST_AMONG]
     return Resampled(
@@ -110,6 +111,14 @@ def without_groups(
     return xp.concatenate([xp.maximum(top, 0), tail], axis=1)
 
 
+def moments_by_group(
+    x: Float64[AnyArray, "n q"], membership: Float64[AnyArray, "G n"]
+) -> Float64[AnyArray, "G q q"]:
+    """Σ x_i x_iᵀ over the tokens of each group: of a few axes, all in one product."""
+    squares = (x[:, :, None] * x[:, None]).reshape(len(x), -1)
+    return product(membership, squares).reshape(-1, x.shape[1], x.shape[1])
+
+
 def by_group(
     x: Float[AnyArray, "n p"], y: Float[AnyArray, "n q"], membership: Float64[AnyArray, "G n"]
 ) -> Float[AnyArray, "G p q"]:
@@ -119,7 +128,10 @@ def by_group(
     2G. That is 2/G of the work of all tokens for each group, however long the groups are.
     """
     if isinstance(x, np.ndarray):
-        return np.stack([x[own].T @ y[own] for own in membership.astype(bool)])
+        order = np.argsort(membership.argmax(axis=0), kind="stable")
+        ends = np.cumsum(membership.sum(axis=1)).astype(int).tolist()
+        spans, x, y = itertools.pairwise([0, *ends]), x.take(order, axis=0), y.take(order, axis=0)
+        return np.stack([x[start:end].T @ y[start:end] for start, end in spans])
     groups, n = membership.shape
     size, counts = -(-n // groups), jnp.cumsum(membership, axis=1).astype(int)
     owner, pieces = jnp.argmax(membership, axis=0), -(-counts[:, -1] // size)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Float64
 from jaxdelta.subspaces import SHARED_RANK, inner_products, one_blas_thread, orthonormalised, unit
 
 _POOL = 384  # draws that a phase's replicates are picked from, at least
-_EACH = 4  # captures counted by each replicate's B: they vary with the direction captured, hardly with B
+_EACH = 8  # captures counted by each replicate's B: they vary with the direction captured, hardly with B
 _ISOTROPIC_DRAWS = 4  # of which only the mean is kept
 _AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates that are solved together
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float32, Float64, Int
 
 from jaxdelta.measure import ViewFigures
 from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_means, layer_draws, phase_nulls
@@ -25,6 +25,7 @@ from jaxdelta.significance import (
     t_interval,
 )
 from jaxdelta.subspaces import alignment_index, one_blas_thread
+from jaxdelta.types import AnyArray
 
 ORDERS = 2000  # of segments tried by the phase test
 
@@ -66,7 +67,7 @@ def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
         ],
         "block_capture": [
             {"phase": phases.names[p], "L": layer, "capture": float(found.capture[p, layer])}
-            for p, layer in _together(phases)
+            for p, layer in zip(*(places.tolist() for places in _together(phases)), strict=True)
         ],
     }
 
@@ -142,13 +143,16 @@ class _Bounds:
     draws: OverlapDraws | None
     documents: int
 
-    def interval(self, estimate: Any, name: str, where: Any, scale: str = "unit") -> dict[str, Any]:
-        """As an entry of the JSON; nothing without draws, or of a figure that is not defined."""
-        if self.draws is None or not np.isfinite(estimate):
-            return {}
-        without, draws = np.split(getattr(self.draws, name)[where], [self.documents])
-        low, high = t_interval(estimate, without, scale, draws)
-        return {"interval": [float(low), float(high)]}
+    def intervals(
+        self, estimates: Float64[AnyArray, " n"], name: str, where: Any = (), scale: str = "unit"
+    ) -> list[dict[str, Any]]:
+        """As entries of the JSON; nothing without draws, or of a figure that is not defined."""
+        if self.draws is None:
+            return [{} for _ in estimates]
+        without, draws = np.split(getattr(self.draws, name)[where], [self.documents], axis=-1)
+        bounds = np.stack(t_interval(np.asarray(estimates), without, scale, draws), axis=-1).tolist()
+        defined = np.isfinite(estimates)
+        return [{"interval": ends} if there else {} for ends, there in zip(bounds, defined, strict=True)]
 
 
 def _adjacent(
@@ -156,46 +160,49 @@ def _adjacent(
 ) -> list[dict[str, Any]]:
     """|cos| of neighbours; p-values are adjusted over the neighbours (Benjamini & Hochberg)."""
     cosines = np.abs(np.diagonal(found.top1_cos, 1))
+    rows: list[dict[str, Any]] = [
+        {"L": i, "abs_cos": float(cosine), **interval, "isotropic_p": float(isotropic), **chance}
+        for i, (cosine, interval, isotropic, chance) in enumerate(
+            zip(
+                cosines,
+                bounds.intervals(cosines, "adjacent"),
+                isotropic_p_value(cosines, d),
+                _beside(cosines, nulls.adjacent if nulls else None),
+                strict=True,
+            )
+        )
+    ]
     defined = present[1:] & present[:-1]
-    isotropic = isotropic_p_value(cosines, d)
-    rows: list[dict[str, Any]] = []
-    for i, cosine in enumerate(cosines):
-        if not defined[i]:
-            rows.append({"L": i, "abs_cos": None, "note": "zero update: it has no directions"})
-            continue
-        figure = {"abs_cos": float(cosine), **bounds.interval(cosine, "adjacent", i)}
-        chance = {"isotropic_p": float(isotropic[i])}
-        if nulls is not None:
-            chance |= _beside(cosine, nulls.adjacent[i])
-        rows.append({"L": i, **figure, **chance})
+    for i in np.flatnonzero(~defined).tolist():
+        rows[i] = {"L": i, "abs_cos": None, "note": "zero update: it has no directions"}
     if nulls is not None:
-        _adjust([row for row, there in zip(rows, defined, strict=True) if there])
+        _adjust([rows[i] for i in np.flatnonzero(defined)])
     return rows
 
 
 def _phases(found: Overlaps, phases: Phases, nulls: _Nulls | None, bounds: _Bounds) -> list[dict[str, Any]]:
     """Per phase: its cosines, how many dimensions its v_L span, and chance."""
+    intra = bounds.intervals(found.intra_cos_mean, "intra")
+    cross = bounds.intervals(found.cross_cos_mean, "cross")
+    rank = bounds.intervals(found.stacked_rank, "stacked_rank", scale="log")
+    chance = _beside(found.intra_cos_mean, nulls.matched.intra if nulls else None)
     rows = []
     for p, (name, inside) in enumerate(zip(phases.names, phases.members, strict=True)):
-        several = inside.sum() > 1
-        intra, cross = float(found.intra_cos_mean[p]), float(found.cross_cos_mean[p])
         row: dict[str, Any] = {
             "phase": name,
             "layers": int(inside.sum()),
-            "intra": {"value": intra if several else None},
-            "cross": {"value": cross if not inside.all() else None},
+            "intra": {"value": None},
+            "cross": {"value": None},
             "stacked_rank": {"value": float(found.stacked_rank[p])},
             "dimensions_90": int(found.dimensions_90[p]),
         }
-        if several:
-            row["intra"] |= bounds.interval(intra, "intra", p)
-            row["stacked_rank"] |= bounds.interval(found.stacked_rank[p], "stacked_rank", p, "log")
+        if inside.sum() > 1:
+            row["intra"] = {"value": float(found.intra_cos_mean[p]), **intra[p], **chance[p]}
+            row["stacked_rank"] |= rank[p]
         else:
             row["note"] = "one layer: nothing to compare within"
         if not inside.all():
-            row["cross"] |= bounds.interval(cross, "cross", p)
-        if nulls and several:
-            row["intra"] |= _beside(intra, nulls.matched.intra[p])
+            row["cross"] = {"value": float(found.cross_cos_mean[p]), **cross[p]}
         rows.append(row)
     return rows
 
@@ -208,19 +215,32 @@ def _layers(
     bounds: _Bounds,
 ) -> list[dict[str, Any]]:
     """Per layer: how much of v_L, and of its whole update, lies in what its phase shares."""
-    rows = []
-    for p, layer in _together(phases):
-        row: dict[str, Any] = {"L": layer, "phase": phases.names[p]}
-        for name in ("capture", "leave_one_out"):
-            value = getattr(found, name)[p, layer]
-            row[name] = {"value": float(value), **bounds.interval(value, name, (p, layer))}
-            if nulls:
-                row[name] |= _beside(value, getattr(nulls.matched, name)[p])
-                row[name]["isotropic_mean"] = float(nulls.isotropic[name][p])
-        rows.append(row | {"alignment_index": _number(aligned[p, layer])})
+    p, layer = _together(phases)
+
+    def entries(name: str) -> list[dict[str, Any]]:
+        values = getattr(found, name)[p, layer]
+        intervals = bounds.intervals(values, name, (p, layer))
+        chance = _beside(values, getattr(nulls.matched, name)[p] if nulls else None)
+        figures = zip(values.tolist(), intervals, chance, strict=True)
+        of_layers = [{"value": value, **interval, **beside} for value, interval, beside in figures]
+        if nulls:
+            for entry, mean in zip(of_layers, nulls.isotropic[name][p].tolist(), strict=True):
+                entry["isotropic_mean"] = mean
+        return of_layers
+
+    captures, alone = entries("capture"), entries("leave_one_out")
     if nulls:
-        _adjust([row["leave_one_out"] for row in rows])
-    return rows
+        _adjust(alone)
+    return [
+        {
+            "L": int(layer[i]),
+            "phase": phases.names[p[i]],
+            "capture": captures[i],
+            "leave_one_out": alone[i],
+            "alignment_index": _number(aligned[p[i], layer[i]]),
+        }
+        for i in range(len(layer))
+    ]
 
 
 def _phase_test(found: Overlaps, phases: Phases) -> dict[str, Any]:
@@ -249,15 +269,20 @@ def _stability(cosines: Float64[np.ndarray, "N B"]) -> list[dict[str, Any]]:
     ]
 
 
-def _beside(value: float, null: Float64[np.ndarray, " m"]) -> dict[str, float]:
-    """Chance's mean and 95 % point, the p-value, and what is above chance."""
-    mean = float(null.mean())
-    return {
+def _beside(
+    values: Float64[AnyArray, " n"], null: Float64[np.ndarray, "n m"] | None
+) -> list[dict[str, float]]:
+    """Of each value chance's mean and 95 % point, its p-value, what is above chance; of no null nothing."""
+    if null is None:
+        return [{} for _ in values]
+    mean = null.mean(axis=-1)
+    columns = {
         "null_mean": mean,
-        "null_95": float(np.quantile(null, 0.95)),
-        "null_p": float(p_value(value, null)),
-        "excess": float(value) - mean,
+        "null_95": np.quantile(null, 0.95, axis=-1),
+        "null_p": p_value(np.asarray(values), null),
+        "excess": values - mean,
     }
+    return [dict(zip(columns, row, strict=True)) for row in np.stack([*columns.values()], axis=-1).tolist()]
 
 
 def _adjust(figures: list[dict[str, Any]]) -> None:
@@ -267,14 +292,11 @@ def _adjust(figures: list[dict[str, Any]]) -> None:
         figure["null_q"] = float(q)
 
 
-def _together(phases: Phases) -> list[tuple[int, int]]:
-    """(phase, layer) of every layer that is not alone in its phase."""
-    return [
-        (p, int(layer))
-        for p, inside in enumerate(phases.members)
-        if inside.sum() > 1
-        for layer in np.flatnonzero(inside)
-    ]
+def _together(phases: Phases) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The phases, and layers, of all layers that are not alone in their phase."""
+    members = phases.members
+    p, layer = np.nonzero(members & (members.sum(axis=1, keepdims=True) > 1))
+    return p, layer
 
 
 def _number(value: Any) -> float | None:

@@ -1,6 +1,7 @@
 """A layer's row: the figures of each of its views, with intervals, by the names they have in the JSON."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -127,84 +128,107 @@ def layer_row(
 ) -> dict[str, Any]:
     """The row of a layer: its raw figures, the other views' under their names, and its energy ledger."""
     row: dict[str, Any] = {"L": layer, "phase": phase}
-    same: dict[int, dict[str, Any]] = {}  # without sinks, a masked view is the unmasked one
+    several = {id(found): found for found in figures.views.values()}  # without sinks, masked is unmasked
+    rows = dict(zip(several, view_rows([*several.values()], sample, k, hidden), strict=True))
     for view, found in figures.views.items():
         place = row
         for name in view.path:
             place = place.setdefault(name, {})
-        if id(found) not in same:
-            same[id(found)] = view_row(found, sample, k, hidden)
-        place |= same[id(found)]
+        place |= rows[id(found)]
     return row | ({"ledger": _ledger(figures.ledger)} if figures.ledger else {})
 
 
-def view_row(figures: ViewFigures, sample: Sample, k: int, hidden: int) -> dict[str, Any]:
-    """The figures of a view."""
-    kept, values = figures.kept, figures.singular_values
-    n, rank = int(kept.sum()), numerical_rank(values)
-    point = _statistics(figures, sample, np.ones((1, sample.documents)), np.square(values)[None])
-    row: dict[str, Any] = dict.fromkeys(TOKENWISE)
-    row |= {name: float(found[0]) for name, found in point.items() if name != "gamma"}
-    row |= {
-        "top_singvals": values[:k].tolist(),
-        "roy_vetterli_rank": float(roy_vetterli_rank(values)),
-        "participation_ratio": float(participation_ratio(values)),
-        "stable_rank": float(stable_rank(values)),
-        "sigma1_over_sigma2": float(values[0] / values[1]) if rank > 1 else None,
-        "mean_share": _share(float(figures.found.mean_energy), row["frob"] ** 2),
-        "n": n,
-        "n_over_d": n / hidden,
+def view_rows(views: Sequence[ViewFigures], sample: Sample, k: int, hidden: int) -> list[dict[str, Any]]:
+    """The figures of each view; those of the same tokens together, for each by itself is little work."""
+    counts = [np.bincount(sample.owners[view.kept], minlength=sample.documents) for view in views]
+    alike: dict[Any, list[int]] = {}
+    for place, view in enumerate(views):
+        alike.setdefault((counts[place].tobytes(), view.found.products is None), []).append(place)
+    rows: dict[int, dict[str, Any]] = {}
+    for places in alike.values():
+        found = _rows([views[place] for place in places], sample, counts[places[0]], k, hidden)
+        rows |= zip(places, found, strict=True)
+    return [rows[place] for place in range(len(views))]
+
+
+def _rows(
+    views: Sequence[ViewFigures], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
+) -> list[dict[str, Any]]:
+    """The figures of views that have so many tokens of each group."""
+    n, documents = int(counts.sum()), int(np.count_nonzero(counts))
+    values = np.stack([view.singular_values for view in views])
+    drawn = sample.intervals and documents > 1
+    found = _statistics(views, values, sample, counts if drawn else None)
+    point = {name: of[:, 0].tolist() for name, of in found.items() if name != "gamma"}
+    ranks = {
+        "roy_vetterli_rank": roy_vetterli_rank(values).tolist(),
+        "participation_ratio": participation_ratio(values).tolist(),
+        "stable_rank": stable_rank(values).tolist(),
     }
-    if figures.found.resampled is not None:
-        halves = figures.found.resampled.split_half
-        halves = halves[np.isfinite(halves)]
-        row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
-        row |= _owners(figures, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
-    documents = len(np.unique(sample.owners[kept]))
-    if sample.intervals and rank and documents > 1:
-        row["intervals"] = _intervals(figures, sample, point)
-    if notes := _notes(figures, n, rank, documents):
-        row["note"] = notes
-    return row
+    intervals, rows = _intervals(found) if drawn else [], []
+    for i, view in enumerate(views):
+        rank = numerical_rank(values[i])
+        row: dict[str, Any] = dict.fromkeys(TOKENWISE)
+        row |= {name: of[i] for name, of in point.items()}
+        row |= {
+            "top_singvals": values[i, :k].tolist(),
+            **{name: of[i] for name, of in ranks.items()},
+            "sigma1_over_sigma2": float(values[i, 0] / values[i, 1]) if rank > 1 else None,
+            "mean_share": _share(float(view.found.mean_energy), row["frob"] ** 2),
+            "n": n,
+            "n_over_d": n / hidden,
+        }
+        if view.found.resampled is not None:
+            halves = view.found.resampled.split_half
+            halves = halves[np.isfinite(halves)]
+            row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
+            row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
+        if rank and drawn:
+            row["intervals"] = intervals[i]
+        if notes := _notes(view, n, rank, documents):
+            row["note"] = notes
+        rows.append(row)
+    return rows
 
 
 def _statistics(
-    figures: ViewFigures,
+    views: Sequence[ViewFigures],
+    values: Float64[np.ndarray, "V r"],
     sample: Sample,
-    weights: Float64[np.ndarray, "B G"],
-    energies: Float64[np.ndarray, "B r"],
-) -> dict[str, Float64[np.ndarray, " B"]]:
-    """Everything that has an interval, and the rest of the reference's figures, under weights of groups."""
+    counts: Int[np.ndarray, " G"] | None,
+) -> dict[str, Float64[np.ndarray, "V B"]]:
+    """Everything that has an interval, and the rest of the reference's figures: of the text, and then, where
+    its groups' `counts` of tokens are given, without each group that has any, energies scaled to all tokens.
+    """
+    weights, energies = np.ones((1, sample.documents)), np.square(values)[:, None]
+    if counts is not None:
+        there = counts > 0
+        scale = (counts.sum() / (counts.sum() - counts[there]))[:, None]
+        without = [view.found.resampled.without[there] * scale for view in views if view.found.resampled]
+        weights = np.concatenate([weights, sample.without[there]])
+        energies = np.concatenate([energies, np.stack(without)], axis=1)
     values = np.sqrt(energies)
     shares = energy_shares(values)
-    tokenwise = {"frob": np.sqrt(energies.sum(axis=1))}
-    if figures.products is not None:
-        tokenwise = token_statistics(figures.products, sample.owners[figures.kept], weights)
+    tokenwise = {"frob": np.sqrt(energies.sum(axis=-1))}
+    products = [(of, sample.owners[view.kept]) for view in views if (of := view.products) is not None]
+    if products:
+        each = [token_statistics(of, owners, weights) for of, owners in products]
+        tokenwise = {name: np.stack([of[name] for of in each]) for name in each[0]}
     return {
         **tokenwise,
         "eff_rank": effective_rank(values),
-        **{f"top{m}_frac": shares[:, :m].sum(axis=1) for m in (1, 3, 10)},
-        "gamma": values[:, 0],
+        **{f"top{m}_frac": shares[..., :m].sum(axis=-1) for m in (1, 3, 10)},
+        "gamma": values[..., 0],
     }
 
 
-def _intervals(
-    figures: ViewFigures, sample: Sample, point: dict[str, Float64[np.ndarray, "1"]]
-) -> dict[str, list[float]]:
-    """95 % intervals by leaving out each document that has tokens here; energies scaled to all tokens."""
-    assert figures.found.resampled is not None
-    counts = np.bincount(sample.owners[figures.kept], minlength=sample.documents)
-    there = counts > 0
-    scaled = figures.found.resampled.without[there] * (counts.sum() / (counts.sum() - counts[there]))[:, None]
-    without = _statistics(figures, sample, sample.without[there], scaled)
-    found: dict[str, list[float]] = {}
-    measured = [name for name in SCALES if name in point]
-    for scale in dict.fromkeys(SCALES[name] for name in measured):
-        names = [name for name in measured if SCALES[name] == scale]
-        estimates, moved = (np.stack([of[name] for name in names]) for of in (point, without))
-        bounds = t_interval(estimates[:, 0], moved, scale)
-        found |= dict(zip(names, np.stack(bounds, axis=1).tolist(), strict=True))
-    return {name: found[name] for name in measured}
+def _intervals(found: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, list[float]]]:
+    """95 % intervals of every view's figures from what they are without each document."""
+    names = [name for name in SCALES if name in found]
+    figures = np.stack([found[name] for name in names])
+    bounds = t_interval(figures[..., 0], figures[..., 1:], [SCALES[name] for name in names])
+    of_views = np.stack(bounds, axis=-1).swapaxes(0, 1).tolist()
+    return [dict(zip(names, of_view, strict=True)) for of_view in of_views]
 
 
 def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:

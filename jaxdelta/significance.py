@@ -120,19 +120,19 @@ def segment_test(
 def t_interval(
     estimate: Float[np.ndarray, "*shape"] | float,
     without: Float[np.ndarray, "*shape G"],
-    scale: str = "linear",
+    scale: str | Sequence[str] = "linear",
     draws: Float[np.ndarray, "*shape B"] | None = None,
     level: float = 0.95,
 ) -> tuple[Float64[np.ndarray, "*shape"], Float64[np.ndarray, "*shape"]]:
     """Confidence interval of a figure from its values without each of G documents.
 
     g⁻¹(g(estimate) ± t_ν s), t_ν Student's quantile; g is the identity (`linear`), log (`log`, positive
-    figures) or log x/(1-x) (`unit`, figures in [0, 1]). s is the jackknife's, √((G-1)/G Σ (y_g - ȳ)²) of
-    y = g(without), or, where draws of whole documents with replacement are given (`cluster_weights`),
-    √(G/(G-1)) times their deviation: the jackknife fails for figures that jump, as captures of subspaces
-    without a gap do (Efron 1982). ν = 2(G-1)/(κ-1), at most G-1, κ the kurtosis of y: the fewer documents
-    decide on a figure, the less is known of s (Satterthwaite 1946; for clusters Carter, Schnepel &
-    Steigerwald 2017). Values that are all the same leave the estimate itself.
+    figures) or log x/(1-x) (`unit`, figures in [0, 1]), one for all or one for each row. s is the
+    jackknife's, √((G-1)/G Σ (y_g - ȳ)²) of y = g(without), or, where draws of whole documents with
+    replacement are given (`cluster_weights`), √(G/(G-1)) times their deviation: the jackknife fails for
+    figures that jump, as captures of subspaces without a gap do (Efron 1982). ν = 2(G-1)/(κ-1), at most G-1,
+    κ the kurtosis of y: the fewer documents decide on a figure, the less is known of s (Satterthwaite 1946;
+    for clusters Carter, Schnepel & Steigerwald 2017). Values that are all the same leave the estimate itself.
 
     Raises:
         ValueError: fewer than two documents, which tell nothing about others, or an unknown scale.
@@ -140,22 +140,22 @@ def t_interval(
     import scipy.special  # here: importing it takes 0.4 s
 
     documents = without.shape[-1]
-    if documents < 2 or scale not in _SCALES:
+    scales = [scale] if isinstance(scale, str) else scale
+    if documents < 2 or not set(scales) <= set(_SCALES):
         raise ValueError(
             f"t_interval needs at least 2 documents and one of {list(_SCALES)}: {documents}, {scale!r}"
         )
-    there, back = _SCALES[scale]
     estimate = np.asarray(estimate, np.float64)
-    middle = there(estimate)
-    moved = there(np.asarray(without, np.float64))
+    every = np.concatenate([estimate[..., None], without, *([] if draws is None else [draws])], axis=-1)
+    middle, moved, drawn = np.split(_by_row(_SCALES, scale, every), [1, documents + 1], axis=-1)
     if draws is None:
         spread = moved.std(axis=-1) * math.sqrt(documents - 1)
     else:
-        spread = there(draws).std(axis=-1, ddof=1) * math.sqrt(documents / (documents - 1))
+        spread = drawn.std(axis=-1, ddof=1) * math.sqrt(documents / (documents - 1))
     half = scipy.special.stdtrit(_degrees(moved), (1 + level) / 2) * spread
-    low, high = back(middle - half), back(middle + half)
-    known = spread <= _ROUNDING * np.abs(middle)
-    low, high = np.minimum(low, estimate), np.maximum(high, estimate)
+    bounds = _by_row(_INVERSE, scale, middle + half[..., None] * [-1, 1])
+    known = spread <= _ROUNDING * np.abs(middle[..., 0])
+    low, high = np.minimum(bounds[..., 0], estimate), np.maximum(bounds[..., 1], estimate)
     return np.where(known, estimate, low), np.where(known, estimate, high)
 
 
@@ -264,8 +264,18 @@ def _expit(x: Any) -> Any:
     return 1 / (1 + _exp(-x))
 
 
-_SCALES: dict[str, tuple[Scale, Scale]] = {
-    "linear": (np.asarray, np.asarray),
-    "log": (_log, _exp),
-    "unit": (_logit, _expit),
-}
+_SCALES: dict[str, Scale] = {"linear": np.asarray, "log": _log, "unit": _logit}
+_INVERSE: dict[str, Scale] = {"linear": np.asarray, "log": _exp, "unit": _expit}
+
+
+def _by_row(
+    functions: dict[str, Scale], scale: str | Sequence[str], x: Float64[np.ndarray, "*shape b"]
+) -> Float64[np.ndarray, "*shape b"]:
+    """One function of all of x, or of each of its rows that of the row's own scale."""
+    if isinstance(scale, str):
+        return functions[scale](x)
+    moved, names = np.empty_like(x), np.asarray(scale)
+    for name in dict.fromkeys(scale):
+        rows = names == name
+        moved[rows] = functions[name](x[rows])
+    return moved

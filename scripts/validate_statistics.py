@@ -29,7 +29,7 @@ from jaxdelta.nulls import adjacent_null, layer_draws, phase_nulls  # noqa: E402
 from jaxdelta.overlap import overlaps  # noqa: E402
 from jaxdelta.phases import default_phases  # noqa: E402
 from jaxdelta.relations import Phases, relate, stacked_directions  # noqa: E402
-from jaxdelta.rows import SCALES, Sample, layer_row, view_row  # noqa: E402
+from jaxdelta.rows import SCALES, Sample, layer_row, view_rows  # noqa: E402
 from jaxdelta.significance import p_value, segment_test  # noqa: E402
 from jaxdelta.spectrum import (  # noqa: E402
     effective_rank,
@@ -329,9 +329,9 @@ def sinks(quick: bool) -> list[Check]:
             loud[places] = factor
             spoiled = measured([(loud * x, loud * h) for x, h in layers], sample, TOP, (RAW, MASKED))
             for layer, clean in zip(spoiled, measured(layers, sample, TOP), strict=True):
-                masked, truth = layer.views[MASKED], view_row(clean.views[RAW], sample, TOP, HIDDEN)
+                masked = layer.views[MASKED]
                 right.append(set(np.flatnonzero(~masked.kept)) == set(places))
-                row = view_row(masked, sample, TOP, HIDDEN)
+                row, truth = view_rows([masked, clean.views[RAW]], sample, TOP, HIDDEN)
                 within += [
                     low <= figure(truth, name) <= high for name, (low, high) in row["intervals"].items()
                 ]

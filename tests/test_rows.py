@@ -21,7 +21,7 @@ from jaxdelta.documents import Groups
 from jaxdelta.measure import LayerFigures
 from jaxdelta.report import trust
 from jaxdelta.result import Analysis
-from jaxdelta.rows import HALVINGS, MAX_GROUPS, SCALES, Sample, layer_row, view_row
+from jaxdelta.rows import HALVINGS, MAX_GROUPS, SCALES, Sample, layer_row, view_rows
 from jaxdelta.spectrum import (
     effective_rank,
     numerical_rank,
@@ -415,7 +415,7 @@ def test_the_smallest_axes_shrink_together(shape: tuple[int, int]) -> None:
 def test_without_documents_drawn_the_row_has_the_figures_alone() -> None:
     of = Sample.of(tokens(WIDE[0]), 0, seed=0)
     figures = measured(update(WIDE), of, views=(RAW,), groups=None)
-    row = view_row(figures.views[RAW], of, K, WIDE[1])
+    (row,) = view_rows([figures.views[RAW]], of, K, WIDE[1])
     assert not row.keys() & {"intervals", "split_half_cos", "sigma1_tokens", "note"}
     with_draws = assert_json(measured(update(WIDE), OF, views=(RAW,)), OF)
     for name, figure in row.items():  # With documents drawn LAPACK finds all vectors, and rounds otherwise.

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from test_reference_scripts import load_script, run_script
 
-from jaxdelta.documents import by_group, without_groups
+from jaxdelta.documents import moments_by_group, without_groups
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.significance import t_interval
 
@@ -66,7 +66,7 @@ def test_eigenvalues_without_a_document_are_those_of_the_others(axes: int, libra
     membership = (np.arange(300) // 12 == np.arange(25)[:, None]).astype(np.float64)
     with jax.enable_x64(True):
         leading = library.asarray(x @ vectors[:axes].T)
-        among = by_group(leading, leading, library.asarray(membership))
+        among = moments_by_group(leading, library.asarray(membership))
         beyond = membership @ np.square(x).sum(axis=1) - np.trace(among, axis1=1, axis2=2)
         found = np.asarray(without_groups(library.square(values), among, library.asarray(beyond)))
     exact = np.array([np.linalg.svd(x[group == 0], compute_uv=False) ** 2 for group in membership])
