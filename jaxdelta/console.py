@@ -21,15 +21,16 @@ from jaxdelta.errors import JaxDeltaError, UsageError
 
 INTERRUPTED = 130
 TERMINATED = 143
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def install() -> None:
     """Makes Ctrl-C during the imports end in a line, and lets no signal be lost after them.
 
-    Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time.
+    Memory is kept from here on: when threads have begun, it is too late for some of that. Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time.
     """
     gc.disable()
+    keep_memory()
     _on_interrupt(lambda signum, frame: _end_interrupted())
     sys.unraisablehook = _unraisablehook
     logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every accelerator it did not find.
@@ -88,11 +89,14 @@ def keep_compiled() -> None:
 
 def keep_memory() -> None:
     """Tells glibc to keep freed memory for the next layer: returning hundreds of megabytes to the system
-    after each, and taking them anew page by page, costs a sixth of a run on a CPU."""
+    after each, and taking them anew page by page, costs a sixth of a run on a CPU.
+
+    All threads share one arena: others hold no large blocks, which come from the system and go back to it.
+    """
     with contextlib.suppress(OSError, AttributeError):  # macOS, or another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(parameter, value)
 
 
 def _guarded(main: Callable[[], None]) -> None:
@@ -109,7 +113,6 @@ def _guarded(main: Callable[[], None]) -> None:
         # From here on there may be something to tidy up.
         _on_interrupt(strike)
         signal.signal(signal.SIGTERM, strike)
-        keep_memory()
         keep_compiled()
         main()
         print(end="", flush=True)
