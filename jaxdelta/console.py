@@ -27,7 +27,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 def install() -> None:
     """Makes Ctrl-C during the imports end in a line, and lets no signal be lost after them.
 
-    Memory is kept from here on: when threads have begun, it is too late for some of that. Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time.
+    Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time. Memory
+    is kept from here on: once threads have begun, it is too late for some of that.
     """
     gc.disable()
     keep_memory()
