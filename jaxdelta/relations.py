@@ -15,7 +15,7 @@ from jaxdelta.measure import ViewFigures
 from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_means, layer_draws, phase_nulls
 from jaxdelta.overlap import Overlaps, overlaps
 from jaxdelta.resampling import OverlapDraws, resampled_overlaps
-from jaxdelta.rows import Sample
+from jaxdelta.rows import Sample, records
 from jaxdelta.significance import (
     benjamini_hochberg,
     isotropic_cos_mean,
@@ -67,7 +67,7 @@ def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
         ],
         "block_capture": [
             {"phase": phases.names[p], "L": layer, "capture": float(found.capture[p, layer])}
-            for p, layer in zip(*(places.tolist() for places in _together(phases)), strict=True)
+            for p, layer in _together(phases).tolist()
         ],
     }
 
@@ -160,18 +160,14 @@ def _adjacent(
 ) -> list[dict[str, Any]]:
     """|cos| of neighbours; p-values are adjusted over the neighbours (Benjamini & Hochberg)."""
     cosines = np.abs(np.diagonal(found.top1_cos, 1))
-    rows: list[dict[str, Any]] = [
-        {"L": i, "abs_cos": float(cosine), **interval, "isotropic_p": float(isotropic), **chance}
-        for i, (cosine, interval, isotropic, chance) in enumerate(
-            zip(
-                cosines,
-                bounds.intervals(cosines, "adjacent"),
-                isotropic_p_value(cosines, d),
-                _beside(cosines, nulls.adjacent if nulls else None),
-                strict=True,
-            )
-        )
-    ]
+    figures = zip(
+        records({"L": np.arange(len(cosines)), "abs_cos": cosines}),
+        bounds.intervals(cosines, "adjacent"),
+        records({"isotropic_p": isotropic_p_value(cosines, d)}),
+        _beside(cosines, nulls.adjacent if nulls else None),
+        strict=True,
+    )
+    rows = [place | interval | isotropic | chance for place, interval, isotropic, chance in figures]
     defined = present[1:] & present[:-1]
     for i in np.flatnonzero(~defined).tolist():
         rows[i] = {"L": i, "abs_cos": None, "note": "zero update: it has no directions"}
@@ -215,18 +211,15 @@ def _layers(
     bounds: _Bounds,
 ) -> list[dict[str, Any]]:
     """Per layer: how much of v_L, and of its whole update, lies in what its phase shares."""
-    p, layer = _together(phases)
+    p, layer = _together(phases).T
 
     def entries(name: str) -> list[dict[str, Any]]:
         values = getattr(found, name)[p, layer]
         intervals = bounds.intervals(values, name, (p, layer))
         chance = _beside(values, getattr(nulls.matched, name)[p] if nulls else None)
-        figures = zip(values.tolist(), intervals, chance, strict=True)
-        of_layers = [{"value": value, **interval, **beside} for value, interval, beside in figures]
-        if nulls:
-            for entry, mean in zip(of_layers, nulls.isotropic[name][p].tolist(), strict=True):
-                entry["isotropic_mean"] = mean
-        return of_layers
+        isotropic = records({"isotropic_mean": nulls.isotropic[name][p]}) if nulls else chance
+        figures = zip(records({"value": values}), intervals, chance, isotropic, strict=True)
+        return [value | interval | beside | mean for value, interval, beside, mean in figures]
 
     captures, alone = entries("capture"), entries("leave_one_out")
     if nulls:
@@ -276,13 +269,14 @@ def _beside(
     if null is None:
         return [{} for _ in values]
     mean = null.mean(axis=-1)
-    columns = {
-        "null_mean": mean,
-        "null_95": np.quantile(null, 0.95, axis=-1),
-        "null_p": p_value(np.asarray(values), null),
-        "excess": values - mean,
-    }
-    return [dict(zip(columns, row, strict=True)) for row in np.stack([*columns.values()], axis=-1).tolist()]
+    return records(
+        {
+            "null_mean": mean,
+            "null_95": np.quantile(null, 0.95, axis=-1),
+            "null_p": p_value(np.asarray(values), null),
+            "excess": values - mean,
+        }
+    )
 
 
 def _adjust(figures: list[dict[str, Any]]) -> None:
@@ -292,11 +286,10 @@ def _adjust(figures: list[dict[str, Any]]) -> None:
         figure["null_q"] = float(q)
 
 
-def _together(phases: Phases) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The phases, and layers, of all layers that are not alone in their phase."""
+def _together(phases: Phases) -> Int[np.ndarray, "n 2"]:
+    """(phase, layer) of every layer that is not alone in its phase."""
     members = phases.members
-    p, layer = np.nonzero(members & (members.sum(axis=1, keepdims=True) > 1))
-    return p, layer
+    return np.argwhere(members & (members.sum(axis=1, keepdims=True) > 1))
 
 
 def _number(value: Any) -> float | None:

@@ -155,40 +155,57 @@ def _rows(
     views: Sequence[ViewFigures], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
 ) -> list[dict[str, Any]]:
     """The figures of views that have so many tokens of each group."""
-    n, documents = int(counts.sum()), int(np.count_nonzero(counts))
     values = np.stack([view.singular_values for view in views])
-    drawn = sample.intervals and documents > 1
+    drawn = sample.intervals and np.count_nonzero(counts) > 1
     found = _statistics(views, values, sample, counts if drawn else None)
-    point = {name: of[:, 0].tolist() for name, of in found.items() if name != "gamma"}
-    ranks = {
-        "roy_vetterli_rank": roy_vetterli_rank(values).tolist(),
-        "participation_ratio": participation_ratio(values).tolist(),
-        "stable_rank": stable_rank(values).tolist(),
-    }
-    intervals, rows = _intervals(found) if drawn else [], []
-    for i, view in enumerate(views):
-        rank = numerical_rank(values[i])
-        row: dict[str, Any] = dict.fromkeys(TOKENWISE)
-        row |= {name: of[i] for name, of in point.items()}
-        row |= {
-            "top_singvals": values[i, :k].tolist(),
-            **{name: of[i] for name, of in ranks.items()},
-            "sigma1_over_sigma2": float(values[i, 0] / values[i, 1]) if rank > 1 else None,
-            "mean_share": _share(float(view.found.mean_energy), row["frob"] ** 2),
-            "n": n,
-            "n_over_d": n / hidden,
+    figures = records(
+        {name: of[:, 0] for name, of in found.items() if name != "gamma"}
+        | {
+            "top_singvals": values[:, :k],
+            "roy_vetterli_rank": roy_vetterli_rank(values),
+            "participation_ratio": participation_ratio(values),
+            "stable_rank": stable_rank(values),
         }
-        if view.found.resampled is not None:
-            halves = view.found.resampled.split_half
-            halves = halves[np.isfinite(halves)]
-            row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
-            row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
-        if rank and drawn:
-            row["intervals"] = intervals[i]
-        if notes := _notes(view, n, rank, documents):
-            row["note"] = notes
-        rows.append(row)
-    return rows
+    )
+    intervals = _intervals(found) if drawn else [None] * len(views)
+    each = zip(views, figures, intervals, strict=True)
+    return [_row(view, of, bounds, sample, counts, hidden) for view, of, bounds in each]
+
+
+def _row(
+    view: ViewFigures,
+    figures: dict[str, Any],
+    intervals: dict[str, list[float]] | None,
+    sample: Sample,
+    counts: Int[np.ndarray, " G"],
+    hidden: int,
+) -> dict[str, Any]:
+    values, n = view.singular_values, int(counts.sum())
+    rank = numerical_rank(values)
+    row: dict[str, Any] = dict.fromkeys(TOKENWISE)
+    row |= figures
+    row |= {
+        "sigma1_over_sigma2": float(values[0] / values[1]) if rank > 1 else None,
+        "mean_share": _share(float(view.found.mean_energy), row["frob"] ** 2),
+        "n": n,
+        "n_over_d": n / hidden,
+    }
+    if view.found.resampled is not None:
+        halves = view.found.resampled.split_half
+        halves = halves[np.isfinite(halves)]
+        row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
+        row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
+    if rank and intervals:
+        row["intervals"] = intervals
+    if notes := _notes(view, n, rank, int(np.count_nonzero(counts))):
+        row["note"] = notes
+    return row
+
+
+def records(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The columns of a table, arrays, as entries of the JSON, one for each row."""
+    lists = (np.asarray(column).tolist() for column in columns.values())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 def _statistics(
@@ -227,8 +244,7 @@ def _intervals(found: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, l
     names = [name for name in SCALES if name in found]
     figures = np.stack([found[name] for name in names])
     bounds = t_interval(figures[..., 0], figures[..., 1:], [SCALES[name] for name in names])
-    of_views = np.stack(bounds, axis=-1).swapaxes(0, 1).tolist()
-    return [dict(zip(names, of_view, strict=True)) for of_view in of_views]
+    return records(dict(zip(names, np.stack(bounds, axis=-1), strict=True)))
 
 
 def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:
