@@ -1,6 +1,6 @@
 """Plants known truth, runs the package's own functions on it, and prints what came of it beside what should.
 
-    python scripts/validate_statistics.py                           # about five minutes on two cores
+    python scripts/validate_statistics.py                           # a minute or two on two cores
     python scripts/validate_statistics.py --table=docs/validation.md  # also puts the table into that file
     python scripts/validate_statistics.py --quick                   # few data sets, wide tolerances
 
