@@ -25,7 +25,9 @@ from jaxdelta.sweep import Blocks
 from jaxdelta.weights import Weights
 
 MODES = ("auto", "stream", "resident")
-BLOCK_TOKENS = 8_192  # of a long text that pass at once: more make nothing faster, and need more memory
+# Tokens of a long text that pass at once, on a CPU and elsewhere: more make nothing faster, need more memory,
+# and on a CPU do not fit into its cache.
+CACHED_TOKENS, BLOCK_TOKENS = 2_048, 8_192
 USABLE = 0.9  # of a device's memory; the rest is the runtime's
 
 
@@ -103,7 +105,7 @@ class Work:
 
     def _divisions(self) -> Iterator[Blocks]:
         windows, length = self.tokens
-        most = min(windows, max(1, self.data * BLOCK_TOKENS // length)) if self.pool else windows
+        most = min(windows, max(1, self.data * block_tokens() // length)) if self.pool else windows
         counts = dict.fromkeys(
             self._filled(-(-windows // blocks)) for blocks in range(-(-windows // most), windows + 1)
         )
@@ -175,6 +177,11 @@ class Work:
         model = 1 if self.resident else self.model  # a resident model is whole on the first device
         layers = map(self.weights.abstract_layer, range(self.config.num_layers))
         return [[share(path, leaf, model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers]
+
+
+def block_tokens() -> int:
+    """How many tokens of a long text pass a layer at once, on each device."""
+    return CACHED_TOKENS if jax.default_backend() == "cpu" else BLOCK_TOKENS
 
 
 def device_limit(gigabytes: float | None = None, devices: int = 1) -> int:

@@ -16,7 +16,7 @@ from jaxdelta.checkpoint import open_checkpoint
 from jaxdelta.documents import Groups
 from jaxdelta.measure import Design
 from jaxdelta.model import query_block
-from jaxdelta.plan import BLOCK_TOKENS
+from jaxdelta.plan import block_tokens
 from jaxdelta.pooling import Pool, Windows
 from jaxdelta.rows import Sample
 from jaxdelta.sweep import Blocks, Sweep
@@ -58,7 +58,7 @@ def passing(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
 def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[Sweep, Sample]:
     weights = Resident(open_checkpoint(str(directory)).load())
     tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
-    count = max(1, min(len(ids), BLOCK_TOKENS // ids.shape[1]))
+    count = max(1, min(len(ids), block_tokens() // ids.shape[1]))
     blocks = Blocks(count, query_block(weights.config, ids.shape[1]))
     sweep = Sweep(weights, tokens, dtype, blocks=blocks, whole=True)
     return sweep, Sample.of(tokens, 200, 0, pooled=True)
