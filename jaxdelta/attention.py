@@ -51,7 +51,9 @@ def attend(
     places = None if context.positions is None else jnp.repeat(context.positions, heads, axis=0)
     # A divisor: what is left over would be compiled a second time.
     at_once = next(count for count in range(context.at_once, 0, -1) if rows * heads % count == 0)
-    mixed = jax.lax.map(lambda pair: _attend_head(context, *pair), (*pairs, places), batch_size=at_once)
+    # Nor is one pair a batch, whose products XLA on a CPU would take more slowly.
+    size = at_once if at_once > 1 else None
+    mixed = jax.lax.map(lambda pair: _attend_head(context, *pair), (*pairs, places), batch_size=size)
     return mixed.reshape(q.shape)
 
 
@@ -87,11 +89,15 @@ def _attend_span(
 
     def attend_block(q: Array, places: Array) -> Array:
         visible = causal_mask(places, length, context.window, positions)
-        scores = jnp.where(visible, contract("GTH,SH->GTS", q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+        # What is hidden is added, and the shares are rounded before they are summed: as sums, maxima and
+        # exponentials alone XLA on a CPU makes them in vectors, with nothing between written to memory.
+        hidden = jnp.where(visible, jnp.float32(0), -jnp.inf)
+        scores = contract("GTH,SH->GTS", q, k) * q.shape[-1] ** -0.5 + hidden
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        shares = jax.lax.optimization_barrier(weights.astype(q.dtype))
         # Divided by their sum when they are a head's width: one pass less over the scores.
-        shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        mixed = contract("GTS,SH->GTH", shares.astype(q.dtype), v)
-        return mixed / shares.sum(axis=-1, keepdims=True)
+        mixed = contract("GTS,SH->GTH", shares, v)
+        return mixed / shares.sum(axis=-1, keepdims=True, dtype=jnp.float32)
 
     if block == count:
         return attend_block(q, jnp.arange(start, length))

@@ -79,9 +79,10 @@ def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Arra
 @QuickJit
 def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
     """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
-    new = jnp.arange(rows.shape[0]) >= counted
-    scores = contract("...D,VD->...V", x, rows)
-    return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1, where=new))
+    # Added, not chosen by `where`: XLA on a CPU then has all of it in one library call.
+    hidden = jnp.where(jnp.arange(rows.shape[0]) >= counted, jnp.float32(0), -jnp.inf)
+    scores = contract("...D,VD->...V", x, rows) + hidden
+    return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1))
 
 
 def compile_sliced_loss(
