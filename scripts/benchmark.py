@@ -83,7 +83,8 @@ _RESULTS = flags.DEFINE_string("results", None, "a JSON file to keep the figures
 
 Figures = dict[str, Any]
 
-TOLERANCES = {"float32": (), "bfloat16": ("--rtol=0.02", "--atol_cos=0.02")}
+# In bfloat16 the reference's own figures are up to 2 % off its float32 ones, and ours 1 %.
+TOLERANCES = {"float32": (), "bfloat16": ("--rtol=0.03", "--atol_cos=0.03")}
 # The reference's figures and no more.
 PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 
