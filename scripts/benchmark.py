@@ -37,6 +37,7 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import threadpoolctl  # noqa: E402
 from absl import flags  # noqa: E402
 from flax import nnx  # noqa: E402
 from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint  # noqa: E402
@@ -430,12 +431,22 @@ def run_script(name: str, arguments: Sequence[str]) -> float:
 def machine() -> Figures:
     """What the figures were taken on."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
+        "blas": [pool.get("architecture", "") for pool in threadpoolctl.threadpool_info()],
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
     }
+
+
+def processor() -> str:
+    """Its name; of one that hides it, which instructions it has says the rest: see `blas`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
