@@ -25,7 +25,7 @@ from jaxdelta.sweep import Update
 from jaxdelta.types import AnyArray
 
 FRAME = 8
-_FRAME_STEPS, _FRAME_ROWS = 4, 1024
+_FRAME_STEPS, _FRAME_ROWS = 4, 2048
 _BLOCK, _BLOCKS = 256, 8  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
