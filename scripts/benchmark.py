@@ -12,7 +12,7 @@
 Both sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. A ratio above 1 means
 that jaxdelta is faster. `--results=FILE.json` keeps the figures. Environment variables that force an old
 OpenBLAS kernel are taken out for both sides. end_to_end takes about two minutes on two cores; expect a
-ratio of about 2.
+ratio of about 3.
 """
 
 from jaxdelta import console
