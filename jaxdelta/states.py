@@ -4,9 +4,8 @@ fits, else on the host, else in files."""
 import contextlib
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,9 +13,8 @@ from jaxtyping import Array, Float, Float32
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.files import locked
+from jaxdelta.reading import read_ahead
 from jaxdelta.types import AnyArray
-
-T = TypeVar("T")
 
 PLACES = ("device", "host", "scratch")
 
@@ -26,18 +24,6 @@ class State(NamedTuple):
 
     h: Float[AnyArray, "B T D"]
     written: Float32[AnyArray, "B T D"]
-
-
-def read_ahead(read: Callable[[int], T], count: int, start: int = 0) -> Generator[T, None, None]:
-    """read(start), ..., read(count - 1), each read on another thread while the one before is in use."""
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
-        upcoming = [pool.submit(read, start)]
-        for index in range(start + 1, count + 1):
-            # Handed over without a reference left here, which would keep it in memory.
-            item = [upcoming.pop().result()]
-            if index < count:
-                upcoming.append(pool.submit(read, index))
-            yield item.pop()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ from jaxdelta.compiling import QuickJit
 from jaxdelta.layers import rms_norm
 from jaxdelta.loss import PROBED, compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.model import abstract_block, attention_windows, block_context, query_block
-from jaxdelta.states import State, States, read_ahead
+from jaxdelta.reading import read_ahead
+from jaxdelta.states import State, States
 from jaxdelta.timing import Clock
 from jaxdelta.types import AnyArray
 from jaxdelta.weights import Weights

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxdelta import hub
 from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.reading import read_into
 
 DTYPES = {
     "BF16": ml_dtypes.bfloat16,
@@ -128,15 +128,9 @@ class _Place:
         return buffer
 
     def fill(self, buffer: np.ndarray, first: int) -> None:
-        view = buffer.reshape(-1).view(np.uint8).data
-        done = 0
         try:
             with open(self.file, "rb", buffering=0) as file:
-                while done < len(view):
-                    count = os.preadv(file.fileno(), [view[done:]], first + done)
-                    if count == 0:
-                        raise OSError(0, "the file has become shorter")
-                    done += count
+                read_into(file.fileno(), buffer.reshape(-1).view(np.uint8).data, first)
         except OSError as error:
             raise JaxDeltaError(f"{self.file}: {self.name} cannot be read ({error.strerror})") from error
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdelta import analyze, tensors
+from jaxdelta import analyze, reading
 from jaxdelta.checkpoint import Checkpoint
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.sweep import Sweep
@@ -71,7 +71,7 @@ def test_a_read_error(model: Path, before_layer: At, monkeypatch: pytest.MonkeyP
     def fails(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    before_layer(lambda: monkeypatch.setattr(tensors.os, "preadv", fails))
+    before_layer(lambda: monkeypatch.setattr(reading.os, "preadv", fails))
     with pytest.raises(JaxDeltaError, match=r"model\.layers\.2\..* cannot be read \(Input/output error\)"):
         analyze(str(model), TEXT)
 
