@@ -12,12 +12,13 @@ which tokens are sinks is known only when all have passed. All functions must be
 """
 
 from functools import partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Float64, Int
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from jaxdelta.figures import state_products
 from jaxdelta.spectrum import product
@@ -27,6 +28,7 @@ from jaxdelta.types import AnyArray
 FRAME = 8
 _FRAME_STEPS, _FRAME_ROWS = 4, 2048
 _BLOCK, _BLOCKS = 256, 8  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
+_SQUARE = 128  # Σxxᵀ is put together by such squares
 _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 
@@ -73,14 +75,20 @@ def find_frame(
     some = slice(None, None, max(1, len(counted) // _FRAME_ROWS))
     rows = parts_of(jax.tree.map(lambda rows: rows[some], update), parts)
     x = jnp.where(jnp.asarray(counted)[some, None], rows, 0)
-    start = jax.random.normal(jax.random.key(0), (x.shape[-1], FRAME), jnp.float32)
+    start = jax.random.normal(jax.random.key(0), (FRAME, x.shape[-1]), jnp.float32)
 
-    def step(_: Any, y: Array) -> Array:
-        return jnp.linalg.qr(product(jnp.swapaxes(x, 1, 2), product(x, y)))[0]
+    def step(_: Any, frame: Array) -> Array:
+        # Barriers, since XLA takes transposes out of products, and on a CPU then transposes x for each.
+        coordinates = jax.lax.optimization_barrier(product(x, jnp.swapaxes(frame, 1, 2)))
+        image = jax.lax.optimization_barrier(product(jnp.swapaxes(coordinates, 1, 2), x))
+        return _orthonormal(image)
 
     first = jnp.broadcast_to(start, (len(x), *start.shape))
-    found = jax.lax.fori_loop(0, _FRAME_STEPS, step, first).astype(jnp.float64)
-    return jnp.swapaxes(jnp.linalg.qr(found)[0], 1, 2)
+    return _orthonormal(jax.lax.fori_loop(0, _FRAME_STEPS, step, first).astype(jnp.float64))
+
+
+def _orthonormal(rows: Float[Array, "P p d"]) -> Float[Array, "P p d"]:
+    return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(rows, 1, 2))[0], 1, 2)
 
 
 @partial(jax.jit, static_argnums=6, donate_argnums=0)
@@ -153,13 +161,19 @@ def _rest(
     on a CPU makes a copy before it multiplies them, which takes half as long as the product."""
     hidden = x.shape[2]
     size = max(_BLOCK, -(-hidden // _BLOCKS))
-    blocks = []
-    for columns in (slice(start, start + size) for start in range(0, hidden, size)):
+    blocks = [slice(start, min(start + size, hidden)) for start in range(0, hidden, size)]
+
+    def block(columns: slice) -> Array:
         # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
         q = jnp.asarray(frame)[:, :, None, columns]
         along = sum(a[:, :, i, None].astype(jnp.float64) * q[:, i] for i in range(a.shape[2]))
-        blocks.append(((x[:, :, columns] * weight).astype(jnp.float64) - along).astype(jnp.float32))
-    return blocks
+        return ((x[:, :, columns] * weight).astype(jnp.float64) - along).astype(jnp.float32)
+
+    def nothing(columns: slice) -> Array:
+        return jnp.zeros((*x.shape[:2], columns.stop - columns.start), jnp.float32)
+
+    # A choice, so that it is written out: XLA would find it anew for its transposes.
+    return jax.lax.cond(jnp.any(weight > 0), lambda: [*map(block, blocks)], lambda: [*map(nothing, blocks)])
 
 
 def _add_squares(
@@ -168,8 +182,10 @@ def _add_squares(
     """Adds Σrrᵀ, of the blocks on and below the diagonal."""
     size = rest[0].shape[2]
     for i, rows in enumerate(rest):
+        # Once for all products: XLA on a CPU would transpose it in each.
+        transposed = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
         for j, columns in enumerate(rest[: i + 1]):
-            square = product(jnp.swapaxes(rows, 1, 2), columns).astype(jnp.float64)
+            square = product(transposed, columns).astype(jnp.float64)
             at = slice(i * size, i * size + rows.shape[2]), slice(j * size, j * size + columns.shape[2])
             squares = squares.at[:, group, *at].add(square)
     return squares
@@ -182,26 +198,35 @@ def assembled(
     lead: Float64[Array, "P G p p"],
     frame: Float64[AnyArray, "P p d"],
 ) -> Float64[Array, "P G d d"]:
-    """Σ xxᵀ of each part and group, in the memory of `rest`: one group at a time."""
+    """Σ xxᵀ of each part and group, in the memory of `rest`, square by square."""
+    frames = jnp.broadcast_to(jnp.asarray(frame)[:, None], cross.shape)
+    mixed = product(lead / 2, frames) + cross
+    left = jnp.swapaxes(jnp.concatenate([frames, mixed], axis=2), 2, 3)
+    right = jnp.concatenate([mixed, frames], axis=2)
+    hidden = rest.shape[-1]
+    size = gcd(hidden, _SQUARE) if hidden % (_SQUARE // 2) == 0 else hidden
+    starts = np.arange(0, hidden, size)
+    below = np.array([(i, j) for i in starts for j in starts if j <= i])
 
-    def add(group: Array, rest: Array) -> Array:
-        mixed = product(lead[:, group] / 2, frame) + cross[:, group]
-        along = jnp.concatenate([frame, mixed], axis=1), jnp.concatenate([mixed, frame], axis=1)
-        whole = _mirrored(rest[:, group]) + product(jnp.swapaxes(along[0], 1, 2), along[1])
-        return rest.at[:, group].set(whole)
+    def at(k: Array, rest: Array) -> tuple[Array, Array, Array]:
+        i, j = jnp.asarray(below)[k]
+        return i, j, jax.lax.dynamic_slice(rest, (0, 0, i, j), (*rest.shape[:2], size, size))
 
-    return jax.lax.fori_loop(0, rest.shape[1], add, rest)
+    def add(k: Array, rest: Array) -> Array:
+        i, j, square = at(k, rest)
+        rows = jax.lax.dynamic_slice_in_dim(left, i, size, axis=2)
+        columns = jax.lax.dynamic_slice_in_dim(right, j, size, axis=3)
+        return jax.lax.dynamic_update_slice(rest, square + product(rows, columns), (0, 0, i, j))
 
+    def mirror(k: Array, rest: Array) -> Array:
+        i, j, square = at(k, rest)
+        # Written out: XLA on a CPU takes three times as long for a transpose among other things.
+        across = jax.lax.optimization_barrier(jnp.swapaxes(square, 2, 3))
+        across = jnp.where((i == j) & jnp.tri(size, dtype=bool), square, across)
+        return jax.lax.dynamic_update_slice(rest, across, (0, 0, j, i))
 
-def _mirrored(x: Float64[Array, "P m m"]) -> Float64[Array, "P m m"]:
-    """What is below the diagonal also above it: by halves, so that no more is transposed than must be."""
-    m = x.shape[1]
-    if m <= _BLOCK:  # smaller ones save nothing
-        return jnp.where(jnp.tri(m, dtype=bool), x, jnp.swapaxes(x, 1, 2))
-    top, bottom, corner = x[:, : m // 2, : m // 2], x[:, m // 2 :, m // 2 :], x[:, m // 2 :, : m // 2]
-    # The transpose is materialised: XLA on CPU takes three times as long for one among sums.
-    across = jax.lax.optimization_barrier(jnp.swapaxes(corner, 1, 2))
-    return jnp.block([[_mirrored(top), across], [corner, _mirrored(bottom)]])
+    # In turn: where a step writes both, XLA copies all of `rest`.
+    return jax.lax.fori_loop(0, len(below), mirror, jax.lax.fori_loop(0, len(below), add, rest))
 
 
 @partial(jax.jit, donate_argnums=0)
