@@ -100,6 +100,15 @@ def test_interrupted_when_all_is_done(tmp_path: Path) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
+def test_the_end_of_a_run_that_went_well(tmp_path: Path) -> None:
+    """The interpreter is not taken apart, but nothing that waits for the end is left out."""
+    start = "import atexit; atexit.register(print, 'registered')"
+    found = run(tmp_path, "print('done')", start=start)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "done\nregistered\n", "")
+    failed = run(tmp_path, "raise files.JaxDeltaError('none')", start=start)
+    assert (failed.returncode, failed.stdout) == (1, "registered\n")
+
+
 def test_background_jobs_are_not_interrupted(tmp_path: Path) -> None:
     """A shell without job control starts them with the signal ignored, and so it stays."""
     found = run(tmp_path, "send()", start="send()", before="SIG_IGN")
