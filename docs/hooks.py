@@ -143,7 +143,9 @@ def _results(name: str) -> str:
 
 def _result(figure: dict[str, Any]) -> str:
     if "gigabytes" in figure:
-        first, second = (f"{value:.2f} GB ({name})" for name, value in figure["gigabytes"].items())
+        first, second = (
+            f"{statistics.median(peaks):.2f} GB ({name})" for name, peaks in figure["gigabytes"].items()
+        )
     else:
         first, second = (
             f"{statistics.median(figure[key]):.2f}&nbsp;s" for key in ("seconds", "seconds_beside")

@@ -25,7 +25,7 @@ TERMINATED = 143
 BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # its threads' time in a loop: 2 to that power, in cycles; 26 by itself
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
-_done: list[bool] = []  # whether main has been
+_done: list[bool] = []  # filled when main has ended well
 
 
 def install() -> None:
@@ -78,8 +78,8 @@ def value_of(flag: Any) -> Any:
 def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX was told where, or not to.
 
-    Half of a short run is compiling, and the next run needs the same programs: all of them, since reading
-    one takes a tenth of the time that compiling the smallest takes.
+    Half of a short run is compiling, and the next run needs the same programs: all of them, since to compile
+    those that take less than a tenth of a second is a twentieth of it.
     """
     import jax
 

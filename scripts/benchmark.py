@@ -30,7 +30,7 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from functools import partial  # noqa: E402
 from importlib import metadata  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -110,7 +110,7 @@ def end_to_end() -> list[Figures]:
         work = Path(_WORK_DIR.value or scratch)
         checkpoint = random_checkpoint(work / _SHAPE.value, _SHAPE.value)
         common = [f"--model={checkpoint}", f"--max_tokens={_TOKENS.value}", "--last_state=normed"]
-        common.append(f"--calibration={text_of(_TOKENS.value, Path(scratch))}")
+        common.append(f"--calibration={text_of(_TOKENS.value, Path(scratch) / 'text.json')}")
         ours = [*common, *PLAIN, f"--compute_dtype={_DTYPE.value}", f"--out={scratch}/jaxdelta.json"]
         theirs = [*common, f"--dtype={_DTYPE.value}", "--device=cpu", f"--out={scratch}/reference.json"]
         title = (
@@ -312,32 +312,33 @@ def memory() -> list[Figures]:
     """Peak resident memory of delta_svd.py, in GB, at half of the shape's layers and at all of them."""
     depth = SHAPES[_SHAPE.value][0]
     with tempfile.TemporaryDirectory() as scratch:
-        peaks = {}
-        for layers in (depth // 2, depth):
-            peaks[f"{layers} layers"] = peak_of_run(Path(scratch), layers, _TOKENS.value)
-    return [compared(f"peak memory, {_SHAPE.value} shape", peaks)]
+        runs = {
+            f"{layers} layers": partial(peak_of_run, Path(scratch), layers, _TOKENS.value)
+            for layers in (depth // 2, depth)
+        }
+        return [peaks_in_turn(f"peak memory, {_SHAPE.value} shape", runs)]
 
 
 def long_memory() -> list[Figures]:
     """The same of a few layers at --tokens tokens and at ten times as many, whose states wait in files."""
-    peaks, layers = {}, _LAYERS.value
+    layers, runs = _LAYERS.value, {}
     with tempfile.TemporaryDirectory() as scratch:
         for tokens in (_TOKENS.value, 10 * _TOKENS.value):
             flags_of_run = [
-                f"--calibration={text_of(tokens, Path(scratch))}",
+                f"--calibration={text_of(tokens, Path(scratch) / f'{tokens}.json')}",
                 f"--scratch={scratch}",
                 f"--device_memory_gb={_DEVICE_GB.value}",
             ]
-            peaks[f"{tokens} tokens"] = peak_of_run(Path(scratch), layers, tokens, *flags_of_run)
-    return [compared(f"peak memory, {layers} layers of {_SHAPE.value} shape", peaks)]
+            runs[f"{tokens} tokens"] = partial(peak_of_run, Path(scratch), layers, tokens, *flags_of_run)
+        return [peaks_in_turn(f"peak memory, {layers} layers of {_SHAPE.value} shape", runs)]
 
 
-def text_of(tokens: int, scratch: Path) -> Path:
+def text_of(tokens: int, path: Path) -> Path:
     """A file of so many tokens and more: the prompts that ship, then their words in random orders."""
     documents, generator = shipped_prompts(), np.random.default_rng(0)
     words = " ".join(documents).split()
     documents += [" ".join(generator.permutation(words)) for _ in range(tokens // len(words))]
-    (path := scratch / "text.json").write_text(json.dumps(documents), encoding="utf-8")
+    path.write_text(json.dumps(documents), encoding="utf-8")
     return path
 
 
@@ -350,12 +351,14 @@ def peak_of_run(scratch: Path, layers: int, tokens: int, *more: str) -> float:
     return peak_memory([sys.executable, str(SCRIPTS / "delta_svd.py"), *arguments]) / 1e9
 
 
-def compared(title: str, peaks: dict[str, float]) -> Figures:
-    """The second beside the first."""
-    first, second = peaks.values()
+def peaks_in_turn(title: str, runs: Mapping[str, Callable[[], float]]) -> Figures:
+    """Medians of each, and the second's beside the first's: a peak is a matter of threads' timing, too."""
+    rounds = [{name: run() for name, run in runs.items()} for _ in range(_REPEATS.value)]
+    peaks = {name: sorted(one[name] for one in rounds) for name in runs}
+    first, second = map(statistics.median, peaks.values())
     print(title)
-    for name, peak in peaks.items():
-        print(f"   {name:<16} {peak:.2f} GB")
+    for name, side in peaks.items():
+        print(f"   {name:<16} median {statistics.median(side):.2f} GB   ({side[0]:.2f} .. {side[-1]:.2f})")
     print(f"   ratio {second / first:.3f}", flush=True)
     return {"title": title, "gigabytes": peaks, "ratio": second / first}
 
