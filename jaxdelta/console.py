@@ -124,7 +124,7 @@ def _guarded(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, strike)
         keep_compiled()
         main()
-        print(end="", flush=True)
+        _flush()
         # And from here on there is not: everything is written.
         _on_interrupt(signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,8 +142,14 @@ def _leave() -> None:
     """Ends a run that went well as soon as nothing is left to do: to take the interpreter apart, object by
     object, is a fiftieth of a short one."""
     if _done:
-        print(end="", flush=True)
+        _flush()
         os._exit(0)
+
+
+def _flush() -> None:
+    """Not by `print`, which writes even nothing, and fails where a full device is written nothing to."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _explain(error: BaseException) -> None:

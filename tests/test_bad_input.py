@@ -567,3 +567,13 @@ def test_output_device_is_full(arguments: list[str], environment: dict[str, str]
     assert_one_line(stderr)
     assert "No space left on device" in stderr
     assert not list(out.parent.iterdir())
+
+
+def test_output_device_is_full_but_nothing_is_said(
+    arguments: list[str], environment: dict[str, str], out: Path
+) -> None:
+    quiet = [*arguments, "--quiet"]
+    with open("/dev/full", "w") as full, started(quiet, stdout=full, env=environment) as process:
+        _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (0, "")
+    assert out.exists()
