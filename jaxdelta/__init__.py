@@ -3,24 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from jaxdelta._version import __version__
 
 if TYPE_CHECKING:
-    from jaxdelta.analysis import analyze
-    from jaxdelta.checkpoint import load_model
+    from jaxdelta.checkpoint.checkpoint import load_model
     from jaxdelta.errors import JaxDeltaError, UsageError
-    from jaxdelta.model import residual_stream
-    from jaxdelta.result import Analysis
+    from jaxdelta.model.decoder import residual_stream
+    from jaxdelta.report.analysis import Analysis
+    from jaxdelta.run.analyze import analyze
 
 _HOMES = {
-    "Analysis": "jaxdelta.result",
+    "Analysis": "jaxdelta.report.analysis",
     "JaxDeltaError": "jaxdelta.errors",
     "UsageError": "jaxdelta.errors",
-    "analyze": "jaxdelta.analysis",
-    "load_model": "jaxdelta.checkpoint",
-    "residual_stream": "jaxdelta.model",
+    "analyze": "jaxdelta.run.analyze",
+    "load_model": "jaxdelta.checkpoint.checkpoint",
+    "residual_stream": "jaxdelta.model.decoder",
 }
-
 __all__ = [
     "Analysis",
     "JaxDeltaError",

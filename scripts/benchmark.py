@@ -17,47 +17,48 @@ ratio of about 3.
 
 import os
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-os.environ.setdefault(console.BLAS_WAIT, "26")  # what NumPy's loop has by itself, a fifth faster
-console.install()
+os.environ.setdefault(cli.BLAS_WAIT, "26")  # what NumPy's loop has by itself, a fifth faster
+cli.install()
 
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import platform  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Mapping, Sequence  # noqa: E402
-from functools import partial  # noqa: E402
-from importlib import metadata  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import threadpoolctl  # noqa: E402
-from absl import flags  # noqa: E402
-from flax import nnx  # noqa: E402
-from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+from absl import flags
+from flax import nnx
+from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint
 
-from jaxdelta.calibration import Tokens  # noqa: E402
-from jaxdelta.checkpoint import open_checkpoint  # noqa: E402
-from jaxdelta.corpus import shipped_prompts  # noqa: E402
-from jaxdelta.described import described  # noqa: E402
-from jaxdelta.errors import JaxDeltaError  # noqa: E402
-from jaxdelta.measure import Design, LayerFigures, measure  # noqa: E402
-from jaxdelta.measure import measured as measured_in_turn  # noqa: E402
-from jaxdelta.model import Qwen3, residual_stream  # noqa: E402
-from jaxdelta.phases import default_phases  # noqa: E402
-from jaxdelta.relations import Phases, relate  # noqa: E402
-from jaxdelta.rows import Sample  # noqa: E402
-from jaxdelta.sweep import Sweep, Update, Wrote  # noqa: E402
-from jaxdelta.views import ALL, RAW  # noqa: E402
-from jaxdelta.weights import Resident, Weights  # noqa: E402
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
+from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model.decoder import Qwen3, residual_stream
+from jaxdelta.spectra.scheduler import measure
+from jaxdelta.spectra.scheduler import measured as measured_in_turn
+from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.views import ALL, RAW
+from jaxdelta.statistics.across_layers.phases import Phases, default_phases
+from jaxdelta.statistics.across_layers.table import relate
+from jaxdelta.statistics.layer_row import described
+from jaxdelta.sweep.sweep import Sweep, Update, Wrote
+from jaxdelta.text.documents import shipped_prompts
+from jaxdelta.text.groups import Sample
+from jaxdelta.text.tokens import Tokens
 
 SCRIPTS = Path(__file__).resolve().parent
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -97,7 +98,7 @@ def main(command: str) -> None:
     forced = [os.environ.pop(name, None) for name in OPENBLAS]
     if any(forced):  # NumPy read them when it was imported: start again
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    os.environ.pop(console.BLAS_WAIT, None)  # other processes' own affair
+    os.environ.pop(cli.BLAS_WAIT, None)  # other processes' own affair
     figures = COMMANDS[command]()
     record = {"command": command, "machine": machine(), "figures": figures}
     if _RESULTS.value:
@@ -457,4 +458,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    console.run(main, commands=COMMANDS)
+    cli.run(main, commands=COMMANDS)

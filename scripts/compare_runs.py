@@ -5,16 +5,16 @@
 Takes three seconds and needs no model. Prints tables; with --out it also writes one page, with charts.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from jaxdelta.errors import UsageError  # noqa: E402
-from jaxdelta.files import check_writable, write_together  # noqa: E402
+from jaxdelta.errors import UsageError
+from jaxdelta.utils.files import check_writable, write_together
 
 _OUT = flags.DEFINE_string("out", None, "the page to write: .html (default: none, the tables only)")
 _LABELS = flags.DEFINE_list(
@@ -34,7 +34,9 @@ def main(*names: str) -> None:
     out = None if _OUT.value is None else Path(_OUT.value).expanduser()
     check(paths, out)
     # Only now: it takes a second to import, for which a wrong name need not wait.
-    from jaxdelta.report import compare, compare_page, compare_table
+    from jaxdelta.report.compare import compare
+    from jaxdelta.report.compare import page as compare_page
+    from jaxdelta.report.compare import tables as compare_table
 
     runs = [compare.load(path) for path in paths]
     labels = _LABELS.value or compare.labels_of(runs, paths)
@@ -60,4 +62,4 @@ def check(paths: list[Path], out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, arguments=True)
+    cli.run(main, arguments=True)

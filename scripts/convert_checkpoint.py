@@ -6,13 +6,13 @@
 The demo model takes five seconds, most of them imports.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from jaxdelta import checkpoint, convert  # noqa: E402
+from jaxdelta.checkpoint import checkpoint, convert
 
 _MODEL = flags.DEFINE_string("model", None, "hub id, local directory, or `demo`")
 _OUT = flags.DEFINE_string("out", None, "the directory to make")
@@ -26,10 +26,10 @@ _LOADER = flags.DEFINE_enum(
 def main() -> None:
     """Reads the checkpoint, writes the directory, and says what it took."""
     print(f"Converting {_MODEL.value} ...", flush=True)
-    model, out = console.value_of(_MODEL), console.value_of(_OUT)
+    model, out = cli.value_of(_MODEL), cli.value_of(_OUT)
     convert.convert(model, out, dtype=_DTYPE.value, revision=_REVISION.value, loader=_LOADER.value)
     print(f"Saved: {_OUT.value}")
 
 
 if __name__ == "__main__":
-    console.run(main, required=["model", "out"])
+    cli.run(main, required=["model", "out"])

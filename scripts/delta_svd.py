@@ -7,32 +7,26 @@ token. Writes demo.json, demo.safetensors and the page that shows them, demo.htm
 figure.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-from contextlib import nullcontext  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from jaxdelta import (  # noqa: E402
-    analysis,
-    calibration,
-    checkpoint,
-    comparison,
-    control,
-    files,
-    parallel,
-    plan,
-    resume,
-    spectrum,
-)
-from jaxdelta.errors import UsageError  # noqa: E402
-from jaxdelta.options import DTYPES, LAST_STATES, Options  # noqa: E402
-from jaxdelta.report import output  # noqa: E402
-from jaxdelta.report.tables import tables  # noqa: E402
+from jaxdelta.checkpoint import checkpoint, controls
+from jaxdelta.errors import UsageError
+from jaxdelta.report import write
+from jaxdelta.report.tables import tables
+from jaxdelta.run import analyze, control_comparison, memory_plan, resume
+from jaxdelta.run.options import DTYPES, LAST_STATES, Options
+from jaxdelta.spectra import spectrum
+from jaxdelta.sweep import mesh as parallel
+from jaxdelta.text import windows as calibration
+from jaxdelta.utils import files
 
 DEFAULTS = Options()
 
@@ -79,7 +73,7 @@ flags.DEFINE_enum("compute_dtype", DEFAULTS.compute_dtype, DTYPES, "dtype of the
 flags.DEFINE_enum("residual_dtype", DEFAULTS.residual_dtype, DTYPES, "dtype of the residual stream")
 flags.DEFINE_string("phases", DEFAULTS.phases, "map of phases, as in A:0-6,B:7-9,... (default: by depth)")
 flags.DEFINE_enum(
-    "memory", DEFAULTS.memory, plan.MODES, "weights read layer by layer, or all before the first layer"
+    "memory", DEFAULTS.memory, memory_plan.MODES, "weights read layer by layer, or all before the first layer"
 )
 flags.DEFINE_float(
     "device_memory_gb", DEFAULTS.device_memory_gb, "cap on the device's memory, in 10^9 bytes (default: all)"
@@ -103,7 +97,7 @@ flags.DEFINE_integer("bootstrap", DEFAULTS.bootstrap, "draws of documents for in
 flags.DEFINE_integer("null_draws", DEFAULTS.null_draws, "random draws for nulls; 0: no nulls")
 flags.DEFINE_integer("seed", DEFAULTS.seed, "seed of everything random")
 flags.DEFINE_enum(
-    "control", DEFAULTS.control, control.CONTROLS, "instead of the real run: other weights, or another text"
+    "control", DEFAULTS.control, controls.CONTROLS, "instead of the real run: other weights, or another text"
 )
 
 flags.DEFINE_string("mesh", DEFAULTS.mesh, "devices as in data:2,model:4 (default: all of them on data)")
@@ -128,22 +122,22 @@ def main() -> None:
 
 def run(leads: bool) -> None:
     """The whole run; of several processes one writes files and prints."""
-    out = Path(console.value_of(_OUT)).expanduser()
+    out = Path(cli.value_of(_OUT)).expanduser()
     figures = None if _FIGURES.value is None else Path(_FIGURES.value).expanduser()
     if leads:
-        files.check_output(out, *([output.PAGE] if _REPORT.value else []))
-    page = out.with_suffix(output.PAGE) if _REPORT.value else None
+        files.check_output(out, *([write.PAGE] if _REPORT.value else []))
+    page = out.with_suffix(write.PAGE) if _REPORT.value else None
     if leads and figures:
-        output.check_figures(figures)
+        write.check_figures(figures)
     file = None if _COMPARE.value is None else Path(_COMPARE.value).expanduser()
-    beside = file and comparison.load_control(file)
-    check = partial(comparison.check_control, beside) if beside else None
+    beside = file and control_comparison.load_control(file)
+    check = partial(control_comparison.check_control, beside) if beside else None
     options = {name: flags.FLAGS[name].value for name in OPTION_FLAGS}
     quiet = _QUIET.value or not leads
     say = (lambda line: None) if quiet else partial(print, flush=True)
     say(f"Loading {_MODEL.value} ...")
-    result = analysis.analyze(
-        console.value_of(_MODEL),
+    result = analyze.analyze(
+        cli.value_of(_MODEL),
         _CALIBRATION.value,
         listener=say,
         progress=not quiet,
@@ -152,11 +146,11 @@ def run(leads: bool) -> None:
         **options,
     )
     if file and beside:
-        result = comparison.compare_control(result, beside, file.name)
+        result = control_comparison.compare_control(result, beside, file.name)
     # All files before the tables: whoever reads them may stop reading.
     if leads:
-        more = output.shown(result, page, figures)
-        with output.directory_for(figures):
+        more = write.shown(result, page, figures)
+        with write.directory_for(figures):
             result.save(out, more)
     resume.remove(options["checkpoint_dir"])
     if not leads:
@@ -169,4 +163,4 @@ def run(leads: bool) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, required=["model", "out"])
+    cli.run(main, required=["model", "out"])

@@ -7,18 +7,18 @@
 The figures are those of one run over both texts; the model is not needed.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from jaxdelta import files  # noqa: E402
-from jaxdelta.merging import merge_runs  # noqa: E402
-from jaxdelta.report import output  # noqa: E402
-from jaxdelta.report.tables import tables  # noqa: E402
+from jaxdelta.report import write
+from jaxdelta.report.tables import tables
+from jaxdelta.run.merge import merge_runs
+from jaxdelta.utils import files
 
 _RUNS = flags.DEFINE_list("runs", None, "directories that --keep_moments wrote, separated by commas")
 _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .html are written beside it")
@@ -26,13 +26,13 @@ _OUT = flags.DEFINE_string("out", None, "the JSON to write; .safetensors and .ht
 
 def main() -> None:
     """Adds up the moments of the runs, writes the files of one run, and prints its tables."""
-    out = Path(console.value_of(_OUT)).expanduser()
-    files.check_output(out, output.PAGE)
-    result = merge_runs([Path(run).expanduser() for run in console.value_of(_RUNS)])
-    written = result.save(out, output.shown(result, out.with_suffix(output.PAGE), None))
+    out = Path(cli.value_of(_OUT)).expanduser()
+    files.check_output(out, write.PAGE)
+    result = merge_runs([Path(run).expanduser() for run in cli.value_of(_RUNS)])
+    written = result.save(out, write.shown(result, out.with_suffix(write.PAGE), None))
     print(tables(result))
     print("\nSaved: " + ", ".join(map(str, written)))
 
 
 if __name__ == "__main__":
-    console.run(main, required=["runs", "out"])
+    cli.run(main, required=["runs", "out"])

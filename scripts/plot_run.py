@@ -5,16 +5,16 @@
 Takes two seconds. The name's ending chooses the format: png, pdf, svg.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-from absl import flags  # noqa: E402
+from absl import flags
 
-from jaxdelta.errors import JaxDeltaError, UsageError, extra  # noqa: E402
-from jaxdelta.result import Analysis  # noqa: E402
+from jaxdelta.errors import JaxDeltaError, UsageError, extra
+from jaxdelta.report.analysis import Analysis
 
 _RUN = flags.DEFINE_string("run", None, "the JSON that delta_svd.py wrote")
 _OUT = flags.DEFINE_string("out", None, "the picture: .png, .pdf or .svg")
@@ -23,12 +23,12 @@ FORMATS = (".png", ".pdf", ".svg")
 
 def main() -> None:
     """Loads the run and draws it."""
-    out = Path(console.value_of(_OUT)).expanduser()
+    out = Path(cli.value_of(_OUT)).expanduser()
     if out.suffix not in FORMATS:
         raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")
     with extra("figures", "a picture"):
-        from jaxdelta.report.figures import overview
-    figure = overview(Analysis.load(console.value_of(_RUN)))
+        from jaxdelta.report.charts.with_matplotlib import overview
+    figure = overview(Analysis.load(cli.value_of(_RUN)))
     try:
         figure.savefig(out, dpi=110)
     except OSError as error:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, required=["run", "out"])
+    cli.run(main, required=["run", "out"])

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxdelta import hub
-from jaxdelta.checkpoint import save_model
-from jaxdelta.config import ModelConfig, Rope
-from jaxdelta.model import Qwen3
+from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.checkpoint import save_model
+from jaxdelta.model.config import ModelConfig, Rope
+from jaxdelta.model.decoder import Qwen3
 
 # layers, hidden, heads, key/value heads, head size, MLP
 SHAPES = {

@@ -11,17 +11,16 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdelta.calibration import Tokens
-from jaxdelta.checkpoint import open_checkpoint
-from jaxdelta.documents import Groups
-from jaxdelta.measure import Design
-from jaxdelta.model import query_block
-from jaxdelta.plan import block_tokens
-from jaxdelta.pooling import Pool, Windows
-from jaxdelta.rows import Sample
-from jaxdelta.sweep import Blocks, Sweep
-from jaxdelta.views import DEFAULT_VIEWS, parse_views
-from jaxdelta.weights import Resident
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
+from jaxdelta.checkpoint.weights import Resident
+from jaxdelta.model.attention import query_block
+from jaxdelta.run.memory_plan import block_tokens
+from jaxdelta.spectra.moments.accumulate import Pool, Windows
+from jaxdelta.spectra.view_summary import Design
+from jaxdelta.spectra.views import DEFAULT_VIEWS, parse_views
+from jaxdelta.sweep.sweep import Blocks, Sweep
+from jaxdelta.text.groups import Groups, Sample
+from jaxdelta.text.tokens import Tokens
 
 Side = Callable[[], object]
 

@@ -40,9 +40,9 @@ from demo_tokens import CORPUS_DIR, VOCAB, WORK_DIR, prepare
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
-from jaxdelta.checkpoint import save_model
-from jaxdelta.config import ModelConfig
-from jaxdelta.model import Qwen3, logits
+from jaxdelta.checkpoint.checkpoint import save_model
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.decoder import Qwen3, logits
 
 _OUT = flags.DEFINE_string("out", "jaxdelta/data/demo", "Folder of the exported model.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps in all.", required=True, lower_bound=100)

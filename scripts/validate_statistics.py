@@ -9,37 +9,40 @@ No model is needed: updates are made as arrays. Exit status 1 if a line of the t
 Axes: N layers, G documents, n tokens, d hidden size, k directions a layer.
 """
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
-console.install()
+cli.install()
 
-import dataclasses  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from absl import flags  # noqa: E402
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
 
-from jaxdelta.calibration import Tokens  # noqa: E402
-from jaxdelta.errors import JaxDeltaError  # noqa: E402
-from jaxdelta.measure import Design, LayerFigures, measure  # noqa: E402
-from jaxdelta.nulls import adjacent_null, layer_draws, phase_nulls  # noqa: E402
-from jaxdelta.overlap import overlaps  # noqa: E402
-from jaxdelta.phases import default_phases  # noqa: E402
-from jaxdelta.relations import Phases, relate, stacked_directions  # noqa: E402
-from jaxdelta.rows import SCALES, Sample, layer_row, view_rows  # noqa: E402
-from jaxdelta.significance import p_value, segment_test  # noqa: E402
-from jaxdelta.spectrum import (  # noqa: E402
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.spectra.scheduler import measure
+from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.views import MASKED, RAW
+from jaxdelta.statistics.across_layers.nulls import adjacent_null, layer_draws, phase_nulls
+from jaxdelta.statistics.across_layers.overlap import overlaps
+from jaxdelta.statistics.across_layers.phase_test import segment_test
+from jaxdelta.statistics.across_layers.phases import Phases, default_phases
+from jaxdelta.statistics.across_layers.subspaces import inner_products, shared_subspaces
+from jaxdelta.statistics.across_layers.table import relate, stacked_directions
+from jaxdelta.statistics.intervals import p_value
+from jaxdelta.statistics.layer_row import SCALES, layer_row, view_rows
+from jaxdelta.statistics.per_layer.ranks import (
     effective_rank,
     participation_ratio,
     roy_vetterli_rank,
     stable_rank,
 )
-from jaxdelta.subspaces import inner_products, shared_subspaces  # noqa: E402
-from jaxdelta.sweep import Update, Wrote  # noqa: E402
-from jaxdelta.views import MASKED, RAW  # noqa: E402
+from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.text.groups import Sample
+from jaxdelta.text.tokens import Tokens
 
 _QUICK = flags.DEFINE_bool(
     "quick", False, "few data sets, wide tolerances: a check that all of it still runs"
@@ -422,4 +425,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model import Qwen3
+from jaxdelta.model.decoder import Qwen3
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

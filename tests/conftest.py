@@ -133,7 +133,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: C
 @pytest.fixture(scope="session")
 def analysed(tiny_checkpoint: Path) -> Any:
     """A run of `tiny_checkpoint` over TEXT with all that a run has; not to be changed."""
-    from jaxdelta.analysis import analyze
+    from jaxdelta.run.analyze import analyze
 
     return analyze(str(tiny_checkpoint), TEXT, top_k=4, phases=PHASES, bootstrap=20, null_draws=20)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orbax.checkpoint import v1  # noqa: F401
 
-import jaxdelta.analysis
-import jaxdelta.report.output  # noqa: F401
+import jaxdelta.report.write
+import jaxdelta.run.analyze  # noqa: F401
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "delta_svd.py"
 

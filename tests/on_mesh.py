@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxdelta.sweep import Blocks
+from jaxdelta.sweep.sweep import Blocks
 
 LAYOUT = {"layout": "packed", "seq_len": 32, "max_tokens": 700, "top_k": 4}
 FEW = {"views": "masked", "bootstrap": 0, "null_draws": 0}
@@ -36,15 +36,16 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
 
 def divide(mode: str, blocks: Blocks) -> None:
     """Runs that follow are divided so."""
-    from jaxdelta import rows
-    from jaxdelta.plan import Work
+    from jaxdelta.run.memory_plan import Work
+    from jaxdelta.statistics import layer_row as rows
 
     rows.LONG = 4096 if mode == "short" else 100
     Work._divisions = lambda work: iter([blocks])
 
 
 def runs(checkpoint: str, text: str, directory: str) -> None:
-    from jaxdelta import analyze, parallel
+    from jaxdelta import analyze
+    from jaxdelta.sweep import mesh as parallel
 
     devices = parallel.jax.devices
     for mode, meshes in MESHES.items():
@@ -60,7 +61,7 @@ def script(mode: str, *flags: str) -> None:
     mode, _, broken = mode.partition("-")
     divide(mode, {"short": SHORT, "long": LONG}[mode])
     if broken and "--process_id=1" in flags:
-        from jaxdelta.checkpoint import Checkpoint
+        from jaxdelta.checkpoint.checkpoint import Checkpoint
         from jaxdelta.errors import JaxDeltaError
 
         read = Checkpoint.placed_layer

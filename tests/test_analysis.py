@@ -19,14 +19,17 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxdelta
-from jaxdelta import analysis, figures, plan
-from jaxdelta.analysis import analyze
-from jaxdelta.calibration import SEPARATOR, Tokens
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.options import Options
+from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.tables import tables
-from jaxdelta.result import Analysis
-from jaxdelta.spectrum import Spectrum, decompose
+from jaxdelta.run import analyze as analysis
+from jaxdelta.run import memory_plan
+from jaxdelta.run.analyze import analyze
+from jaxdelta.run.options import Options
+from jaxdelta.spectra import from_rows
+from jaxdelta.spectra.spectrum import Spectrum, decompose
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.text.windows import SEPARATOR
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TEXT = [
@@ -269,7 +272,9 @@ def test_batches_of_an_accelerator_give_the_same(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(plan, "layers_at_once", lambda n, d, free, devices=1: 3)  # rows 0 to 2, then 3 and 4
+    monkeypatch.setattr(
+        memory_plan, "layers_at_once", lambda n, d, free, devices=1: 3
+    )  # rows 0 to 2, then 3 and 4
     batched = run(tiny_checkpoint)
     for row, other in zip(result.per_layer, batched.per_layer, strict=True):
         for key in PER_LAYER[2:]:
@@ -285,7 +290,7 @@ def test_a_failed_spectrum_is_computed_again(
         spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
         return spoiled, coordinates * np.nan
 
-    monkeypatch.setattr(figures, "decompose", fails)
+    monkeypatch.setattr(from_rows, "decompose", fails)
     mended = run(tiny_checkpoint, top_k=7)  # so many in no other test: what is compiled here is wrong
     assert result.run["rows_on_host"] == []
     assert mended.run["rows_on_host"] == [0, 1, 2, 3, 4]

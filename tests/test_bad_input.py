@@ -22,7 +22,7 @@ import pytest
 from absl import app, flags
 from safetensors.numpy import load_file, save_file
 
-from jaxdelta import console
+from jaxdelta.utils import cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "delta_svd.py"
@@ -38,7 +38,7 @@ Spoil = Callable[[Path], Any]
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """run(*arguments) -> exit status, standard output, standard error of the script."""
     monkeypatch.setattr(app, "faulthandler", None)  # pytest has its own
-    monkeypatch.setattr(console, "keep_compiled", lambda: None)  # nor may tests write to the user's cache
+    monkeypatch.setattr(cli, "keep_compiled", lambda: None)  # nor may tests write to the user's cache
 
     def run_script(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()

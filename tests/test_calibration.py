@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxdelta.calibration import SEPARATOR, Encoder, Tokens, load_encoder, tokenize
-from jaxdelta.corpus import shipped_prompts
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.text.documents import shipped_prompts
+from jaxdelta.text.tokenizer import Encoder, load_encoder
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.text.windows import SEPARATOR, tokenize
 
 # Qwen's own split into words.
 WORDS = (

@@ -29,10 +29,10 @@ from checkpoints import (
 from conftest import EXPERTS
 from flax import nnx
 
-from jaxdelta.checkpoint import Checkpoint, load_model, open_checkpoint, save_model
-from jaxdelta.config import ModelConfig
+from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint, save_model
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model import Qwen3
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.decoder import Qwen3
 
 
 def logits_of(directory: Path) -> np.ndarray:
@@ -246,7 +246,7 @@ def test_safetensors_need_neither_torch_nor_transformers(tiny_checkpoint: Path) 
     code = """
 import sys
 from pathlib import Path
-from jaxdelta.calibration import load_encoder
+from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.checkpoint import load_model
 load_model(sys.argv[1])
 print(load_encoder(Path(sys.argv[1]))(["abc"]))
@@ -324,7 +324,7 @@ def write_holes(config: ModelConfig, directory: Path) -> None:
 
 def test_the_weights_are_used_where_they_were_read(tiny_checkpoint: Path) -> None:
     """On a CPU the device's buffer is the one the file was read into."""
-    from jaxdelta.tensors import aligned
+    from jaxdelta.checkpoint.source import aligned
 
     buffer = aligned((300, 7), np.dtype(ml_dtypes.bfloat16))
     buffer[:] = 1

@@ -14,13 +14,14 @@ import pytest
 from conftest import TEXT
 from test_page import BROWSER, EVIL, PROBE, Parsed, browse, charts_of, drawn, with_sinks
 
-from jaxdelta.analysis import analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.overlap import overlaps
-from jaxdelta.report import compare_page, compare_table
-from jaxdelta.report.compare import MOST_RUNS, compare, in_bands, labels_of, load
-from jaxdelta.report.measures import Curve
-from jaxdelta.result import Analysis
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.compare import page as compare_page
+from jaxdelta.report.compare import tables
+from jaxdelta.report.compare.compare import MOST_RUNS, compare, in_bands, labels_of, load
+from jaxdelta.report.compare.metrics import Curve
+from jaxdelta.run.analyze import analyze
+from jaxdelta.statistics.across_layers.overlap import overlaps
 
 __all__ = ["browse"]  # a fixture
 
@@ -161,7 +162,7 @@ def test_settings_tell_what_differs(run: Analysis, plain: Analysis) -> None:
 
 
 def test_tables(run: Analysis, plain: Analysis) -> None:
-    text = compare_table.tables(compare([with_sinks(run), shortened(run), plain], ["one", "two", "three"]))
+    text = tables.tables(compare([with_sinks(run), shortened(run), plain], ["one", "two", "three"]))
     assert "Effective rank, masked: number of directions" in text
     assert len(re.findall(r"^  two .*\*.*\*", text, re.MULTILINE)) == 1  # the relative step
     assert "Directions of one and two" in text and "Directions of three (6 layers" in text
@@ -234,7 +235,7 @@ def test_no_label_or_name_breaks_out(run: Analysis) -> None:
     for chart in charts_of(parsed).values():
         for words in (chart["layout"].get("annotations", []), chart["data"]):
             assert not re.search(r"<(?!br>|extra>|/extra>)", json.dumps(words))
-    text = compare_table.tables(compare([run, evil], ["a", "b\x1b[2J\n"]))
+    text = tables.tables(compare([run, evil], ["a", "b\x1b[2J\n"]))
     assert "\x1b" not in text and "b\\x1b[2J↵" in text
 
 

@@ -11,9 +11,9 @@ import jax
 import pytest
 from checkpoints import FLOAT8_SCHEME
 
-from jaxdelta.config import Experts, ModelConfig, Rope
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model import abstract_model
+from jaxdelta.model.config import Experts, ModelConfig, Rope
+from jaxdelta.model.decoder import abstract_model
 
 # What the published files have in common, and then each by its own.
 PUBLISHED = {

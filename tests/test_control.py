@@ -14,14 +14,14 @@ import pytest
 from checkpoints import one_line
 from conftest import EXPERTS
 
-from jaxdelta.analysis import Analysis, analyze
-from jaxdelta.calibration import Tokens
-from jaxdelta.checkpoint import Checkpoint, load_model, open_checkpoint
-from jaxdelta.comparison import compare_control, load_control
-from jaxdelta.control import CONTROLS, PermutedWeights, RandomInit, controlled
+from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
+from jaxdelta.checkpoint.controls import CONTROLS, PermutedWeights, RandomInit, controlled
+from jaxdelta.checkpoint.weights import Resident, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.tables import tables
-from jaxdelta.weights import Resident, Weights
+from jaxdelta.run.analyze import Analysis, analyze
+from jaxdelta.run.control_comparison import compare_control, load_control
+from jaxdelta.text.tokens import Tokens
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "delta_svd.py"
 OF_WEIGHTS, OF_TEXTS = CONTROLS[:2], CONTROLS[2:]

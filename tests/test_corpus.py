@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from checkpoints import one_line
 
-from jaxdelta import corpus
-from jaxdelta.corpus import read_documents, shipped_prompts, shuffled
 from jaxdelta.errors import JaxDeltaError
+from jaxdelta.text import documents as corpus
+from jaxdelta.text.documents import read_documents, shipped_prompts, shuffled
 
 DOCUMENTS = ["The cat sat.\n", "", "Über 漢字 😀", "\n\nlines  \n", "x"]
 REPO = "owner/data-1.0"

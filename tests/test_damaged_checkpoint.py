@@ -19,7 +19,7 @@ from checkpoints import (
 )
 from conftest import EXPERTS
 
-from jaxdelta.checkpoint import load_model, open_checkpoint
+from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
 from jaxdelta.errors import UsageError
 
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 from updates import K, tokens, update
 
-from jaxdelta.described import described
-from jaxdelta.documents import FACTOR_ROWS
-from jaxdelta.measure import Design, LayerFigures, measure
-from jaxdelta.relations import Phases
-from jaxdelta.rows import Sample, layer_row
-from jaxdelta.sweep import Update, Wrote
-from jaxdelta.views import ALL, MASKED, RAW
+from jaxdelta.spectra.group_moments import FACTOR_ROWS
+from jaxdelta.spectra.scheduler import measure
+from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.views import ALL, MASKED, RAW
+from jaxdelta.statistics.across_layers.phases import Phases
+from jaxdelta.statistics.layer_row import described, layer_row
+from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.text.groups import Sample
 
 N, D = FACTOR_ROWS + 9, 40
 SAMPLE, PHASES = Sample.of(tokens(N), 20, 0), Phases(("A", "B"))

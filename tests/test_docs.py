@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdelta.options import Options
+from jaxdelta.run.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "BUILD.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdelta.config import Experts
-from jaxdelta.experts import SparseMLP, route
-from jaxdelta.layers import contract
+from jaxdelta.model.config import Experts
+from jaxdelta.model.experts import SparseMLP, route
+from jaxdelta.model.layers import contract
 
 HIDDEN, INNER = 12, 20
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdelta import analyze, reading
-from jaxdelta.checkpoint import Checkpoint
+from jaxdelta import analyze
+from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.sweep import Sweep
+from jaxdelta.sweep.sweep import Sweep
+from jaxdelta.utils import read_ahead
 
 TEXT = ["some text to be measured"] * 4
 FAULTY = 2  # the layer at which it happens
@@ -71,7 +72,7 @@ def test_a_read_error(model: Path, before_layer: At, monkeypatch: pytest.MonkeyP
     def fails(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    before_layer(lambda: monkeypatch.setattr(reading.os, "preadv", fails))
+    before_layer(lambda: monkeypatch.setattr(read_ahead.os, "preadv", fails))
     with pytest.raises(JaxDeltaError, match=r"model\.layers\.2\..* cannot be read \(Input/output error\)"):
         analyze(str(model), TEXT)
 

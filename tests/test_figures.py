@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 import pytest
 
-from jaxdelta.analysis import analyze
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.files import write_together
-from jaxdelta.report import output
-from jaxdelta.report.contents import figures
-from jaxdelta.result import Analysis
+from jaxdelta.report import write
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.charts.layers import figures
+from jaxdelta.run.analyze import analyze
+from jaxdelta.utils.files import write_together
 
 matplotlib.use("Agg")
 
@@ -29,7 +29,7 @@ def run(tiny_checkpoint: Path) -> Analysis:
 
 
 def test_overview_draws_the_figures_of_the_run(run: Analysis) -> None:
-    from jaxdelta.report.figures import overview
+    from jaxdelta.report.charts.with_matplotlib import overview
 
     figure = overview(run)
     norms, ranks, cosines = figure.axes[0], figure.axes[1], figure.axes[3]
@@ -62,7 +62,7 @@ def test_script_writes_the_picture_or_says_why_not(run: Analysis, tmp_path: Path
 
 
 def test_every_figure_as_picture_with_its_caption(run: Analysis, tmp_path: Path) -> None:
-    files = output.shown(run, None, tmp_path)
+    files = write.shown(run, None, tmp_path)
     assert {path.name for path in files} == {f"{n}{e}" for n in NAMES for e in (".png", ".pdf")} | {
         "captions.md"
     }
@@ -74,7 +74,7 @@ def test_every_figure_as_picture_with_its_caption(run: Analysis, tmp_path: Path)
 
 
 def test_pictures_and_page_show_the_same_numbers(run: Analysis) -> None:
-    from jaxdelta.report.figures import draw
+    from jaxdelta.report.charts.with_matplotlib import draw
 
     for figure in figures(run):
         picture = draw(figure)
@@ -88,7 +88,7 @@ def test_pictures_and_page_show_the_same_numbers(run: Analysis) -> None:
 
 def test_names_are_not_taken_for_formulas(run: Analysis, tmp_path: Path) -> None:
     rows = [row | {"phase": "$\\bad{"} for row in run.per_layer]
-    assert output.shown(dataclasses.replace(run, model="$\\worse_", per_layer=rows), None, tmp_path)
+    assert write.shown(dataclasses.replace(run, model="$\\worse_", per_layer=rows), None, tmp_path)
 
 
 def test_report_makes_page_and_pictures_of_a_saved_run(run: Analysis, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_report_makes_page_and_pictures_of_a_saved_run(run: Analysis, tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"Saved: {tmp_path}/run.html\n"
-    assert (tmp_path / "run.html").read_bytes() == output.shown(run, tmp_path / "a.html", None)[
+    assert (tmp_path / "run.html").read_bytes() == write.shown(run, tmp_path / "a.html", None)[
         tmp_path / "a.html"
     ]
 
@@ -112,11 +112,11 @@ def test_a_failed_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(JaxDeltaError, match="No space left"), output.directory_for(figures):
+    with pytest.raises(JaxDeltaError, match="No space left"), write.directory_for(figures):
         run.save(tmp_path / "run.json", files)
     assert not list(tmp_path.iterdir())
     figures.mkdir()  # what was there stays
-    with pytest.raises(JaxDeltaError, match="No space left"), output.directory_for(figures):
+    with pytest.raises(JaxDeltaError, match="No space left"), write.directory_for(figures):
         write_together(files)
     assert list(tmp_path.iterdir()) == [figures]
 
@@ -124,8 +124,8 @@ def test_a_failed_write_leaves_nothing(
 def test_figures_that_cannot_be_written_are_told_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JaxDeltaError, match="is not a directory"):
-        output.check_figures(tmp_path / "file")
+        write.check_figures(tmp_path / "file")
     with pytest.raises(JaxDeltaError, match="missing: no such directory"):
-        output.check_figures(tmp_path / "missing" / "figures")
-    output.check_figures(tmp_path / "new")
+        write.check_figures(tmp_path / "missing" / "figures")
+    write.check_figures(tmp_path / "new")
     assert not (tmp_path / "new").exists()

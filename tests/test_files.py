@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.files import check_output, locked, write_together
+from jaxdelta.utils.files import check_output, locked, write_together
 
 
 def names(directory: Path) -> list[str]:

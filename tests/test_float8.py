@@ -23,8 +23,8 @@ from conftest import EXPERTS
 from flax import nnx
 
 import jaxdelta
-from jaxdelta.checkpoint import load_model, open_checkpoint, save_model
-from jaxdelta.float8 import dequantise
+from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint, save_model
+from jaxdelta.checkpoint.float8 import dequantise
 
 UP = "model.layers.1.mlp.up_proj.weight"
 # No size is a multiple of 128: hidden 200, MLP 300, queries 144, keys 72.
@@ -123,7 +123,7 @@ def test_save_writes_what_is_in_memory(float8: Path, tmp_path: Path) -> None:
 def test_shards_and_orbax_hold_the_same(
     experts: dict[str, Any], tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    from jaxdelta.convert import convert
+    from jaxdelta.checkpoint.convert import convert
 
     to_float8(make_checkpoint(tmp_path / "float8", **UNEVEN | experts))
     wanted = dequantised(on_disk(tmp_path / "float8"))

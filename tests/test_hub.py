@@ -11,8 +11,8 @@ import pytest
 from checkpoints import one_line, to_torch_file
 from huggingface_hub import errors
 
-from jaxdelta import hub
-from jaxdelta.checkpoint import load_model
+from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.checkpoint import load_model
 from jaxdelta.errors import UsageError
 
 REPO = "owner/model-1.7B"

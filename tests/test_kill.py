@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxdelta.resume import RUN
+from jaxdelta.run.resume import RUN
 
 KILLS, LAYERS, SEED = 20, 8, 5
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calibration import DOCUMENTS, letters, word_tokenizer
 
-from jaxdelta import calibration
-from jaxdelta.calibration import PADDING, SEPARATOR, Encoder, Tokens, load_encoder, tokenize
-from jaxdelta.corpus import shipped_prompts
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.packing import best_fit
+from jaxdelta.text import windows as calibration
+from jaxdelta.text.documents import shipped_prompts
+from jaxdelta.text.tokenizer import Encoder, load_encoder
+from jaxdelta.text.tokens import PADDING, Tokens
+from jaxdelta.text.windows import SEPARATOR, best_fit, tokenize
 
 TEXTS = st.lists(st.text("abcdefgh \n", max_size=40), max_size=30)
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from updates import WIDE, K, tokens, update
 
-from jaxdelta import measure
-from jaxdelta.documents import FACTOR_ROWS, LEADING, Crossed, Groups
-from jaxdelta.measure import CROSSED, Design, LayerFigures
-from jaxdelta.rows import Sample, layer_row
-from jaxdelta.spectrum import CERTIFIED
-from jaxdelta.sweep import Update, Wrote
-from jaxdelta.views import MASKED, RAW, View
+from jaxdelta.spectra import scheduler, view_summary
+from jaxdelta.spectra.group_moments import FACTOR_ROWS, LEADING, Crossed
+from jaxdelta.spectra.spectrum import CERTIFIED
+from jaxdelta.spectra.view_summary import CROSSED, Design, LayerFigures
+from jaxdelta.spectra.views import MASKED, RAW, View
+from jaxdelta.statistics.layer_row import layer_row
+from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.text.groups import Groups, Sample
 
 SINKS = {5: 30.0, 40: 100.0}
 OF = Sample.of(tokens(WIDE[0]), 20, seed=5)
@@ -27,7 +28,7 @@ UPDATES = [update(WIDE, seed, SINKS if seed == 2 else None) for seed in range(5)
 
 def measured(at_once: int, updates: Sequence[Update] = UPDATES) -> list[LayerFigures]:
     layers = ([Wrote(jax.tree.map(jnp.asarray, wrote))] for wrote in updates)
-    return measure.measure(layers, WIDE, DESIGN, at_once)
+    return scheduler.measure(layers, WIDE, DESIGN, at_once)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_few_axes_of_a_long_update_serve_as_all(monkeypatch: pytest.MonkeyPatch)
     assert [design.axes(view, *shape) for view in views] == [FACTOR_ROWS, LEADING]
 
     def figures_of() -> LayerFigures:
-        return measure.measure([[Wrote(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
+        return scheduler.measure([[Wrote(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
 
     few = figures_of().views
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -115,7 +116,7 @@ def test_spectra_that_fail_are_done_again_with_all_figures(
     backend: str, on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(measure, "CERTIFIED", -1.0)
+    monkeypatch.setattr(scheduler, "CERTIFIED", -1.0)
     again = measured(2, UPDATES[1:3])
     assert all(figure.on_host for layer in again for figure in layer.views.values())
     assert not any(figure.on_host for layer in on_threads for figure in layer.views.values())
@@ -131,8 +132,8 @@ def crossed(
 ) -> Callable[[tuple[int, int]], tuple[np.ndarray, np.ndarray, Crossed]]:
     """Of a view with centre and mask: δ as it is there, its singular values, and what was found."""
     view = View("mlp", centred=True)
-    call = measure._one_by_one if request.param == "numpy" else measure._together
-    monkeypatch.setattr(measure, "CROSSED", (view,))
+    call = scheduler._one_by_one if request.param == "numpy" else scheduler._together
+    monkeypatch.setattr(view_summary, "CROSSED", (view,))
 
     def found(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Crossed]:
         wrote, n = update(shape), shape[0]
@@ -140,7 +141,7 @@ def crossed(
         membership = (np.arange(n) % 3 == np.arange(3)[:, None]).astype(np.float64)
         design = Design(2, groups=Groups(membership, np.zeros((0, 2, 3))))
         with jax.enable_x64(True):
-            [figure] = measure._view([wrote], [kept], view, design, call)
+            [figure] = scheduler._view([wrote], [kept], view, design, call)
         mlp = wrote.mlp.astype(np.float64)
         rows = kept[:, None] * (mlp - mlp[kept].mean(axis=0))
         assert figure.crossed is not None

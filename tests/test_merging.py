@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdelta import Analysis, analyze, rows
-from jaxdelta.calibration import Tokens
+from jaxdelta import Analysis, analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.merging import merge_runs
+from jaxdelta.run.merge import merge_runs
+from jaxdelta.statistics import layer_row
+from jaxdelta.text.tokens import Tokens
 
 RNG = np.random.default_rng(0)
 LENGTH = 40
@@ -46,7 +47,7 @@ def test_as_one_run(kept: list[Path], tiny_checkpoint: Path) -> None:
             (row["attention"], other["attention"]),
         ):
             for name in (
-                *rows.TOKENWISE,
+                *layer_row.TOKENWISE,
                 "eff_rank",
                 "top1_frac",
                 "top10_frac",

@@ -14,13 +14,12 @@ import pytest
 from conftest import EXPERTS
 from flax import nnx
 
-from jaxdelta import attention, loss
-from jaxdelta import model as model_module
-from jaxdelta.attention import causal_mask
-from jaxdelta.checkpoint import load_model
-from jaxdelta.config import ModelConfig, Rope
-from jaxdelta.loss import next_token_loss
-from jaxdelta.model import (
+from jaxdelta.checkpoint.checkpoint import load_model
+from jaxdelta.model import attention, decoder, loss
+from jaxdelta.model import attention as model_module_attention
+from jaxdelta.model.attention import causal_mask
+from jaxdelta.model.config import ModelConfig, Rope
+from jaxdelta.model.decoder import (
     Block,
     Qwen3,
     ResidualStream,
@@ -31,7 +30,8 @@ from jaxdelta.model import (
     logits,
     residual_stream,
 )
-from jaxdelta.rotary import rotary_frequencies, rotary_tables
+from jaxdelta.model.loss import next_token_loss
+from jaxdelta.model.rotary import rotary_frequencies, rotary_tables
 
 TOLERANCE = 1e-5  # relative, Frobenius
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 136), dtype=np.int32)
@@ -258,8 +258,8 @@ def test_spans_of_queries(
     """Keys that no query of a span sees are left out of it, whether or not it is cut further, and whether the
     heads' scores are taken one after the other or all at once."""
     monkeypatch.setattr(attention, "MIN_SPAN", 30)
-    monkeypatch.setattr(model_module, "query_block", lambda config, length: queries)
-    monkeypatch.setattr(model_module, "score_bytes", lambda: score_bytes)
+    monkeypatch.setattr(model_module_attention, "query_block", lambda config, length: queries)
+    monkeypatch.setattr(model_module_attention, "score_bytes", lambda: score_bytes)
     jax.clear_caches()
     try:
         found = residual_stream(model, TOKENS)
@@ -362,7 +362,7 @@ def test_float32_products_are_whole_on_a_gpu(model: Qwen3) -> None:
     """TF32 and its like would round the factors: every product must ask for the highest precision."""
     graph, weights = nnx.split(model)
     args = graph, weights, jnp.asarray(TOKENS), jnp.dtype("float32"), jnp.dtype("float32"), True
-    forward = model_module._residual_stream.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    forward = decoder._residual_stream.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     add_slice = loss._add_slice.trace(jnp.zeros((1, 4)), jnp.zeros((1, 4, 48)), model.head, 256)
     for text, count in ((forward, 9), (add_slice.lower(lowering_platforms=("cuda",)).as_text(), 1)):
         products = re.findall(r"stablehlo\.(?:dot_general|dot|convolution)\b.*", text)

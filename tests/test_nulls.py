@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 
-from jaxdelta import nulls
-from jaxdelta.nulls import PhaseNulls, adjacent_null, isotropic_means, layer_draws, phase_nulls
-from jaxdelta.significance import isotropic_cos_mean, isotropic_p_value
+from jaxdelta.statistics.across_layers import nulls
+from jaxdelta.statistics.across_layers.nulls import (
+    PhaseNulls,
+    adjacent_null,
+    isotropic_cos_mean,
+    isotropic_means,
+    isotropic_p_value,
+    layer_draws,
+    phase_nulls,
+)
 
 
 def masks(phases: str) -> np.ndarray:

@@ -20,11 +20,12 @@ from checkpoints import EMBEDDING, HEAD, assert_same, bits, on_disk, one_line, p
 from flax import nnx
 from test_checkpoint import BIG, python, write_holes
 
-from jaxdelta import analyze, orbax_store
-from jaxdelta.checkpoint import load_model, open_checkpoint
-from jaxdelta.config import ModelConfig
-from jaxdelta.convert import convert as converted
+from jaxdelta import analyze
+from jaxdelta.checkpoint import orbax_files
+from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
+from jaxdelta.checkpoint.convert import convert as converted
 from jaxdelta.errors import UsageError
+from jaxdelta.model.config import ModelConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -33,8 +34,8 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices and many portions, as a large model has."""
-    monkeypatch.setattr(orbax_store, "VOCAB_SLICE", 47)
-    monkeypatch.setattr(orbax_store, "PORTION", 60_000)
+    monkeypatch.setattr(orbax_files, "VOCAB_SLICE", 47)
+    monkeypatch.setattr(orbax_files, "PORTION", 60_000)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,9 @@ def test_neighbouring_rows_read_their_slice_once(
     small: Path, tmp_path: Path, cut: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted(str(small), tmp_path / "copy")
-    checkpoint, read_into = open_checkpoint(str(tmp_path / "copy")), orbax_store._read_into
+    checkpoint, read_into = open_checkpoint(str(tmp_path / "copy")), orbax_files._read_into
     reads = []
-    monkeypatch.setattr(orbax_store, "_read_into", lambda *args: (reads.append(args), read_into(*args)))
+    monkeypatch.setattr(orbax_files, "_read_into", lambda *args: (reads.append(args), read_into(*args)))
     checkpoint.embeddings(np.array([[50, 1, 51, 2, 49, 0]], np.int32))
     assert len(reads) == 2
 
@@ -184,7 +185,7 @@ import jax
 import orbax.checkpoint.v1
 from jaxdelta import convert, orbax_store
 jax.block_until_ready(jax.device_put(0))
-orbax_store.PORTION = 8 << 20
+orbax_files.PORTION = 8 << 20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 convert.convert(sys.argv[1], sys.argv[2])
@@ -404,7 +405,7 @@ def test_signal_in_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     monkeypatch.setattr(socket, "socketpair", interrupted)
-    with pytest.raises(SystemExit), orbax_store.quiet():
+    with pytest.raises(SystemExit), orbax_files.quiet():
         asyncio.SelectorEventLoop()
     gc.collect()
     assert not told
@@ -421,12 +422,12 @@ def test_signal_in_coroutine(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(143)
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # no later test shall be quiet
-    with pytest.raises(SystemExit), orbax_store.quiet():
+    with pytest.raises(SystemExit), orbax_files.quiet():
         interrupted()
     task()  # All that is left over is quiet from then on, and after a success nothing is.
     with warnings.catch_warnings(record=True) as told:
         warnings.resetwarnings()
-        with orbax_store.quiet():
+        with orbax_files.quiet():
             task()
         assert not told
         task()

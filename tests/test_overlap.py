@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdelta.overlap import Overlaps, overlaps
-from jaxdelta.subspaces import SHARED_RANK, one_blas_thread
+from jaxdelta.spectra.linalg import one_blas_thread
+from jaxdelta.statistics.across_layers.overlap import Overlaps, overlaps
+from jaxdelta.statistics.across_layers.subspaces import SHARED_RANK
 
 
 def random_directions(layers: int, k: int, d: int, seed: int = 0, shared: float = 0.0) -> np.ndarray:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from conftest import PHASES, TEXT
 
-from jaxdelta.analysis import analyze
-from jaxdelta.excerpt import context, excerpt
-from jaxdelta.report.charts import Map, Panel
-from jaxdelta.report.contents import figures
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.charts.chart import Map, Panel
+from jaxdelta.report.charts.layers import figures
 from jaxdelta.report.page import page, page_file
-from jaxdelta.result import Analysis
+from jaxdelta.run.analyze import analyze
+from jaxdelta.text.excerpt import context, excerpt
 
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)> & <!-- $title <a href="http://a.b">'
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -309,7 +309,7 @@ def test_owners_stand_in_their_text(run: Analysis) -> None:
 
 
 def test_an_excerpt_stays_within_its_window() -> None:
-    from jaxdelta.calibration import Tokens
+    from jaxdelta.text.tokens import Tokens
 
     ids = np.arange(40, dtype=np.int32).reshape(2, 20)
     tokens = Tokens(ids, np.zeros_like(ids))

@@ -17,16 +17,16 @@ from flax import nnx
 from on_mesh import MESHES
 
 from jaxdelta import Analysis, analyze
-from jaxdelta.calibration import Tokens
-from jaxdelta.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import UsageError
-from jaxdelta.parallel import make_grid, parse_mesh, share
-from jaxdelta.parallel import processes as processes_of
-from jaxdelta.plan import Work
-from jaxdelta.resume import RUN
-from jaxdelta.split import SplitSweep, SplitWeights
-from jaxdelta.sweep import Blocks, Sweep, joined
-from jaxdelta.weights import Resident
+from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.resume import RUN
+from jaxdelta.sweep.mesh import make_grid, parse_mesh, share
+from jaxdelta.sweep.mesh import processes as processes_of
+from jaxdelta.sweep.on_mesh import SplitSweep, SplitWeights
+from jaxdelta.sweep.sweep import Blocks, Sweep, joined
+from jaxdelta.text.tokens import Tokens
 
 HERE = Path(__file__).parent
 SHAPE = {"attention_bias": True, "num_key_value_heads": 4}  # four of everything that is split

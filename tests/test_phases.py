@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxdelta.errors import UsageError
-from jaxdelta.phases import default_phases, parse_phases
+from jaxdelta.statistics.across_layers.phases import default_phases, parse_phases
 
 
 def reference_phase(layer: int, layers: int) -> str:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdelta import analyze, plan
-from jaxdelta.calibration import Tokens
-from jaxdelta.checkpoint import open_checkpoint
-from jaxdelta.config import Experts, ModelConfig
+from jaxdelta import analyze
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
+from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.model import Qwen3
-from jaxdelta.plan import Work, device_limit
-from jaxdelta.sweep import Blocks, Sweep
-from jaxdelta.weights import Resident
+from jaxdelta.model.config import Experts, ModelConfig
+from jaxdelta.model.decoder import Qwen3
+from jaxdelta.run import memory_plan
+from jaxdelta.run.memory_plan import Work, device_limit
+from jaxdelta.sweep.sweep import Blocks, Sweep
+from jaxdelta.text.tokens import Tokens
 
 GB = 10**9
 
@@ -133,7 +134,7 @@ def test_too_little_memory_reads_no_weights(tiny_checkpoint: Path, monkeypatch: 
     def never(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("jaxdelta.checkpoint.Checkpoint.layer", never)
+    monkeypatch.setattr("jaxdelta.checkpoint.checkpoint.Checkpoint.layer", never)
     with pytest.raises(JaxDeltaError, match=r"too much; fewer tokens \(--max_tokens\)"):
         analyze(str(tiny_checkpoint), ["some text"] * 4, top_k=2, device_memory_gb=1e-4)
 
@@ -153,6 +154,6 @@ def test_limit_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         def memory_stats() -> dict[str, int]:
             return {"bytes_limit": 10**10}
 
-    monkeypatch.setattr(plan.jax, "local_devices", lambda: [Device])
+    monkeypatch.setattr(memory_plan.jax, "local_devices", lambda: [Device])
     assert device_limit() == 9 * 10**9
     assert device_limit(100.0) == 9 * 10**9

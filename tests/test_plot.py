@@ -11,11 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from jaxdelta.analysis import analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.report.contents import figures
-from jaxdelta.report.plot import Plot
-from jaxdelta.result import Analysis
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.charts.layers import figures
+from jaxdelta.report.notebook import Plot
+from jaxdelta.run.analyze import analyze
 
 matplotlib.use("Agg")
 
@@ -69,17 +69,21 @@ def test_what_cannot_be_drawn(run: Analysis) -> None:
 def test_without_matplotlib_a_line_says_what_to_install(
     run: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "jaxdelta.report.figures", raising=False)
-    monkeypatch.delattr("jaxdelta.report.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "jaxdelta.report.charts.with_matplotlib", raising=False)
+    monkeypatch.delattr("jaxdelta.report.charts.with_matplotlib", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(JaxDeltaError, match=r"matplotlib.*pip install 'jaxdelta\[figures\]'"):
         run.plot.norms()
 
 
 def test_a_result_brings_nothing_along_before_it_is_shown() -> None:
-    code = "import sys, jaxdelta.result; print([m for m in ('jax', 'matplotlib', 'pandas', 'gguf', 'plotly') "
+    heavy = ["jax", "matplotlib", "pandas", "gguf", "plotly"]
+    code = f"import sys, jaxdelta.report.result; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", code + "if m in sys.modules])"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "[]"
 

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 from updates import K, tokens, update
 
-from jaxdelta import Analysis, analyze, rows
-from jaxdelta.calibration import Tokens, tokenize
-from jaxdelta.documents import Groups
-from jaxdelta.measure import Design, LayerFigures, measure
-from jaxdelta.plan import Work
-from jaxdelta.pooling import Pool, Windows
-from jaxdelta.rows import Sample
-from jaxdelta.spectrum import effective_rank
-from jaxdelta.states import PLACES
-from jaxdelta.sweep import Blocks, Update, Wrote
-from jaxdelta.views import ALL, MASKED, RAW
+from jaxdelta import Analysis, analyze
+from jaxdelta.run.memory_plan import Work
+from jaxdelta.spectra.moments.accumulate import Pool, Windows
+from jaxdelta.spectra.scheduler import measure
+from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.views import ALL, MASKED, RAW
+from jaxdelta.statistics import layer_row
+from jaxdelta.statistics.per_layer.ranks import effective_rank
+from jaxdelta.sweep.states import PLACES
+from jaxdelta.sweep.sweep import Blocks, Update, Wrote
+from jaxdelta.text import groups as rows_groups
+from jaxdelta.text.groups import Groups, Sample
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.text.windows import tokenize
 
 WINDOWS, LENGTH, HIDDEN, GROUPS = 6, 60, 40, 3
 SHAPE = (WINDOWS * LENGTH, HIDDEN)
@@ -114,9 +117,9 @@ def test_sums_of_every_group_at_a_width_of_many_blocks() -> None:
         x = (wrote.delta if name == "update" else getattr(wrote, name)).astype(np.float64)
         for group in range(GROUPS):
             rows = x[(owners == group) & kept]
-            square = rows.T @ rows
+            square = layer_row.T @ rows
             np.testing.assert_allclose(found.squares[part, group], square, atol=1e-6 * np.trace(square))
-            np.testing.assert_allclose(found.sums[part, group], rows.sum(axis=0), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(found.sums[part, group], layer_row.sum(axis=0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dominated", [False, True], ids=["spread", "99 % along one direction"])
@@ -167,13 +170,13 @@ def test_a_run(
     tmp_path: Path,
 ) -> None:
     """Wherever the states wait, its figures are those of the same text kept whole; no file is left."""
-    monkeypatch.setattr(rows, "LONG", 100)
+    monkeypatch.setattr(rows_groups, "LONG", 100)
     monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, place)]))
     found = analyze(str(tiny_checkpoint), packed, top_k=4, scratch=str(tmp_path))
     assert found.run["memory"]["place"] == place
     assert not list(tmp_path.iterdir())
     for row, other in zip(found.per_layer, kept_whole.per_layer, strict=True):
-        for name in (*rows.TOKENWISE, "eff_rank", "top1_frac", "n", "mean_share", "sigma1_over_sigma2"):
+        for name in (*layer_row.TOKENWISE, "eff_rank", "top1_frac", "n", "mean_share", "sigma1_over_sigma2"):
             for one, same in ((row, other), (row["mlp"], other["mlp"])):
                 assert one[name] == pytest.approx(same[name], rel=1e-5)
         assert row["centred"]["frob"] == pytest.approx(other["centred"]["frob"], rel=1e-5)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxdelta import reading
-from jaxdelta.reading import read_ahead, read_into
+from jaxdelta.utils import read_ahead as reading
+from jaxdelta.utils.read_ahead import read_ahead, read_into
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows reads past the cache")
 CONTENT = np.random.default_rng(0).bytes(40_000)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_overlap import masks
 
-from jaxdelta import resampling
-from jaxdelta.overlap import Overlaps, overlaps
-from jaxdelta.resampling import OverlapDraws, resampled_overlaps
-from jaxdelta.subspaces import one_blas_thread
+from jaxdelta.spectra.linalg import one_blas_thread
+from jaxdelta.statistics.across_layers import bootstrap
+from jaxdelta.statistics.across_layers.bootstrap import OverlapDraws, resampled_overlaps
+from jaxdelta.statistics.across_layers.overlap import Overlaps, overlaps
 
 FIELDS = {
     "intra": "intra_cos_mean",
@@ -168,7 +168,7 @@ def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None
     coupling, directions = coupled(updates(4, 5, 40), 4)
     weights = np.random.default_rng(1).poisson(1.0, (7, 5)).astype(np.float32) + 0.1
     whole = resampled_overlaps(coupling, directions, 4, weights, masks("AABB"))
-    monkeypatch.setattr(resampling, "_CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(bootstrap, "_CHUNK_BYTES", 40_000)
     chunks = resampled_overlaps(coupling, directions, 4, weights, masks("AABB"))
     for field in dataclasses.fields(whole):
         assert getattr(whole, field.name).shape[-1] == 7

@@ -12,15 +12,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxdelta import Analysis, analysis, analyze, archive, load_model, resume, rows
-from jaxdelta.calibration import Tokens, tokenize
+from jaxdelta import Analysis, analyze, load_model
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.files import locked
-from jaxdelta.measure import LayerFigures
-from jaxdelta.plan import Work
-from jaxdelta.resume import RUN, Run
-from jaxdelta.states import PLACES, State, States, scratch_directory
-from jaxdelta.sweep import Blocks, Sweep
+from jaxdelta.run import analyze as analysis
+from jaxdelta.run import resume
+from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.resume import RUN, Run
+from jaxdelta.spectra import summary_files
+from jaxdelta.spectra.view_summary import LayerFigures
+from jaxdelta.sweep.states import PLACES, State, States, scratch_directory
+from jaxdelta.sweep.sweep import Blocks, Sweep
+from jaxdelta.text import groups
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.text.windows import tokenize
+from jaxdelta.utils.files import locked
 
 LAYERS = 4  # of the tiny checkpoint
 OPTIONS: dict[str, Any] = {"top_k": 4, "bootstrap": 20, "null_draws": 20}
@@ -50,7 +55,7 @@ def _no_thread_is_left() -> Iterator[None]:
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """`short`: kept whole; else where the states of a long text wait, in several blocks."""
     if request.param != "short":
-        monkeypatch.setattr(rows, "LONG", 100)
+        monkeypatch.setattr(groups, "LONG", 100)
         monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, request.param)]))
     return request.param
 
@@ -376,7 +381,7 @@ def test_a_piece_that_cannot_be_written(
 def test_figures_come_back(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bits, all types, and what is one object stays one."""
     for one in found_figures(tiny_checkpoint, monkeypatch):
-        other = archive.unpack(archive.pack(one))
+        other = summary_files.unpack(summary_files.pack(one))
         assert list(one.views) == list(other.views)
         assert one.ledger == other.ledger
         same = [[a is b for a in of.views.values() for b in of.views.values()] for of in (one, other)]
@@ -395,7 +400,7 @@ def found_figures(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerFig
 
     monkeypatch.setattr(analysis, "described", listened)
     run(model, None)
-    monkeypatch.setattr(rows, "LONG", 100)
+    monkeypatch.setattr(groups, "LONG", 100)
     monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
     run(model, None)
     assert len(found) == 2 * (LAYERS + 1)

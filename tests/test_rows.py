@@ -1,5 +1,5 @@
 """A layer's row: every number against plain NumPy in float64 from its definition, intervals against an exact
-jackknife over documents, and what is said where there is nothing to measure."""
+jackknife over documents, and what is said where there is nothing to scheduler."""
 
 import dataclasses
 import json
@@ -15,22 +15,22 @@ import scipy.special
 import scipy.stats
 from updates import DOCUMENTS, TALL, WIDE, K, measured, tokens, update
 
-from jaxdelta import measure
-from jaxdelta.calibration import Tokens
-from jaxdelta.documents import Groups
-from jaxdelta.measure import LayerFigures
-from jaxdelta.report import trust
-from jaxdelta.result import Analysis
-from jaxdelta.rows import HALVINGS, MAX_GROUPS, SCALES, Sample, layer_row, view_rows
-from jaxdelta.spectrum import (
+from jaxdelta.report import tables
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.spectra import scheduler
+from jaxdelta.spectra.view_summary import LayerFigures
+from jaxdelta.spectra.views import ALL, MASKED, RAW, View
+from jaxdelta.statistics.layer_row import SCALES, layer_row, view_rows
+from jaxdelta.statistics.per_layer.ranks import (
     effective_rank,
     numerical_rank,
     participation_ratio,
     roy_vetterli_rank,
     stable_rank,
 )
-from jaxdelta.sweep import Update
-from jaxdelta.views import ALL, MASKED, RAW, View
+from jaxdelta.sweep.sweep import Update
+from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, Groups, Sample
+from jaxdelta.text.tokens import Tokens
 
 SINKS = {5: 30.0, 40: 100.0}
 DRAWS = 100
@@ -269,7 +269,7 @@ def test_the_order_of_the_ranks(kind: str) -> None:
         assert np.all(smaller <= larger * (1 + 1e-8))  # shares below 1e-12 are left out of an entropy
 
 
-# Nothing to measure
+# Nothing to scheduler
 
 
 def assert_json(figures: LayerFigures, of: Sample, k: int = K, hidden: int = WIDE[1]) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def test_few_and_many_documents(documents: int) -> None:
 def of_kept(wrote: Update, kept: list[int], of: Sample) -> dict[str, Any]:
     """The figures of these tokens alone, all others being masked."""
     mask = np.isin(np.arange(len(wrote.h)), kept)
-    with mock.patch.object(measure, "without_sinks", lambda *_: mask):
+    with mock.patch.object(scheduler, "without_sinks", lambda *_: mask):
         found = measured(wrote, of, views=(MASKED,)).views[MASKED]
     figures = LayerFigures({RAW: found}, dict.fromkeys(("attention", "mlp", "cross", "update"), 0.0))
     return assert_json(figures, of)
@@ -440,8 +440,8 @@ def test_tables_of_layers_that_write_nothing_and_of_single_views() -> None:
     zero = assert_json(measured(plain(np.zeros(WIDE)), OF, views=views), OF)
     sinks = assert_json(measured(update(WIDE, sinks=SINKS), OF, views=views), OF)
     both = shown(zero, sinks)
-    ledger, owners = list(trust.ledger_table(both)), list(trust.owner_table(both))
+    ledger, owners = list(tables.ledger_table(both)), list(tables.owner_table(both))
     assert [line.endswith("sinks masked 2") for line in ledger] == [False, False, True]
     assert len(owners) == 2 and "'t41'" in owners[1]
-    assert list(trust.owner_table(shown(zero))) == []
-    assert "masked.centred" in "\n".join(trust.view_table(both))
+    assert list(tables.owner_table(shown(zero))) == []
+    assert "masked.centred" in "\n".join(tables.view_table(both))

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from conftest import EXPERTS, write_tokenizer
 
-from jaxdelta import model as model_module
-from jaxdelta.attention import causal_mask
-from jaxdelta.calibration import PADDING, Tokens, load_encoder, tokenize
-from jaxdelta.checkpoint import load_model
-from jaxdelta.model import Qwen3, residual_stream
+from jaxdelta.checkpoint.checkpoint import load_model
+from jaxdelta.model import attention as model_module
+from jaxdelta.model.attention import causal_mask
+from jaxdelta.model.decoder import Qwen3, residual_stream
+from jaxdelta.text.tokenizer import load_encoder
+from jaxdelta.text.tokens import PADDING, Tokens
+from jaxdelta.text.windows import tokenize
 
 TOLERANCE = 1e-5
 SIZES = [90, 64, 33, 32, 17, 9, 150, 2, 3, 5, 1, 77]

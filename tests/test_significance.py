@@ -10,18 +10,11 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdelta.phases import default_phases
-from jaxdelta.significance import (
-    benjamini_hochberg,
-    cluster_weights,
-    half_weights,
-    isotropic_cos_mean,
-    isotropic_p_value,
-    lag_matched_gap,
-    p_value,
-    segment_test,
-    t_interval,
-)
+from jaxdelta.statistics.across_layers.nulls import isotropic_cos_mean, isotropic_p_value
+from jaxdelta.statistics.across_layers.phase_test import lag_matched_gap, segment_test
+from jaxdelta.statistics.across_layers.phases import default_phases
+from jaxdelta.statistics.intervals import benjamini_hochberg, p_value, t_interval
+from jaxdelta.text.groups import cluster_weights, half_weights
 
 
 def masks(phases: str) -> np.ndarray:

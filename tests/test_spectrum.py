@@ -13,19 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxdelta import spectrum
-from jaxdelta.spectrum import (
-    CERTIFIED,
-    METHODS,
-    Spectrum,
-    effective_rank,
-    energy_shares,
-    host_decompose,
-    numerical_rank,
-    token_products,
-    token_statistics,
-    update_spectrum,
-)
+from jaxdelta.spectra import spectrum
+from jaxdelta.spectra.spectrum import CERTIFIED, METHODS, Spectrum, host_decompose, update_spectrum
+from jaxdelta.spectra.token_table import token_products
+from jaxdelta.statistics.per_layer.ranks import effective_rank, energy_shares, numerical_rank
+from jaxdelta.statistics.per_layer.token_norms import token_statistics
 
 K = 4
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxdelta.analysis import analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.result import Analysis
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.run.analyze import analyze
 
 N, K, D = 4, 3, 48
 
@@ -98,8 +98,9 @@ def test_lengths(run: Analysis, tmp_path: Path) -> None:
 def test_a_sign_strengthens_what_the_layer_writes(run: Analysis, tiny_checkpoint: Path) -> None:
     """The summed update points along it."""
     import jaxdelta
-    from jaxdelta.calibration import load_encoder, tokenize
-    from jaxdelta.corpus import read_documents
+    from jaxdelta.text.documents import read_documents
+    from jaxdelta.text.tokenizer import load_encoder
+    from jaxdelta.text.windows import tokenize
 
     tokens = tokenize(read_documents(None), load_encoder(tiny_checkpoint), max_tokens=60, vocab_size=256)
     stream = jaxdelta.residual_stream(jaxdelta.load_model(str(tiny_checkpoint)), tokens.ids)

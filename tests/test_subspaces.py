@@ -5,8 +5,8 @@ import pytest
 from scipy.linalg import subspace_angles
 from test_overlap import masks, random_directions
 
-from jaxdelta.overlap import overlaps, principal_angles
-from jaxdelta.subspaces import alignment_index
+from jaxdelta.statistics.across_layers.overlap import overlaps, principal_angles
+from jaxdelta.statistics.across_layers.subspaces import alignment_index
 
 
 @pytest.mark.parametrize(("layers", "k", "d"), [(1, 3, 10), (5, 1, 12), (6, 8, 40), (4, 5, 5)])

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdelta import sweep
-from jaxdelta.calibration import PADDING, Tokens
-from jaxdelta.checkpoint import Checkpoint, open_checkpoint
-from jaxdelta.loss import next_token_loss
-from jaxdelta.model import residual_stream
-from jaxdelta.sweep import Blocks, Sweep, Update, joined
-from jaxdelta.weights import Resident, Weights
+from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.model.decoder import residual_stream
+from jaxdelta.model.loss import next_token_loss
+from jaxdelta.sweep import sweep
+from jaxdelta.sweep.sweep import Blocks, Sweep, Update, joined
+from jaxdelta.text.tokens import PADDING, Tokens
 
 IDS = np.random.default_rng(5).integers(0, 256, (6, 70)).astype(np.int32)
 TOKENS = Tokens(IDS, np.zeros_like(IDS))

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import assert_same, change_config, on_disk, one_line, parameters, to_torch_file, write
 from conftest import EXPERTS
 
-from jaxdelta.checkpoint import load_model, open_checkpoint
+from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
 from jaxdelta.errors import JaxDeltaError
 
 

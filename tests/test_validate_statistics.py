@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 from test_reference_scripts import load_script, run_script
 
-from jaxdelta.documents import moments_by_group, without_groups
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.significance import t_interval
+from jaxdelta.spectra.group_moments import moments_by_group, without_groups
+from jaxdelta.statistics.intervals import t_interval
 
 validation = load_script("validate_statistics")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxdelta.verdict import verdicts
+from jaxdelta.statistics.across_layers.verdict import verdicts
 
 N = 10
 

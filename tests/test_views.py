@@ -5,11 +5,8 @@ import pytest
 from updates import WIDE, K, measured, tokens, update
 
 from jaxdelta.errors import UsageError
-from jaxdelta.measure import ViewFigures
-from jaxdelta.rows import Sample, layer_row
-from jaxdelta.spectrum import numerical_rank
-from jaxdelta.sweep import Update
-from jaxdelta.views import (
+from jaxdelta.spectra.view_summary import ViewFigures
+from jaxdelta.spectra.views import (
     ALL,
     DEFAULT_SINK_FACTOR,
     DEFAULT_VIEWS,
@@ -20,6 +17,10 @@ from jaxdelta.views import (
     parse_views,
     without_sinks,
 )
+from jaxdelta.statistics.layer_row import layer_row
+from jaxdelta.statistics.per_layer.ranks import numerical_rank
+from jaxdelta.sweep.sweep import Update
+from jaxdelta.text.groups import Sample
 
 SINKS = {5: 30.0, 40: 100.0}
 SAMPLE = Sample.of(tokens(WIDE[0]), 0, 0)

@@ -6,12 +6,12 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxdelta import measure
-from jaxdelta.calibration import Tokens
-from jaxdelta.measure import Design, LayerFigures
-from jaxdelta.rows import Sample
-from jaxdelta.sweep import Update
-from jaxdelta.views import ALL
+from jaxdelta.spectra import scheduler
+from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.views import ALL
+from jaxdelta.sweep.sweep import Update
+from jaxdelta.text.groups import Sample
+from jaxdelta.text.tokens import Tokens
 
 DOCUMENTS = 12
 WIDE, TALL = (72, 96), (96, 72)  # (n, d)
@@ -50,4 +50,4 @@ def measured(wrote: Update, of: Sample, **design: Any) -> LayerFigures:
     """One layer's figures in every view, on this thread; not what the comparison of layers needs."""
     whole = Design(**{"k": K, "views": tuple(ALL.values()), "groups": of.groups} | design)
     with jax.enable_x64(True), mock.patch.object(measure, "CROSSED", ()):
-        return measure._measured([wrote], whole, measure._one_by_one)[0]
+        return scheduler._measured([wrote], whole, scheduler._one_by_one)[0]

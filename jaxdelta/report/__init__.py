@@ -1,1 +1,1 @@
-"""What a run shows: tables for the terminal."""
+"""What a run leaves and shows: the result, tables, pages, charts, comparisons."""

@@ -3,24 +3,24 @@
 import hashlib
 from collections.abc import Iterator
 
-from jaxdelta.report.charts import phase_bands
+from jaxdelta.report.charts.chart import phase_bands
+from jaxdelta.report.result import Result
 from jaxdelta.report.tables import probed
-from jaxdelta.result import Analysis
-from jaxdelta.views import view_of
+from jaxdelta.spectra.views import view_of
 
 
-def methods(analysis: Analysis) -> str:
+def methods(analysis: Result) -> str:
     """The paragraph."""
     parts = (_subject, _text, _numbers, _definitions, _views, _uncertainty, _phases, _checks)
     return " ".join(sentence for part in parts for sentence in part(analysis))
 
 
-def array_hash(analysis: Analysis) -> str:
+def array_hash(analysis: Result) -> str:
     """SHA-256 of the run's .safetensors file."""
     return hashlib.sha256(analysis.arrays_file()).hexdigest()
 
 
-def _subject(analysis: Analysis) -> Iterator[str]:
+def _subject(analysis: Result) -> Iterator[str]:
     run = analysis.run
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
     revision = run.get("flags", {}).get("revision")
@@ -34,7 +34,7 @@ def _subject(analysis: Analysis) -> Iterator[str]:
         yield f"The run is a control ({control}), not the model itself."
 
 
-def _text(analysis: Analysis) -> Iterator[str]:
+def _text(analysis: Result) -> Iterator[str]:
     documents = analysis.run.get("documents")
     of = f" of {documents} document{'s' * (documents != 1)}" if documents else ""
     fingerprint = analysis.run.get("text_fingerprint")
@@ -43,7 +43,7 @@ def _text(analysis: Analysis) -> Iterator[str]:
     yield "Its first token, an attention sink, was left out of every figure."
 
 
-def _numbers(analysis: Analysis) -> Iterator[str]:
+def _numbers(analysis: Result) -> Iterator[str]:
     run = analysis.run
     method = {"gram": "Gram matrices", "full": "a full SVD"}.get(
         run.get("flags", {}).get("svd", ""), "an SVD"
@@ -56,7 +56,7 @@ def _numbers(analysis: Analysis) -> Iterator[str]:
     )
 
 
-def _definitions(analysis: Analysis) -> Iterator[str]:
+def _definitions(analysis: Result) -> Iterator[str]:
     yield (
         "The effective rank is exp(−Σ p ln p) with p = σ²/Σσ² (Giraldo et al. 2014), v_L the first right "
         "singular vector of layer L's update, and its relative step the mean of ‖δ_i‖/‖h_i‖ over tokens "
@@ -64,7 +64,7 @@ def _definitions(analysis: Analysis) -> Iterator[str]:
     )
 
 
-def _views(analysis: Analysis) -> Iterator[str]:
+def _views(analysis: Result) -> Iterator[str]:
     masked = [view for row in analysis.per_layer if (view := view_of(row, "masked"))]
     if masked:
         most = max(row["n"] - view["n"] for row, view in zip(analysis.per_layer, masked, strict=True))
@@ -75,7 +75,7 @@ def _views(analysis: Analysis) -> Iterator[str]:
         )
 
 
-def _uncertainty(analysis: Analysis) -> Iterator[str]:
+def _uncertainty(analysis: Result) -> Iterator[str]:
     flags = analysis.run.get("flags", {})
     if any("intervals" in row for row in analysis.per_layer):
         yield (
@@ -92,7 +92,7 @@ def _uncertainty(analysis: Analysis) -> Iterator[str]:
         yield f"The seed was {flags['seed']}."
 
 
-def _phases(analysis: Analysis) -> Iterator[str]:
+def _phases(analysis: Result) -> Iterator[str]:
     bands = (
         f"{name} {first}" + (f"–{last}" if last > first else "")
         for first, last, name in phase_bands(analysis)
@@ -100,7 +100,7 @@ def _phases(analysis: Analysis) -> Iterator[str]:
     yield f"Phases by layer: {', '.join(bands)}."
 
 
-def _checks(analysis: Analysis) -> Iterator[str]:
+def _checks(analysis: Result) -> Iterator[str]:
     run = analysis.run
     yield (
         f"The updates account for the last state to {run['closure_error']:.1e}; the loss on "

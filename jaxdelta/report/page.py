@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
-from jaxdelta.excerpt import context
-from jaxdelta.report.charts import Figure
-from jaxdelta.report.contents import figures, has_sinks
-from jaxdelta.report.markup import (
+from jaxdelta.report.charts.chart import Figure
+from jaxdelta.report.charts.layers import figures, has_sinks
+from jaxdelta.report.methods import methods
+from jaxdelta.report.page_parts import (
     as_file,
     bounded,
     document,
@@ -17,27 +17,27 @@ from jaxdelta.report.markup import (
     table,
     visible,
 )
-from jaxdelta.report.methods import methods
-from jaxdelta.result import Analysis
-from jaxdelta.views import view_of
+from jaxdelta.report.result import Result
+from jaxdelta.spectra.views import view_of
+from jaxdelta.text.excerpt import context
 
 SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
 LARGE_CLOSURE = 1e-2
 FEW_TOKENS = 3  # per dimension
 
 
-def page(analysis: Analysis) -> str:
+def page(analysis: Result) -> str:
     """The page."""
     drawn = figures(analysis)
     return document(f"{analysis.model} – jaxdelta", _body(analysis, drawn), drawn)
 
 
-def page_file(analysis: Analysis) -> bytes:
+def page_file(analysis: Result) -> bytes:
     """The page as the bytes of its file."""
     return as_file(page(analysis))
 
 
-def summary(analysis: Analysis) -> str:
+def summary(analysis: Result) -> str:
     """What a notebook shows of a run: the head of the page, phases and verdict, and the layers, folded.
 
     Plain tables without a style of their own: a notebook's is made for its light and its dark.
@@ -48,7 +48,7 @@ def summary(analysis: Analysis) -> str:
     return as_file(tostring(whole, "unicode", method="html")).decode()
 
 
-def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
+def _body(analysis: Result, drawn: Sequence[Figure]) -> Iterator[Element]:
     after = {"owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
     for figure in drawn:
@@ -60,7 +60,7 @@ def _body(analysis: Analysis, drawn: Sequence[Figure]) -> Iterator[Element]:
     yield element("section", element("h2", "Methods"), hint, element("blockquote", methods(analysis)))
 
 
-def _headline(analysis: Analysis) -> Iterator[Element]:
+def _headline(analysis: Result) -> Iterator[Element]:
     yield element("h1", _title(analysis))
     box = element("dl", class_="facts")
     for name, fact in _facts(analysis).items():
@@ -69,11 +69,11 @@ def _headline(analysis: Analysis) -> Iterator[Element]:
     yield from _warned(analysis)
 
 
-def _title(analysis: Analysis) -> str:
+def _title(analysis: Result) -> str:
     return f"What {analysis.num_layers} layers of {analysis.model} write"
 
 
-def _facts(analysis: Analysis) -> dict[str, str]:
+def _facts(analysis: Result) -> dict[str, str]:
     run = analysis.run
     documents = run.get("documents")
     return {
@@ -89,12 +89,12 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     }
 
 
-def _warned(analysis: Analysis) -> Iterator[Element]:
+def _warned(analysis: Result) -> Iterator[Element]:
     if found := list(warnings(analysis)):
         yield element("ul", *(element("li", warning) for warning in found), class_="warnings")
 
 
-def warnings(analysis: Analysis) -> Iterator[str]:
+def warnings(analysis: Result) -> Iterator[str]:
     """What a reader must know before believing a figure."""
     run, first = analysis.run, analysis.per_layer[0]
     flags = run.get("flags", {})
@@ -117,7 +117,7 @@ def warnings(analysis: Analysis) -> Iterator[str]:
         yield f"Not measured in this run: {'; '.join(missing)}."
 
 
-def _not_measured(analysis: Analysis) -> Iterator[str]:
+def _not_measured(analysis: Result) -> Iterator[str]:
     rows = analysis.per_layer
     if not any(view_of(row, "masked") for row in rows):
         yield "the view without sinks (--views)"
@@ -129,7 +129,7 @@ def _not_measured(analysis: Analysis) -> Iterator[str]:
         yield "chance (--null_draws)"
 
 
-def _owner_table(analysis: Analysis) -> Iterator[Element]:
+def _owner_table(analysis: Result) -> Iterator[Element]:
     views = ["raw", "masked"] if has_sinks(analysis) else ["raw"]
     for view in views:
         rows = [
@@ -143,7 +143,7 @@ def _owner_table(analysis: Analysis) -> Iterator[Element]:
             yield table(head, rows, f"Owners of σ₁, {view}")
 
 
-def _owners(found: dict[str, Any], analysis: Analysis) -> Element:
+def _owners(found: dict[str, Any], analysis: Result) -> Element:
     lines = element("div")
     for owner in found["sigma1_tokens"]:
         before, behind = (visible(text) for text in context(analysis.text, owner["position"]))
@@ -154,7 +154,7 @@ def _owners(found: dict[str, Any], analysis: Analysis) -> Element:
     return lines
 
 
-def _phase_tables(analysis: Analysis) -> Iterator[Element]:
+def _phase_tables(analysis: Result) -> Iterator[Element]:
     for row in analysis.verdict or ():
         if row["prediction"]:
             verdict = element("span", row["verdict"], class_=row["verdict"])
@@ -193,7 +193,7 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
     return table((*head, "rank of the v_L", "95 %", "90 % in"), rows, "Phases and verdict")
 
 
-def _layer_table(analysis: Analysis) -> Element:
+def _layer_table(analysis: Result) -> Element:
     keys = {
         "h_norm_mean": "‖h‖",
         "token_norm_mean": "‖δ‖",

@@ -3,30 +3,31 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdelta.report import trust
-from jaxdelta.result import Analysis
+from jaxdelta.report.page_parts import number, spanned
+from jaxdelta.report.result import Result
+from jaxdelta.spectra.views import ALL, view_of
 
 
-def tables(analysis: Analysis) -> str:
+def tables(analysis: Result) -> str:
     """All tables of a run: the reference's; views, sinks, chance, a control's; verdict, checks."""
     sections = (
         layer_table,
         adjacent_table,
         phase_table,
         capture_table,
-        trust.view_table,
-        trust.ledger_table,
-        trust.owner_table,
-        trust.chance_table,
+        view_table,
+        ledger_table,
+        owner_table,
+        chance_table,
         control_table,
-        trust.verdict_table,
+        verdict_table,
         checks,
     )
     texts = ("\n".join(section(analysis)) for section in sections)
     return "\n\n".join(text for text in texts if text)
 
 
-def layer_table(analysis: Analysis) -> Iterator[str]:
+def layer_table(analysis: Result) -> Iterator[str]:
     """One line a layer: mean state and update norms, relative step, mean |cos(δ, h)|, effective rank."""
     if name := analysis.run["flags"].get("control"):
         yield f" control: {name} (seed {analysis.run['flags']['seed']}); not the model's own figures"
@@ -38,7 +39,7 @@ def layer_table(analysis: Analysis) -> Iterator[str]:
         )
 
 
-def adjacent_table(analysis: Analysis) -> Iterator[str]:
+def adjacent_table(analysis: Result) -> Iterator[str]:
     """|cos| between the first directions of neighbouring layers."""
     yield "=== Pairwise top-1 cos-sim (adjacent) ==="
     for layer, cosine in enumerate(analysis.top1_cos_adjacent):
@@ -46,7 +47,7 @@ def adjacent_table(analysis: Analysis) -> Iterator[str]:
         yield f" L={layer:>2}→{layer + 1:>2} phase={phase:>4} |cos|={abs(cosine):.4f}"
 
 
-def phase_table(analysis: Analysis) -> Iterator[str]:
+def phase_table(analysis: Result) -> Iterator[str]:
     """Mean |cos| within each phase and between it and the rest."""
     yield "=== Per-phase top-1 direction overlap ==="
     yield f"{'phase':>7} {'N':>3} {'intra_cos_mean':>14} {'cross_cos_mean':>14}"
@@ -55,14 +56,14 @@ def phase_table(analysis: Analysis) -> Iterator[str]:
         yield f"{row['phase']:>7} {row['layers']:>3} {intra:14.4f} {cross:14.4f}"
 
 
-def capture_table(analysis: Analysis) -> Iterator[str]:
+def capture_table(analysis: Result) -> Iterator[str]:
     """How much of each layer's first direction lies in its phase's shared subspace."""
     yield "=== Block-shared subspace (rank-8) capture fraction per layer ==="
     for row in analysis.block_capture:
         yield f" phase={row['phase']:>4} L={row['L']:>2} v1 captured by block top-8: {row['capture']:.4f}"
 
 
-def control_table(analysis: Analysis) -> Iterator[str]:
+def control_table(analysis: Result) -> Iterator[str]:
     """Each layer's and each phase's figures, and after the bar the control's, where there is one."""
     control = analysis.control
     if control is None:
@@ -91,7 +92,7 @@ def probed(run: dict[str, Any]) -> str:
     return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
 
 
-def checks(analysis: Analysis) -> Iterator[str]:
+def checks(analysis: Result) -> Iterator[str]:
     """What tells that the figures can be believed, and the last layer in both conventions."""
     run = analysis.run
     yield "=== Checks ==="
@@ -103,3 +104,97 @@ def checks(analysis: Analysis) -> Iterator[str]:
             f" last layer, state {name} the final norm: ||δ||={row['token_norm_mean']:.2f} "
             f"eff_rank={row['eff_rank']:.2f} ({used})"
         )
+
+
+def view_table(analysis: Result) -> Iterator[str]:
+    """Effective rank and share of energy along v_1 in every view, if sinks or the mean change anything."""
+    rows = analysis.per_layer
+    names: list[str] = []
+    seen = [[view_of(row, "raw") for row in rows]]
+    for name in ALL:
+        figures = [view_of(row, name) for row in rows]
+        if figures[0] is not None and figures not in seen:
+            names.append(name)
+            seen.append(figures)
+    if not names:
+        return
+    yield "=== Views: eff_rank (top1_frac) ==="
+    yield "     " + " ".join(f"{name:>16}" for name in ["raw", *names])
+    for row in rows:
+        figures = [view_of(row, name) for name in ["raw", *names]]
+        yield f" L={row['L']:>2} " + " ".join(
+            f"{f['eff_rank']:8.2f} ({f['top1_frac']:.3f})" if f else f"{'-':>16}" for f in figures
+        )
+
+
+def ledger_table(analysis: Result) -> Iterator[str]:
+    """Shares of ‖δ‖²: attention's, the MLP's, and their cross term 2<attention, mlp>; and the sinks."""
+    if "ledger" not in analysis.per_layer[0]:
+        return
+    yield "=== Energy ‖δ‖² = ‖attention‖² + ‖mlp‖² + cross, as shares ==="
+    for row in analysis.per_layer:
+        whole = row["ledger"]["update"] or 1.0
+        parts = [row["ledger"][name] / whole for name in ("attention", "mlp", "cross")]
+        masked = view_of(row, "masked") or view_of(row, "masked.centred")
+        sinks = f" sinks masked {row['n'] - masked['n']}" if masked else ""
+        yield f" L={row['L']:>2} " + " + ".join(f"{part:6.3f}" for part in parts) + sinks
+
+
+def owner_table(analysis: Result) -> Iterator[str]:
+    """The tokens that own most of σ_1², and how much the first thousandth of all owns."""
+    rows = [row for row in analysis.per_layer if row.get("sigma1_tokens")]
+    if not rows:
+        return
+    yield "=== Who owns σ_1: tokens by share of σ_1² (position) ==="
+    for row in rows:
+        tokens = (f"{t['token']!r} {t['share']:.3f} ({t['position']})" for t in row["sigma1_tokens"][:3])
+        yield f" L={row['L']:>2} top 0.1 %: {_number(row['sigma1_top_share'])}   " + ", ".join(tokens)
+
+
+def chance_table(analysis: Result) -> Iterator[str]:
+    """Each phase's cosines beside what its layers' covariance gives by chance, with 95 % intervals."""
+    views = analysis.overlap or {}
+    same = views.get("masked") == views.get("raw")
+    for view, relations in views.items():
+        if view == "masked" and same:
+            continue
+        yield f"=== Phases beside chance, {'raw (there are no sinks to mask)' if same else view} ==="
+        test = relations["phase_test"]
+        yield (
+            f" {'phase':>5} {'N':>3} {'intra |cos|':>22} {'chance':>7} {'p':>6} {'p(gap)':>7} "
+            f"{'rank of v_L':>22} {'90 %':>5} {'left out':>9} {'chance':>7}"
+        )
+        for row, gap in zip(relations["phases"], test["phases"], strict=True):
+            alone = [each["leave_one_out"] for each in relations["layers"] if each["phase"] == row["phase"]]
+            yield (
+                f" {row['phase']:>5} {row['layers']:>3} {spanned(row['intra']):>22} "
+                f"{_number(row['intra'].get('null_mean')):>7} {_number(row['intra'].get('null_p')):>6} "
+                f"{_number(gap['p_value']):>7} {spanned(row['stacked_rank']):>22} "
+                f"{row['dimensions_90']:>5} {_mean(alone, 'value'):>9} {_mean(alone, 'null_mean'):>7}"
+            )
+        orders = f"{'all' if test['exact'] else 'random'} {test['orders']} orders of the phases"
+        yield f" phases against drift: gap {_number(test['gap'])}, p {_number(test['p_value'])} ({orders})"
+
+
+def verdict_table(analysis: Result) -> Iterator[str]:
+    """What the hypothesis predicts, and what the figures say."""
+    if not analysis.verdict:
+        return
+    yield "=== Verdict on h_{L+1} = h_L + T_shared(h_L) + γ_L·v_L·f(…) ==="
+    for row in analysis.verdict:
+        if row["prediction"]:
+            said = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L"}
+            yield f" phase {row['phase']}: {said[row['prediction']]}: {row['verdict']} ({row['why']})"
+    if analysis.run["documents"] == 1:
+        yield " one document: intervals need several"
+    elif analysis.run["few_documents"]:
+        yield f" {analysis.run['documents']} documents: fewer than ten, intervals are rough"
+
+
+def _number(value: float | None) -> str:
+    return number(value, ".3f")
+
+
+def _mean(figures: list[dict[str, Any]], key: str) -> str:
+    values = [figure[key] for figure in figures if key in figure]
+    return _number(sum(values) / len(values) if values else None)

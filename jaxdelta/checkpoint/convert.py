@@ -1,0 +1,55 @@
+"""A checkpoint of any format -> a directory with its parameters in Orbax's, and all else a run needs."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
+from jaxdelta.checkpoint.orbax_files import write_orbax
+from jaxdelta.errors import UsageError
+from jaxdelta.model.config import DTYPE_BYTES
+from jaxdelta.utils.files import new_directory
+
+STORED = "stored"
+DTYPES = (STORED, *DTYPE_BYTES)
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    dtype: str = STORED,
+    revision: str | None = None,
+    loader: str = "auto",
+) -> None:
+    """Writes a model's directory, config.json and tokenizer included, with its parameters in Orbax's format.
+
+    A portion of the parameters is in memory at a time; `out` appears whole or not at all.
+
+    Args:
+        model: hub id, directory, or `demo`.
+        out: the directory to make; one that is there must be empty.
+        dtype: of all parameters: `stored` keeps each as it is; else numbers are rounded to the nearest.
+        revision: branch, tag or commit of a hub id.
+        loader: how the weights are read, as `open_checkpoint` takes it.
+
+    Raises:
+        JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for it.
+        UsageError: an unknown dtype or loader.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    with new_directory(Path(out).expanduser()) as directory:
+        checkpoint = open_checkpoint(model, revision=revision, loader=loader)
+        config = checkpoint.config
+        if dtype != STORED:
+            config = dataclasses.replace(config, dtype=dtype)
+        config.to_file(directory / hub.CONFIG)
+        for name in hub.ALL_TOKENIZER_FILES:
+            if (checkpoint.directory / name).exists():
+                shutil.copyfile(checkpoint.directory / name, directory / name)
+        numbers = None if dtype == STORED else jnp.dtype(dtype)
+        write_orbax(checkpoint.source, checkpoint.names, directory / hub.ORBAX, numbers)

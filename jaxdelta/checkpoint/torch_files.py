@@ -1,0 +1,121 @@
+"""Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported only when asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.safetensors_files import safetensors_files
+from jaxdelta.checkpoint.source import Source, Spec, expert_parts
+from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.model.config import ModelConfig
+
+
+def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
+    """Opens a directory with transformers' PyTorch model; its state dict serves as the tensors.
+
+    Raises:
+        JaxDeltaError: there are no weights, PyTorch is not installed, or transformers cannot open them.
+    """
+    options = _options(directory)
+    _require_torch(directory)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(directory, **options)
+        raw = theirs.to_dict()
+        quantization = raw.pop("quantization_config", None) or {}
+        config = ModelConfig.from_dict(raw)  # Before the weights: it may be another architecture.
+        if quantization.get("quant_method") == "fp8":
+            theirs.quantization_config = quantization | {"dequantize": True}
+        tensors, specs = _load(directory, {"config": theirs, **options})
+    except JaxDeltaError as error:
+        raise JaxDeltaError(f"{directory}: {error}") from error
+    except Exception as error:  # transformers and the formats behind it raise whatever comes to hand.
+        raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return _to_numpy(tensors[name][start:stop])
+
+    return config, Source(specs, read)
+
+
+def _options(directory: Path) -> dict[str, Any]:
+    """Which of the files transformers is to open; a GGUF file only where there is nothing else."""
+    gguf = sorted(path.name for path in directory.glob("*.gguf"))
+    others = safetensors_files(directory) or any((directory / name).exists() for name in hub.TORCH_WEIGHTS)
+    if (others or not gguf) and not (directory / hub.CONFIG).exists():
+        raise JaxDeltaError(f"{directory}: has no {hub.CONFIG}; is it a model's directory?")
+    if others:
+        return {"trust_remote_code": False}
+    if not gguf:
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS}, nor any other weights")
+    if len(gguf) > 1:
+        raise JaxDeltaError(f"{directory}: has several GGUF files ({', '.join(gguf)}); leave one of them")
+    return {"trust_remote_code": False, "gguf_file": gguf[0]}
+
+
+def _require_torch(directory: Path) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise JaxDeltaError(
+            f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
+        ) from error
+
+
+def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """The model's tensors, and what of them the files hold: transformers makes up the rest at random."""
+    import transformers
+
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    tensors = model.state_dict()
+    if any(tensor.dtype not in _dtypes() for tensor in tensors.values()):
+        tensors = model.dequantize().state_dict()
+    if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
+        raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
+    specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}
+    for name, shape, _ in report["mismatched_keys"]:
+        specs[name] = Spec(tuple(shape), specs[name].dtype)
+    for name in report["unexpected_keys"]:
+        specs[name] = Spec((), np.dtype(np.float32))
+    kept = {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
+    return _by_expert(tensors, kept)
+
+
+def _by_expert(tensors: dict[str, Any], specs: dict[str, Spec]) -> tuple[dict[str, Any], dict[str, Spec]]:
+    """Fused experts as views, one for each of the tensors they are published as."""
+    views, found = {}, {}
+    for name, spec in specs.items():
+        for part, first, shape in expert_parts(name, spec.shape):
+            found[part] = Spec(shape, spec.dtype)
+            if part != name:
+                views[part] = tensors[name].flatten(0, 1)[first : first + shape[0]]
+            elif name in tensors:
+                views[part] = tensors[name]
+    return views, found
+
+
+def _dtypes() -> dict[Any, np.dtype]:
+    import torch
+
+    return {
+        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+        torch.float16: np.dtype(np.float16),
+        torch.float32: np.dtype(np.float32),
+    }
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

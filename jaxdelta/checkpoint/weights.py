@@ -1,0 +1,97 @@
+"""Where a pass gets a model's weights, a layer at a time: the protocol, and a loaded model's. Axes as in
+`jaxdelta.model.decoder`."""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.decoder import Qwen3
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """Where the pass gets a model's weights: a Checkpoint reads them, a Resident model has them."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+
+    def layer(self, index: int) -> nnx.State:
+        """One layer's parameters, on the device."""
+
+    def abstract_layer(self, index: int) -> nnx.State:
+        """The same with shapes in place of weights."""
+
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """The input embeddings of the given tokens."""
+
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """The output embeddings of the given tokens."""
+
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows start..stop-1 of the output embedding."""
+
+    def final_norm(self) -> Float[Array, " D"]:
+        """The final RMSNorm's weight."""
+
+    def first_bad_tensor(self) -> str | None:
+        """The name of the first tensor that holds a NaN or an infinity, if any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """A loaded model as `Weights`."""
+
+    model: Qwen3
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's own."""
+        return self.model.config
+
+    def layer(self, index: int) -> nnx.State:
+        """The layer's parameters, cut out of the stack of its kind."""
+        _, weights, place = self.model.layer(index)
+        return _take(weights, place)
+
+    def abstract_layer(self, index: int) -> nnx.State:
+        """Shapes and dtypes of a layer's parameters: the stack's without its first axis."""
+
+        def first(leaf: Any) -> Any:
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+        return jax.tree.map(first, self.model.layer(index)[1])
+
+    def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the embedding by token id, on the device."""
+        return self.model.embed_tokens(jnp.asarray(ids))
+
+    def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
+        """Rows of the head by token id: the embedding's, where the model ties the two."""
+        return jnp.take(self.model.head, jnp.asarray(ids), axis=0)
+
+    def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
+        """Rows `start` to `stop` of the head."""
+        return self.model.head[start:stop]
+
+    def final_norm(self) -> Float[Array, " D"]:
+        """The final norm's weight."""
+        return self.model.norm.weight[...]
+
+    def first_bad_tensor(self) -> str | None:
+        """The path of a parameter that holds a NaN or an infinity, or None."""
+        for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param)):
+            if not jnp.isfinite(variable[...]).all():
+                return ".".join(map(str, path))
+        return None
+
+
+@jax.jit
+def _take(stacked: nnx.State, index: int | Array) -> nnx.State:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)

@@ -1,0 +1,1 @@
+"""The decoder in Flax: configuration, layers, attention, rotary embedding, experts, loss."""

@@ -1,0 +1,33 @@
+"""Analysis: a Result that shows itself, as charts and in a notebook."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jaxdelta.report.result import Result
+
+if TYPE_CHECKING:
+    from jaxdelta.report.notebook import Plot
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Analysis(Result):
+    """A Result, which lists the fields, with charts (`plot`) and a view for notebooks."""
+
+    @property
+    def plot(self) -> "Plot":
+        """The figures of the report by matplotlib: `plot.norms()`, `plot.ranks()`, …; see `Plot`.
+
+        >>> norms, *_ = run.plot.norms()
+        >>> norms.get_ylabel()
+        'norm (activation units), log'
+        """
+        # What shows a result stands below it: it is imported when it is asked for.
+        from jaxdelta.report.notebook import Plot
+
+        return Plot(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a run: its head, verdict and layers."""
+        from jaxdelta.report.page import summary
+
+        return summary(self)

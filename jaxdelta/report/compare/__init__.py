@@ -1,0 +1,1 @@
+"""Two or more runs compared: tables and a page."""

@@ -1,0 +1,137 @@
+"""The parts of a page that opens from disk: elements, tables, sections of figures, and the file they make.
+
+Whatever a run brings along (names, tokens) becomes text of an element tree, which escapes it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from string import Template
+from typing import Any
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from jaxdelta.report.charts.chart import Figure, Map, Number, Panel
+from jaxdelta.report.charts.with_plotly import chart
+
+
+def document(title: str, body: Iterable[Element], drawn: Iterable[Figure]) -> str:
+    """A page.
+
+    Args:
+        title: the browser's.
+        body: all that is seen, the sections of `drawn` among it.
+        drawn: what is drawn into them.
+    """
+    charts = {f"{figure.name}-{i}": chart(panel) for figure in drawn for i, panel in enumerate(figure.panels)}
+    # Plotly's JavaScript is all that is wanted of it; only here, since it takes a tenth of a second.
+    from plotly.offline import get_plotlyjs
+
+    return Template(_asset("page.html")).substitute(
+        title=_escaped(title),
+        css=_asset("page.css"),
+        js=_asset("page.js"),
+        body="\n".join(tostring(part, "unicode", method="html") for part in body),
+        charts=_embedded(charts),
+        plotly=get_plotlyjs(),
+    )
+
+
+def as_file(html: str) -> bytes:
+    """The bytes of a page's file."""
+    return html.encode("utf-8", "xmlcharrefreplace")
+
+
+def figure_section(figure: Figure) -> Element:
+    """A figure's title, caption and panels, with room for its charts."""
+    section = element("figure", element("h2", figure.title), element("figcaption", figure.text))
+    panels = SubElement(section, "div", {"class": "panels"})
+    for i, panel in enumerate(figure.panels):
+        place = element("div", id=f"{figure.name}-{i}", class_="chart")
+        parts = (element("h3", panel.title), place, *_legend(panel))
+        panels.append(element("div", *parts, class_="panel map" if isinstance(panel, Map) else "panel"))
+    return section
+
+
+def _legend(panel: Panel | Map) -> Iterator[Element]:
+    if isinstance(panel, Map) or panel.depth or len(panel.series) < 2:
+        return
+    legend = element("div", class_="legend")
+    for series in panel.series:
+        sign = element("i", class_=f"{series.kind} {series.dash}", style=f"color: {series.color}")
+        legend.append(element("span", sign, series.name))
+    yield legend
+
+
+def table(
+    head: Iterable[str], rows: Iterable[Sequence[Any] | Element], label: str, kind: str = ""
+) -> Element:
+    """A table that scrolls in its box.
+
+    Args:
+        head: the columns' names.
+        rows: cells, each text, a number or an element; or a row as it is.
+        label: what the table is, for who hears it.
+        kind: a class of page.css.
+    """
+    body = Element("tbody")
+    for row in rows:
+        if not isinstance(row, Element):
+            cells = (cell if isinstance(cell, Element) else str(cell) for cell in row)
+            row = element("tr", *(element("td", cell) for cell in cells))
+        body.append(row)
+    whole = element("table", element("thead", element("tr", *(element("th", name) for name in head))), body)
+    return element(
+        "div", whole, class_=f"scroll {kind}".strip(), tabindex="0", role="region", aria_label=label
+    )
+
+
+def element(tag: str, *children: str | Element, **attributes: str) -> Element:
+    """An element with its children in order; class_ is class, aria_label is aria-label."""
+    names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    made, last = Element(tag, names), None
+    for child in children:
+        if isinstance(child, Element):
+            made.append(child)
+            last = child
+        elif last is None:
+            made.text = (made.text or "") + child
+        else:
+            last.tail = (last.tail or "") + child
+    return made
+
+
+def visible(text: str) -> str:
+    """Text whose line ends, tabs and unprintable characters are seen."""
+    signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+    return "".join(c if c.isprintable() else signs.get(c) or f"\\x{ord(c):02x}" for c in text)
+
+
+def number(value: Number | None, form: str = ".4g") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def bounded(figure: dict[str, Any]) -> tuple[str, str]:
+    """A figure and its interval."""
+    interval = "{:.3f} … {:.3f}".format(*figure["interval"]) if "interval" in figure else "–"
+    return number(figure["value"]), interval
+
+
+def spanned(figure: dict[str, Any]) -> str:
+    """The two in one cell of a table on the terminal."""
+    interval = " [{:.3f}, {:.3f}]".format(*figure["interval"]) if "interval" in figure else ""
+    return number(figure["value"], ".3f") + interval
+
+
+def _embedded(data: Any) -> str:
+    """JSON that nothing in HTML can end before its end."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _asset(name: str) -> str:
+    return (resources.files("jaxdelta.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,65 @@
+"""The files that show a run, made beside it: the page, and every figure as a picture."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxdelta.errors import JaxDeltaError, extra
+from jaxdelta.report.result import Result
+
+PAGE = ".html"
+
+
+def check_figures(directory: Path) -> None:
+    """Fails now, before any work, if figures cannot be drawn, or not put there.
+
+    Raises:
+        JaxDeltaError: matplotlib or the directory's parent is missing, or it is a file.
+    """
+    with extra("figures", "a figure"):
+        if importlib.util.find_spec("matplotlib") is None:  # importing it would take a second
+            raise ModuleNotFoundError(name="matplotlib")
+    if directory.exists() and not directory.is_dir():
+        raise JaxDeltaError(f"{directory}: is not a directory")
+    if not directory.absolute().parent.is_dir():
+        raise JaxDeltaError(f"{directory.parent}: no such directory; create it first")
+
+
+def shown(analysis: Result, page: Path | None, figures: Path | None) -> dict[Path, bytes]:
+    """The page under its name and the pictures in their directory, to be written; None leaves either out.
+
+    Plotly and matplotlib are imported for what is asked for, and not before.
+    """
+    files: dict[Path, bytes] = {}
+    if page:
+        from jaxdelta.report.page import page_file
+
+        files[page] = page_file(analysis)
+    if figures:
+        from jaxdelta.report.charts.with_matplotlib import pictures
+
+        files |= pictures(analysis, figures)
+    return files
+
+
+@contextlib.contextmanager
+def directory_for(figures: Path | None) -> Iterator[None]:
+    """Makes the figures' directory; if what is to fill it fails, what was made here goes.
+
+    Raises:
+        JaxDeltaError: it cannot be made.
+    """
+    new = figures is not None and not figures.exists()
+    if figures and new:
+        try:
+            figures.mkdir()
+        except OSError as error:
+            raise JaxDeltaError(f"{figures}: cannot be made ({error.strerror})") from error
+    try:
+        yield
+    except BaseException:
+        if figures and new:
+            with contextlib.suppress(OSError):
+                figures.rmdir()
+        raise

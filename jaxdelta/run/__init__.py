@@ -1,0 +1,1 @@
+"""A whole run: analyze(), its options, memory plan, provenance, resuming, merging."""

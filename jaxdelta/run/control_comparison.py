@@ -1,0 +1,87 @@
+"""A run beside a control's: which runs can be compared, and what the comparison keeps."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.report.analysis import Analysis
+from jaxdelta.run.options import Options
+from jaxdelta.text.tokens import Tokens
+
+FIGURES = ("L", "eff_rank", "top1_frac", "rel_step_mean")
+
+
+def load_control(path: str | Path) -> Analysis:
+    """Reads a control's run.
+
+    Raises:
+        JaxDeltaError: a file is missing or damaged, or holds a run without --control.
+    """
+    control = Analysis.load(path)
+    try:
+        _record(control, None)
+        _subject(control)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise JaxDeltaError(f"{path}: is not an analysis ({error!r})") from error
+    except JaxDeltaError as error:
+        raise JaxDeltaError(f"{path}: {error}") from error
+    return control
+
+
+def check_control(
+    control: Analysis, config: ModelConfig, tokens: Tokens, phases: tuple[str, ...], options: Options
+) -> None:
+    """For `analyze(before=)`: fails before any work if the control is of something else.
+
+    Raises:
+        JaxDeltaError: it has other layers, sizes, phases or options; all differences named.
+    """
+    sizes = {"num_layers": config.num_layers, "hidden": config.hidden_size, "n_calib_tokens": tokens.count}
+    chosen = {"top_k": options.top_k, "last_state": options.last_state, "phases": list(phases)}
+    _check_subject(control, sizes | chosen)
+
+
+def compare_control(analysis: Analysis, control: Analysis, file: str | None = None) -> Analysis:
+    """The analysis with the figures of a control's run in its field `control`.
+
+    Args:
+        analysis: the real run.
+        control: a run with a `control` among its options, else alike.
+        file: kept as the control's origin.
+
+    Raises:
+        JaxDeltaError: `control` is no control's run, or of something else.
+    """
+    _check_subject(control, _subject(analysis))
+    return dataclasses.replace(analysis, control=_record(control, file))
+
+
+def _record(control: Analysis, file: str | None) -> dict[str, Any]:
+    flags = control.run["flags"]
+    if not flags.get("control"):
+        raise JaxDeltaError("is not a control's run; make one with --control")
+    return {
+        "name": flags["control"],
+        "seed": flags["seed"],
+        "file": file,
+        "calibration_loss": control.run["calibration_loss"],
+        "per_layer": [{key: row[key] for key in FIGURES} for row in control.per_layer],
+        "top1_cos_adjacent": control.top1_cos_adjacent,
+        "phase_overlap": control.phase_overlap,
+    }
+
+
+def _subject(analysis: Analysis) -> dict[str, Any]:
+    """What two runs must have in common to be compared."""
+    sizes = {key: getattr(analysis, key) for key in ("num_layers", "hidden", "n_calib_tokens")}
+    chosen = {key: analysis.run["flags"][key] for key in ("top_k", "last_state")}
+    return sizes | chosen | {"phases": [row["phase"] for row in analysis.per_layer]}
+
+
+def _check_subject(control: Analysis, wanted: dict[str, Any]) -> None:
+    own = _subject(control)
+    different = [f"{key} is {own[key]}, not {value}" for key, value in wanted.items() if own[key] != value]
+    if different:
+        raise JaxDeltaError(f"compare_control: the control is of another run: {'; '.join(different)}")

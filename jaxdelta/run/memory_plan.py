@@ -1,0 +1,201 @@
+"""What a run needs of the device's memory, computed before a weight is read, and how it is kept within it.
+
+Sizes are bytes. Axes: n tokens in all, of which m pass a layer at once; d hidden size.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxdelta.checkpoint.weights import Weights
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model.attention import MIN_QUERY_BLOCK, pairs_at_once, query_block
+from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
+from jaxdelta.model.loss import PROBED, VOCAB_SLICE
+from jaxdelta.spectra.moments.accumulate import pool_bytes
+from jaxdelta.spectra.scheduler import layers_at_once, layers_pending, spectrum_bytes, update_bytes
+from jaxdelta.sweep.mesh import share
+from jaxdelta.sweep.sweep import Blocks
+
+MODES = ("auto", "stream", "resident")
+
+# Tokens of a long text that pass at once, on a CPU and elsewhere: more make nothing faster, need more memory,
+# and on a CPU do not fit into its cache.
+CACHED_TOKENS, BLOCK_TOKENS = 2_048, 8_192
+USABLE = 0.9  # of a device's memory; the rest is the runtime's
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the pass is divided, and the bytes that needs by what they hold; `waiting` are those of the states
+    that are not on the device."""
+
+    mode: str
+    blocks: Blocks
+    at_once: int
+    parts: dict[str, int]
+    limit: int
+    waiting: int = 0
+
+    @property
+    def total(self) -> int:
+        """All that is on the device at once."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in self.parts.items())
+        where = f", {_size(self.waiting)} of states in {self.blocks.place}" if self.waiting else ""
+        return f"{self.mode}{where}: {_size(self.total)} of {_size(self.limit)} ({parts})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be computed, as far as memory goes. `pool`: of a long text, how many parts and groups its
+    moments have. `data` devices share the windows, `model` devices a layer's weights."""
+
+    weights: Weights
+    tokens: tuple[int, int]  # (windows, length)
+    compute_dtype: str
+    residual_dtype: str
+    resident: bool
+    pool: tuple[int, int] | None = None
+    scratch: bool = False
+    data: int = 1
+    model: int = 1
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.weights.config
+
+    def plan(self, limit: int) -> Plan:
+        """The first division that fits: as coarse as possible, with the states on the device if possible.
+
+        Raises:
+            JaxDeltaError: none does; it says what is missing.
+        """
+        for blocks in self._divisions():
+            parts = self._parts(blocks)
+            at_once, parts["spectra"] = self._spectra(blocks, limit - sum(parts.values()))
+            waiting = 0 if blocks.place == "device" else self._state * self._share(math.prod(self.tokens))
+            mode = "resident" if self.resident else "stream"
+            plan = Plan(mode, blocks, at_once, parts, limit, waiting)
+            if plan.total <= limit:
+                return plan
+        raise JaxDeltaError(
+            f"{plan}: {_size(plan.total - limit)} too much; fewer tokens (--max_tokens)"
+            f"{' or --memory=stream' if self.resident else ''} would need less"
+        )
+
+    def _spectra(self, blocks: Blocks, left: int) -> tuple[int, int]:
+        """How many layers are measured at once where so much is left, and the bytes of it."""
+        (windows, length), d = self.tokens, self.config.hidden_size
+        if self.pool:
+            # The block before is kept until the next is under way.
+            return 1, pool_bytes(*self.pool, d) + 2 * update_bytes(self._share(blocks.windows * length), d)
+        shape, devices = (windows * (length - 1), d), self.data * self.model
+        count = layers_at_once(*shape, left, devices)
+        return count, count * spectrum_bytes(*shape) + layers_pending(count * devices) * update_bytes(*shape)
+
+    def _divisions(self) -> Iterator[Blocks]:
+        windows, length = self.tokens
+        most = min(windows, max(1, self.data * block_tokens() // length)) if self.pool else windows
+        counts = dict.fromkeys(
+            self._filled(-(-windows // blocks)) for blocks in range(-(-windows // most), windows + 1)
+        )
+        for place in ("device", "scratch" if self.scratch else "host"):
+            for count in counts:
+                queries = query_block(self.config, length, self._pairs(count) if self.model > 1 else 1)
+                yield Blocks(count, queries, place)
+                if queries > MIN_QUERY_BLOCK:
+                    yield Blocks(count, MIN_QUERY_BLOCK, place)
+
+    def _filled(self, windows: int) -> int:
+        """As many windows for each device; moments are taken by all of them, the layers passed by `data`."""
+        devices = self.data * (self.model if self.pool else 1)
+        return -(-windows // devices) * devices
+
+    def _pairs(self, count: int) -> int:
+        """Of a row and a key/value head, on a device."""
+        return self._share(count) * self.config.num_kv_heads // self.model
+
+    def _share(self, count: int) -> int:
+        """Of windows or tokens, what a device has."""
+        return -(-count // self.data)
+
+    @property
+    def _state(self) -> int:
+        """Bytes of a token's state: the stream, and the sum of updates."""
+        return self.config.hidden_size * (DTYPE_BYTES[self.residual_dtype] + 4)
+
+    def _parts(self, blocks: Blocks) -> dict[str, int]:
+        config, (windows, length) = self.config, self.tokens
+        m, n, d = self._share(blocks.windows) * length, self._share(windows * length), config.hidden_size
+        layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
+        embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
+        return {
+            # A resident model's layers lie in stacks: the one at work is a copy.
+            "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
+            # A block's states enter and leave; the others wait, the ones that entered with them.
+            "states": 2 * (n if blocks.place == "device" else m) * self._state,
+            "layer": max(
+                self._layer_workspace(blocks), 8 * min(math.prod(self.tokens), PROBED) * VOCAB_SLICE
+            ),
+        }
+
+    def _layer_workspace(self, blocks: Blocks) -> int:
+        """Queries, keys, values, scores and the MLP's inside in float32, weights in the compute dtype."""
+        config, (_, length) = self.config, self.tokens
+        windows, wide = self._share(blocks.windows), DTYPE_BYTES[self.compute_dtype]
+        m, model = windows * length, self.model
+        heads = (2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim // model
+        pairs, group = self._pairs(blocks.windows), config.num_heads // config.num_kv_heads
+        at_once = pairs if model > 1 else pairs_at_once(config, blocks.queries, length)
+        scores = 3 * min(pairs, at_once) * group * blocks.queries * length
+        inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
+        # Of experts one is at work at a time: the axes before a weight's own two do not count.
+        largest = max(math.prod(leaf.shape[-2:]) for leaves in self._layers for leaf in leaves)
+        return 4 * (scores + inside + 3 * m * config.hidden_size) + 3 * largest * wide
+
+    def _mlp_width(self) -> int:
+        """Numbers a token has inside the MLP; with experts also its scores and shares."""
+        experts, dense = self.config.experts, self.config.layers_of(sparse=False)
+        widths = [3 * self.config.intermediate_size // self.model] if dense else []
+        if experts:
+            widths.append(3 * experts.intermediate_size // self.model + 2 * experts.count)
+        return max(widths)
+
+    @cached_property
+    def _layers(self) -> list[list[Any]]:
+        """Every layer's arrays, as the shapes that a device has of them."""
+        model = 1 if self.resident else self.model  # a resident model is whole on the first device
+        layers = map(self.weights.abstract_layer, range(self.config.num_layers))
+        return [[share(path, leaf, model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers]
+
+
+def block_tokens() -> int:
+    """How many tokens of a long text pass a layer at once, on each device."""
+    return CACHED_TOKENS if jax.default_backend() == "cpu" else BLOCK_TOKENS
+
+
+def device_limit(gigabytes: float | None = None, devices: int = 1) -> int:
+    """The bytes that may be used: of the device's memory, on a CPU of the machine's, which so many simulated
+    devices share; `gigabytes` caps it."""
+    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+    return int(min(USABLE * memory, math.inf if gigabytes is None else gigabytes * 1e9))
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,113 @@
+"""What a run can be told: the flags of delta_svd.py, and the options of `analyze`."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdelta.checkpoint.checkpoint import LOADERS
+from jaxdelta.checkpoint.controls import CONTROLS
+from jaxdelta.errors import UsageError
+from jaxdelta.run.memory_plan import MODES
+from jaxdelta.spectra.spectrum import METHODS
+from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, DEFAULT_VIEWS, parse_views
+from jaxdelta.sweep.mesh import parse_mesh
+from jaxdelta.text.documents import DEFAULT_SPLIT, DEFAULT_TEXT_KEY
+from jaxdelta.text.windows import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS
+
+LAST_STATES = ("residual", "normed")
+DTYPES = ("float32", "bfloat16")
+MIN_DRAWS = 20  # of a resampling, below which its quantiles mean nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run can be told; each field is the flag of the same name.
+
+    Raises:
+        UsageError: a value that no run could use.
+    """
+
+    top_k: int = 8
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    layout: str = "stream"
+    seq_len: int = DEFAULT_SEQ_LEN
+    text_key: str = DEFAULT_TEXT_KEY
+    split: str = DEFAULT_SPLIT
+    dataset_config: str | None = None
+    shuffle: bool = False
+    last_state: str = "residual"
+    svd: str = "gram"
+    compute_dtype: str = "float32"
+    residual_dtype: str = "float32"
+    phases: str | None = None
+    revision: str | None = None
+    loader: str = "auto"
+    memory: str = "auto"
+    device_memory_gb: float | None = None
+    views: str = DEFAULT_VIEWS
+    sink_factor: float = DEFAULT_SINK_FACTOR
+    bootstrap: int = 200
+    null_draws: int = 200
+    seed: int = 0
+    control: str | None = None
+    scratch: str | None = None
+    keep_moments: str | None = None
+    checkpoint_dir: str | None = None
+    mesh: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Options":
+        """Options by their names, as a caller gave them.
+
+        Raises:
+            UsageError: a name that none has, a value of another type, or one that no run could use.
+        """
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        for name, value in given.items():
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                raise UsageError(f"no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            kind: Any = fields[name]
+            if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
+                raise UsageError(f"{name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "layout": LAYOUTS,
+            "last_state": LAST_STATES,
+            "svd": METHODS,
+            "compute_dtype": DTYPES,
+            "residual_dtype": DTYPES,
+            "loader": LOADERS,
+            "memory": MODES,
+            "control": (None, *CONTROLS),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}"
+                )
+        if self.top_k < 1:
+            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
+        for name in ("max_tokens", "seq_len"):
+            if getattr(self, name) < 2:
+                raise UsageError(f"{name} must be at least 2, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
+        if self.device_memory_gb is not None and not self.device_memory_gb > 0:
+            raise UsageError(f"device_memory_gb must be above 0, not {self.device_memory_gb}")
+        if not self.sink_factor > 1:
+            raise UsageError(f"sink_factor must be above 1, not {self.sink_factor}")
+        for name in ("bootstrap", "null_draws"):
+            if not (value := getattr(self, name)) == 0 and value < MIN_DRAWS:
+                raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
+        parse_views(self.views)
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether there are intervals or nulls: else only the figures themselves are computed."""
+        return self.bootstrap > 0 or self.null_draws > 0

@@ -1,0 +1,389 @@
+"""Goes on with a run that was killed: after every layer the states and the layer's figures are kept.
+
+In the directory of a run, `DIR/jaxdelta-run`:
+
+    manifest.json       what must be equal for a run to go on from here
+    step-L/block-B      the states of a block after layer L, of the last two steps
+    figures-L           the figures of layer L
+    moments/            what --keep_moments asks for, until the run ends
+    step-L.json         the step is whole: the digests of its blocks, and of the figures and moments of layers
+                        0 .. L
+
+Orbax writes blocks and figures, or, of several processes, TensorStore in Orbax's format; they are read as
+`orbax_store` reads weights. One thread writes them beside the pass, in the order in which they come: what a
+step consists of is on disk before the file that says so.
+
+Of several processes each keeps its own windows' states, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on a disk
+of its own or on one that all share. They go on from the last step that is whole for all of them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.checkpoint import Checkpoint
+from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
+from jaxdelta.checkpoint.safetensors_files import safetensors_files
+from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.spectra.moments.files import layer_file
+from jaxdelta.spectra.summary_files import pack, unpack
+from jaxdelta.spectra.view_summary import LayerFigures
+from jaxdelta.sweep.states import State, States
+from jaxdelta.sweep.sweep import Blocks
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.utils.files import locked, write_together
+
+RUN, MANIFEST, MOMENTS = "jaxdelta-run", "manifest.json", "moments"
+STEPS = 2  # whole ones whose states are kept
+PENDING = 2  # layers of a short text whose figures are computed at once: a step waits for them
+
+# Options that change no number, or only by the blocks, which are told apart as they are.
+_FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
+
+# Of each file of weights so many bytes are looked at in so many places: they tell one model from another.
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+_WAITING = 2  # pieces that are to be written: the pass waits for the disk when there are more
+_NUMBERED = re.compile(r"(?:step|figures)-(\d{6})(?:\.json)?")
+Arrays = Mapping[str, np.ndarray]
+
+
+class Run:
+    """A run's checkpoint, the one thread that writes it, and the layer it goes on from, `start`.
+
+    Of every `stride` layers the last one's states are kept, as far as `keeps` says: the figures of as many
+    are computed in one batch, which must be the same one when the run goes on.
+    """
+
+    start = 0
+
+    def __init__(self, directory: Path, layers: int, stride: int, listener: Callable[[str], None]):
+        self._directory, self._layers, self._stride, self._listener = directory, layers, stride, listener
+        self._writer, self._failed = ThreadPoolExecutor(1, "checkpoint"), False
+        self._waiting: deque[Future[None]] = deque()
+        # The last step that is whole here, and the last that is so for all processes, which is kept.
+        self._whole = self._common = -1
+        # Only the writing thread touches these once it runs: digests of what lies on disk.
+        self._figures: list[str] = []
+        self._moments: list[str] = []
+        self._blocks: dict[int, list[str]] = {}
+
+    def keeps(self, layer: int) -> bool:
+        """Whether the states after this layer are kept: after the last one nothing is left to go on with."""
+        return layer < self._layers - 1 and (layer + 1) % self._stride == 0
+
+    def restore(self, states: States) -> int:
+        """Fills in the states after the last layer of which all is whole; the layer to go on with, or 0."""
+        self._states = states
+        steps = self._steps()
+        while (layer := _least(max(steps, default=-1))) >= 0:
+            if _least(layer in steps and self._is_restored(layer, states)):
+                self.start = layer + 1
+                self._whole = self._common = layer
+                self._listener(f" resumed after layer {layer}")
+                break
+            self._figures, self._moments = [], []
+            steps = [step for step in steps if step < layer]
+        for path in list(self._directory.iterdir()):
+            if path.name != MANIFEST and not self._is_used(path):
+                _remove(path)
+        return self.start
+
+    def _is_restored(self, layer: int, states: States) -> bool:
+        try:
+            self._restore(layer, states)
+        except _Damaged as error:
+            self._listener(f" what was kept after layer {layer} is damaged ({error}): it is not used")
+            return False
+        return True
+
+    def _is_used(self, path: Path) -> bool:
+        """Whether the run goes on from it, or may have to later: a step only where it is called whole."""
+        if path.name == MOMENTS:
+            return self.start > 0
+        number = _NUMBERED.fullmatch(path.name)
+        whole = path.name.startswith("figures") or path.with_suffix(".json").exists()
+        return number is not None and int(number[1]) < self.start and whole
+
+    def _restore(self, layer: int, states: States) -> None:
+        try:
+            step = json.loads(self._path("step", layer, ".json").read_bytes())
+            blocks, figures, moments = (list(step[name]) for name in ("blocks", "figures", "moments"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f"step-{layer:06}.json: {error!r}") from error
+        for index, digest in enumerate(figures):
+            self._figures_of(index, digest)
+        for index, digest in enumerate(moments):
+            if _file_digest(self._moments_of(index)) != digest:
+                raise _Damaged(f"{MOMENTS}: those of layer {index} differ")
+        for block, digest in enumerate(blocks):
+            states[block] = State(**_load(self._path("step", layer) / f"block-{block:06}", digest))
+        self._figures, self._moments = figures, moments
+
+    def _figures_of(self, layer: int, digest: str) -> LayerFigures:
+        return unpack(_load(self._path("figures", layer), digest)["figures"].tobytes())
+
+    def keep(self, layer: int, block: int, state: State) -> None:
+        """Keeps what the pass leaves of a block after a layer."""
+        if self.keeps(layer):
+            own = {name: self._states.fetch(x) for name, x in state._asdict().items()}
+            # A copy, since the next layer writes over what was written so far.
+            self._submit(self._keep, layer, block, {name: np.array(x) for name, x in own.items()})
+
+    def keeping(self, found: Iterable[LayerFigures]) -> Iterator[LayerFigures]:
+        """All layers' figures: those that were kept, then those that are found now, which are kept."""
+        for layer, digest in enumerate(self._figures[: self.start]):
+            yield self._figures_of(layer, digest)
+        for layer, figures in enumerate(found, self.start):
+            if self.keeps(layer):
+                self._common = _least(self._whole)
+            if layer < self._layers - 1:
+                self._submit(self._finish, layer, figures)
+            yield figures
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Ends when all is written that was handed over."""
+        self._writer.shutdown()
+
+    def _submit(self, write: Callable[..., None], *args: Any) -> None:
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._writer.submit(self._write, write, *args))
+
+    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        """On the writing thread; after a piece that is missing, no step may be called whole."""
+        if not self._failed:
+            self._failed = True
+            write(*args)
+            self._failed = False
+
+    def _keep(self, layer: int, block: int, arrays: Arrays) -> None:
+        digest = _save(self._path("step", layer) / f"block-{block:06}", arrays)
+        self._blocks.setdefault(layer, []).append(digest)
+
+    def _finish(self, layer: int, figures: LayerFigures) -> None:
+        """The figures come when the states have been written: with them the step is whole."""
+        packed = np.frombuffer(pack(figures), np.uint8)
+        self._figures.append(_save(self._path("figures", layer), {"figures": packed}))
+        if digest := _file_digest(self._moments_of(layer)):
+            self._moments.append(digest)
+        if not self.keeps(layer):
+            return
+        step = {"blocks": self._blocks.pop(layer), "figures": self._figures, "moments": self._moments}
+        write_together({self._path("step", layer, ".json"): json.dumps(step).encode()})
+        self._whole = layer
+        common = layer if jax.process_count() == 1 else self._common
+        for old in self._steps()[:-STEPS]:
+            if old < common:
+                _remove(self._path("step", old, ".json"))
+                _remove(self._path("step", old))
+
+    def _steps(self) -> list[int]:
+        """The layers whose steps are called whole."""
+        return sorted(int(step.stem.removeprefix("step-")) for step in self._directory.glob("step-*.json"))
+
+    def _path(self, kind: str, layer: int, suffix: str = "") -> Path:
+        return self._directory / f"{kind}-{layer:06}{suffix}"
+
+    def _moments_of(self, layer: int) -> Path:
+        return layer_file(self._directory / MOMENTS, layer)
+
+
+@contextlib.contextmanager
+def opened(
+    directory: str,
+    manifest: Mapping[str, Any],
+    layers: int,
+    stride: int,
+    listener: Callable[[str], None],
+) -> Iterator[Run]:
+    """The run whose checkpoint is in this directory, or a new one.
+
+    Args:
+        directory: as the user gave it; it is made where it is not there.
+        manifest: what must be equal for a run to go on, by its name; JSON.
+        layers: how many the model has.
+        stride: of how many layers the figures are computed together.
+        listener: told what is resumed.
+
+    Raises:
+        JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
+    """
+    own = _own(directory)
+    with _plain_errors(own.parent):
+        own.mkdir(parents=True, exist_ok=True)
+    with quiet(), locked(own) as ours:
+        if not ours:
+            raise JaxDeltaError(
+                f"{own}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
+            )
+        _check(own, manifest)
+        with contextlib.closing(Run(own, layers, stride, listener)) as run:
+            yield run
+
+
+def _own(directory: str) -> Path:
+    """This process' part of a checkpoint."""
+    index = jax.process_index()
+    return Path(directory).expanduser().absolute() / (f"{RUN}-{index}" if index else RUN)
+
+
+def moments(directory: str | None) -> Path | None:
+    """Where a run with a checkpoint fills in its moments."""
+    return None if directory is None else _own(directory) / MOMENTS
+
+
+def manifest(
+    program: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+    tokens: Tokens,
+    blocks: Blocks,
+) -> dict[str, Any]:
+    """What must be equal for a run to go on, by its name; where two runs differ, the first one is told.
+
+    Args:
+        program: versions, device, and whatever else decides the last bit of a number.
+        checkpoint: the weights as they are on disk.
+        options: the run's, by their names.
+        tokens: the text.
+        blocks: how the pass is divided.
+    """
+    return {
+        **program,
+        "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "cores": os.cpu_count()
+        if jax.default_backend() == "cpu"
+        else None,  # products are shared out to them
+        **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
+        "weights": _weights_digest(checkpoint.directory),
+        **{f"--{name}": value for name, value in options.items() if name not in _FREE},
+        "text": tokens.fingerprint,
+        **{f"blocks: {name}": value for name, value in blocks._asdict().items()},
+    }
+
+
+def _weights_digest(directory: Path) -> str:
+    """Of the files' sizes and of samples of what is in them; a file of a megabyte is read as a whole."""
+    others = [*(directory / hub.ORBAX).rglob("*"), *directory.glob("*.bin"), *directory.glob("*.gguf")]
+    digest = hashlib.blake2b(digest_size=16)
+    for path in safetensors_files(directory) or sorted(path for path in others if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def remove(directory: str | None) -> None:
+    """Takes away the checkpoint of a run that has come to its end: of several processes, when all say so."""
+    if directory is not None:
+        _least(0)
+        _remove(_own(directory) / MANIFEST)  # first: without it the rest counts for nothing, if we are killed
+        _remove(_own(directory))
+
+
+def _least(number: int) -> int:
+    """The least of what all processes say; they must all ask for it."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental.multihost_utils import process_allgather
+
+    return int(process_allgather(np.int32(number)).min())
+
+
+def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses what another run left; where there is no manifest, nothing else counts either."""
+    file, wanted = directory / MANIFEST, json.loads(json.dumps(manifest))
+    mend = f"choose another --checkpoint_dir, or delete {directory}"
+    if not file.exists():
+        for path in list(directory.iterdir()):
+            _remove(path)
+        write_together({file: json.dumps(wanted, indent=1).encode()})
+        return
+    try:
+        found = json.loads(file.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise JaxDeltaError(f"{file}: cannot be read ({first_line(error)}); {mend}") from error
+    for name in {**wanted, **found}:
+        if (there := found.get(name)) != (here := wanted.get(name)):
+            was, now = (shorten(json.dumps(value), 80, placeholder="...") for value in (there, here))
+            raise JaxDeltaError(f"{directory}: is of another run: {name} was {was}, now it is {now}; {mend}")
+
+
+class _Damaged(JaxDeltaError):
+    """What was kept is not what is there."""
+
+
+def _save(path: Path, arrays: Arrays) -> str:
+    """Writes arrays, and returns their digest."""
+    try:
+        # Orbax saves what all processes save together; these are this one's own.
+        (save_arrays if jax.process_count() == 1 else write_arrays)(path, arrays)
+    except Exception as error:  # Orbax raises whatever comes to hand.
+        raise JaxDeltaError(
+            f"{path}: cannot be written ({first_line(error)}); choose another --checkpoint_dir"
+        ) from error
+    return _digest(arrays)
+
+
+def _load(path: Path, digest: str) -> Arrays:
+    what = "/".join(path.parts[-2:]).removeprefix(f"{RUN}/")
+    try:
+        arrays = {name: array.read().result() for name, array in open_arrays(path).items()}
+    except Exception as error:  # TensorStore raises whatever comes to hand.
+        raise _Damaged(f"{what}: {first_line(error)[:80]}") from error
+    if _digest(arrays) != digest:
+        raise _Damaged(f"{what}: its digest differs")
+    return arrays
+
+
+def _file_digest(path: Path) -> str | None:
+    """None where there is no such file."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return None
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JaxDeltaError(f"{path}: no checkpoint can be kept there ({error.strerror})") from error

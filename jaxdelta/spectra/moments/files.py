@@ -1,0 +1,114 @@
+"""Moments that are kept (`--keep_moments`), so that runs over several texts can be put together.
+
+A directory holds run.json and run.safetensors, the run itself; text.safetensors, its tokens; and for each
+layer, and at last for the last one normed, layer-000.safetensors, ...: what `Gathered` has.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.spectra.moments.summary import Aside, Gathered, Located
+from jaxdelta.text.groups import Sample
+from jaxdelta.text.tokens import Tokens
+from jaxdelta.utils.files import check_new, link_or_copy, new_directory
+
+RUN, TEXT = "run.json", "text.safetensors"
+
+
+@contextlib.contextmanager
+def keeping(directory: str | None, waiting: Path | None = None) -> Iterator[Path | None]:
+    """The directory to fill, which gets its name when all is in it; None where nothing is to be kept.
+
+    Args:
+        directory: the name.
+        waiting: what is to be filled instead until then: it stays where the run is stopped.
+    """
+    if directory is None:
+        yield None
+        return
+    wanted = Path(directory).expanduser()
+    if waiting is None:
+        with new_directory(wanted) as path:
+            yield path
+        return
+    check_new(wanted)
+    yield waiting
+    with new_directory(wanted) as path:
+        for file in waiting.iterdir():
+            link_or_copy(file, path / file.name)
+
+
+def keep_layer(directory: Path, index: int, layer: Gathered) -> None:
+    """Writes what is kept of a layer."""
+    directory.mkdir(exist_ok=True)
+    arrays = {"squares": np.asarray(layer.squares), "sums": layer.sums, "counts": layer.counts}
+    arrays |= {f"table.{name}": column for name, column in layer.table.items()}
+    arrays |= {f"aside.{name}": part for name, part in layer.aside._asdict().items()}
+    (located,) = layer.located
+    arrays |= {f"located.{name}": part for name, part in located._asdict().items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, layer_file(directory, index), {"parts": ",".join(layer.parts)})
+
+
+def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> Gathered:
+    """Reads it back.
+
+    Raises:
+        JaxDeltaError: the file is missing or damaged.
+    """
+    arrays = _load(layer_file(directory, index))
+
+    def named(prefix: str) -> dict[str, np.ndarray]:
+        start = f"{prefix}."
+        return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+    aside, located = Aside(**named("aside")), Located(**named("located"))
+    sums = arrays["squares"], arrays["sums"], arrays["counts"]
+    return Gathered(parts, *sums, named("table"), aside, (located,))
+
+
+def keep_text(directory: Path, sample: Sample) -> None:
+    """Writes the tokens, their text, and the groups of those that count."""
+    tokens = sample.tokens
+    letters = [tokens.text(*place).encode() for place in np.ndindex(tokens.ids.shape)]
+    arrays = {
+        "ids": tokens.ids,
+        "documents": tokens.documents,
+        "positions": np.asarray(tokens.positions),
+        "owners": np.asarray(sample.owners),
+        "letters": np.frombuffer(b"".join(letters), np.uint8),
+        "ends": np.cumsum([len(part) for part in letters]),
+    }
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / TEXT)
+
+
+def load_text(directory: Path) -> tuple[Tokens, np.ndarray]:
+    """The tokens as one row, and the groups of those that count."""
+    arrays = _load(directory / TEXT)
+    letters, ends = arrays["letters"].tobytes(), arrays["ends"]
+
+    def text(window: int, place: int) -> str:
+        return letters[ends[place - 1] if place else 0 : ends[place]].decode()
+
+    ids, documents, positions = (arrays[name].reshape(1, -1) for name in ("ids", "documents", "positions"))
+    return Tokens(ids, documents, text, positions), arrays["owners"]
+
+
+def layer_file(directory: Path, index: int) -> Path:
+    """Where a layer's moments are."""
+    return directory / f"layer-{index:03}.safetensors"
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise JaxDeltaError(f"{path}: cannot be read ({error.strerror}); was it kept by a run?") from error
+    except SafetensorError as error:
+        raise JaxDeltaError(f"{path}: is damaged ({error})") from error

@@ -1,0 +1,261 @@
+"""Sums of xxᵀ over a corpus, block by block, in memory that does not grow with it.
+
+Axes: B windows of a block, T tokens of a window, d hidden size, P parts (the update, attention, the MLP), G
+groups of windows, p directions of a frame, s set-aside tokens.
+
+Products of float32 rows are taken in float32, at full precision, and summed in float64. So that a direction
+which holds nearly all of the energy does not drown the others in its rounding, it never enters them: a row is
+x = aQ + r, a = xQᵀ its coordinates in a frame Q of the layer's leading directions, found in the first block,
+and Σxxᵀ = Qᵀ(Σaaᵀ)Q + Qᵀ(Σarᵀ) + (Σraᵀ)Q + Σrrᵀ, exactly, whatever Q is. (Chan, Golub & LeVeque 1983 do this
+with the mean.) A token whose state is far longer than the median may be a sink: its row is set aside, since
+which tokens are sinks is known only when all have passed. All functions must be traced with 64-bit types on.
+"""
+
+from functools import partial
+from math import gcd
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+
+from jaxdelta.spectra.linalg import product
+from jaxdelta.spectra.token_table import state_products
+from jaxdelta.sweep.sweep import Update
+from jaxdelta.utils.arrays import AnyArray
+
+FRAME = 8
+_FRAME_STEPS, _FRAME_ROWS = 4, 2048
+_BLOCK, _BLOCKS = 256, 8  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
+_SQUARE = 128  # Σxxᵀ is put together by such squares
+_CHUNK = 32  # set-aside rows that are added at once, all of one group
+
+
+class Moments(NamedTuple):
+    """Of each part and group: the sums of rrᵀ (of which only what is on and below the diagonal counts), arᵀ,
+    aaᵀ and x; of each group the number of tokens."""
+
+    rest: Float64[AnyArray, "P G d d"]
+    cross: Float64[AnyArray, "P G p d"]
+    lead: Float64[AnyArray, "P G p p"]
+    sums: Float64[AnyArray, "P G d"]
+    counts: Float64[AnyArray, " G"]
+
+    @classmethod
+    def zeros(cls, parts: int, groups: int, hidden: int) -> "Moments":
+        """Of no token."""
+
+        def zeros(*shape: int) -> Array:
+            return jnp.zeros((parts, groups, *shape), jnp.float64)
+
+        squares = zeros(hidden, hidden), zeros(FRAME, hidden), zeros(FRAME, FRAME)
+        return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64))
+
+
+class Bounds(NamedTuple):
+    """A token whose squared state is longer than this, before the layer or after it, is set aside."""
+
+    entering: Float64[AnyArray, ""]
+    leaving: Float64[AnyArray, ""]
+
+
+def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
+    """What of an update is looked at."""
+    every = {"update": update.delta, "attention": update.attention, "mlp": update.mlp}
+    return jnp.stack([jnp.asarray(every[part]) for part in parts])
+
+
+@partial(jax.jit, static_argnums=2)
+def find_frame(
+    update: Update, counted: Bool[AnyArray, " n"], parts: tuple[str, ...]
+) -> Float64[Array, "P p d"]:
+    """The leading directions of each part's rows, orthonormal, by subspace iteration: good enough that no
+    direction outside of them dominates; they need not be exact, so of many rows some are looked at."""
+    some = slice(None, None, max(1, len(counted) // _FRAME_ROWS))
+    rows = parts_of(jax.tree.map(lambda rows: rows[some], update), parts)
+    x = jnp.where(jnp.asarray(counted)[some, None], rows, 0)
+    start = jax.random.normal(jax.random.key(0), (FRAME, x.shape[-1]), jnp.float32)
+
+    def step(_: Any, frame: Array) -> Array:
+        # Barriers, since XLA takes transposes out of products, and on a CPU then transposes x for each.
+        coordinates = jax.lax.optimization_barrier(product(x, jnp.swapaxes(frame, 1, 2)))
+        image = jax.lax.optimization_barrier(product(jnp.swapaxes(coordinates, 1, 2), x))
+        return _orthonormal(image)
+
+    first = jnp.broadcast_to(start, (len(x), *start.shape))
+    return _orthonormal(jax.lax.fori_loop(0, _FRAME_STEPS, step, first).astype(jnp.float64))
+
+
+def _orthonormal(rows: Float[Array, "P p d"]) -> Float[Array, "P p d"]:
+    return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(rows, 1, 2))[0], 1, 2)
+
+
+@partial(jax.jit, static_argnums=6, donate_argnums=0)
+def accumulate(
+    moments: Moments,
+    frame: Float64[AnyArray, "P p d"],
+    update: Update,
+    counted: Bool[AnyArray, "B T"],
+    groups: Int[AnyArray, " B"],
+    bounds: Bounds,
+    parts: tuple[str, ...],
+) -> tuple[Moments, dict[str, Array], Float32[Array, "P n p"], Bool[Array, "B T"]]:
+    """Adds a block's tokens that count and are within bounds; says which, and gives all tokens' table and
+    coordinates."""
+    windows = jax.tree.map(lambda rows: rows.reshape(*counted.shape, -1), update)
+
+    def add(moments: Moments, window: tuple[Any, Any, Any]) -> tuple[Moments, tuple[Any, Array, Array]]:
+        update, counted, group = window  # one at a time: float64 copies of a block would need its fourfold
+        table = state_products(update)
+        within = (table["entering"] <= bounds.entering) & (table["leaving"] <= bounds.leaving)
+        x, kept = parts_of(update, parts), counted & within
+        coordinates = _coordinates(x, frame)
+        moments = _add_window(moments, frame, x, coordinates, kept, group)
+        return moments, (table, coordinates, kept)
+
+    moments, (table, coordinates, kept) = jax.lax.scan(add, moments, (windows, jnp.asarray(counted), groups))
+    flat = jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
+    return moments, {name: column.reshape(-1) for name, column in table.items()}, flat, kept
+
+
+def _coordinates(x: Float32[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float32[Array, "P T p"]:
+    """Rounded: the rest is what they leave."""
+    return product(x, jnp.swapaxes(frame, 1, 2).astype(jnp.float32))
+
+
+def _add_window(
+    moments: Moments,
+    frame: Float64[AnyArray, "P p d"],
+    x: Float32[Array, "P T d"],
+    coordinates: Float32[Array, "P T p"],
+    kept: Bool[Array, " T"],
+    group: Int[Array, ""],
+) -> Moments:
+    weight = kept.astype(jnp.float32)[:, None]
+    a = coordinates * weight
+    rest = _rest(x, weight, a, frame)
+    # Σr with Σar, and Σx of them: of x itself, XLA would make a copy in float64.
+    counted = jnp.concatenate([a, jnp.broadcast_to(weight, (*a.shape[:2], 1))], axis=2)
+    summed = [product(jnp.swapaxes(counted, 1, 2), block) for block in rest]
+    sums_of_rest = jnp.concatenate(summed, axis=2).astype(jnp.float64)
+    a = a.astype(jnp.float64)
+    along_sums = product(jnp.sum(a, axis=1, keepdims=True), jnp.asarray(frame))[:, 0]
+    squares, cross, lead, sums, counts = map(jnp.asarray, moments)
+    return Moments(
+        _add_squares(squares, rest, group),
+        cross.at[:, group].add(sums_of_rest[:, :-1]),
+        lead.at[:, group].add(product(jnp.swapaxes(a, 1, 2), a)),
+        sums.at[:, group].add(sums_of_rest[:, -1] + along_sums),
+        counts.at[group].add(weight.sum().astype(jnp.float64)),
+    )
+
+
+def _rest(
+    x: Float32[Array, "P T d"],
+    weight: Float32[Array, "T 1"],
+    a: Float32[Array, "P T p"],
+    frame: Float64[AnyArray, "P p d"],
+) -> list[Float32[Array, "P T _"]]:
+    """r = x - aQ, found in float64, in blocks of columns, each an array of its own: of an array's columns XLA
+    on a CPU makes a copy before it multiplies them, which takes half as long as the product."""
+    hidden = x.shape[2]
+    size = max(_BLOCK, -(-hidden // _BLOCKS))
+    blocks = [slice(start, min(start + size, hidden)) for start in range(0, hidden, size)]
+
+    def block(columns: slice) -> Array:
+        # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
+        q = jnp.asarray(frame)[:, :, None, columns]
+        along = sum(a[:, :, i, None].astype(jnp.float64) * q[:, i] for i in range(a.shape[2]))
+        return ((x[:, :, columns] * weight).astype(jnp.float64) - along).astype(jnp.float32)
+
+    def nothing(columns: slice) -> Array:
+        return jnp.zeros((*x.shape[:2], columns.stop - columns.start), jnp.float32)
+
+    # A choice, so that it is written out: XLA would find it anew for its transposes.
+    return jax.lax.cond(jnp.any(weight > 0), lambda: [*map(block, blocks)], lambda: [*map(nothing, blocks)])
+
+
+def _add_squares(
+    squares: Float64[Array, "P G d d"], rest: list[Float32[Array, "P T _"]], group: Int[Array, ""]
+) -> Float64[Array, "P G d d"]:
+    """Adds Σrrᵀ, of the blocks on and below the diagonal."""
+    size = rest[0].shape[2]
+    for i, rows in enumerate(rest):
+        # Once for all products: XLA on a CPU would transpose it in each.
+        transposed = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
+        for j, columns in enumerate(rest[: i + 1]):
+            square = product(transposed, columns).astype(jnp.float64)
+            at = slice(i * size, i * size + rows.shape[2]), slice(j * size, j * size + columns.shape[2])
+            squares = squares.at[:, group, *at].add(square)
+    return squares
+
+
+@partial(jax.jit, donate_argnums=0)
+def assembled(
+    rest: Float64[Array, "P G d d"],
+    cross: Float64[Array, "P G p d"],
+    lead: Float64[Array, "P G p p"],
+    frame: Float64[AnyArray, "P p d"],
+) -> Float64[Array, "P G d d"]:
+    """Σ xxᵀ of each part and group, in the memory of `rest`, square by square."""
+    frames = jnp.broadcast_to(jnp.asarray(frame)[:, None], cross.shape)
+    mixed = product(lead / 2, frames) + cross
+    left = jnp.swapaxes(jnp.concatenate([frames, mixed], axis=2), 2, 3)
+    right = jnp.concatenate([mixed, frames], axis=2)
+    hidden = rest.shape[-1]
+    size = gcd(hidden, _SQUARE) if hidden % (_SQUARE // 2) == 0 else hidden
+    starts = np.arange(0, hidden, size)
+    below = np.array([(i, j) for i in starts for j in starts if j <= i])
+
+    def at(k: Array, rest: Array) -> tuple[Array, Array, Array]:
+        i, j = jnp.asarray(below)[k]
+        return i, j, jax.lax.dynamic_slice(rest, (0, 0, i, j), (*rest.shape[:2], size, size))
+
+    def add(k: Array, rest: Array) -> Array:
+        i, j, square = at(k, rest)
+        rows = jax.lax.dynamic_slice_in_dim(left, i, size, axis=2)
+        columns = jax.lax.dynamic_slice_in_dim(right, j, size, axis=3)
+        return jax.lax.dynamic_update_slice(rest, square + product(rows, columns), (0, 0, i, j))
+
+    def mirror(k: Array, rest: Array) -> Array:
+        i, j, square = at(k, rest)
+        # Written out: XLA on a CPU takes three times as long for a transpose among other things.
+        across = jax.lax.optimization_barrier(jnp.swapaxes(square, 2, 3))
+        across = jnp.where((i == j) & jnp.tri(size, dtype=bool), square, across)
+        return jax.lax.dynamic_update_slice(rest, across, (0, 0, j, i))
+
+    # In turn: where a step writes both, XLA copies all of `rest`.
+    return jax.lax.fori_loop(0, len(below), mirror, jax.lax.fori_loop(0, len(below), add, rest))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_chunks(
+    squares: Float64[Array, "P G d d"], chunks: Float32[Array, "chunks P c d"], groups: Int[Array, " chunks"]
+) -> Float64[Array, "P G d d"]:
+    def add(squares: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        rows, group = chunk[0].astype(jnp.float64), chunk[1]
+        return squares.at[:, group].add(product(jnp.swapaxes(rows, 1, 2), rows)), None
+
+    return jax.lax.scan(add, squares, (chunks, groups))[0]
+
+
+def add_rows(
+    squares: Float64[Array, "P G d d"],
+    rows: Float32[np.ndarray, "P s d"],
+    groups: Int[np.ndarray, " s"],
+) -> Float64[Array, "P G d d"]:
+    """Adds xxᵀ of rows that were set aside, in float64: they may be longer than all others together."""
+    chunks, owners = [], []
+    for group in np.unique(groups):
+        mine = rows[:, groups == group]
+        filled = np.zeros((len(mine), -(-mine.shape[1] // _CHUNK) * _CHUNK, mine.shape[2]), np.float32)
+        filled[:, : mine.shape[1]] = mine
+        chunks += np.split(filled, filled.shape[1] // _CHUNK, axis=1)
+        owners += [group] * (filled.shape[1] // _CHUNK)
+    if not chunks:
+        return squares
+    # As many as a power of two: few programs serve all layers.
+    missing = (1 << (len(chunks) - 1).bit_length()) - len(chunks)
+    chunks += [np.zeros_like(chunks[0])] * missing
+    return _add_chunks(squares, np.stack(chunks), np.array([*owners, *[0] * missing], np.int32))

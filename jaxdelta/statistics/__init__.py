@@ -1,0 +1,1 @@
+"""Statistics with intervals and nulls, of one layer and across layers."""

@@ -1,0 +1,1 @@
+"""How the directions of the layers relate: overlaps, subspaces, nulls, phases."""

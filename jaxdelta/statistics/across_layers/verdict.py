@@ -1,0 +1,90 @@
+"""What the figures say of the hypothesis h_{L+1} = h_L + T_shared(h_L) + γ_L·v_L·f(…), phase by phase.
+
+It predicts for phase C that the v_L share few dimensions, and for phase E that each layer has its own
+direction, so that the stacked v_L have a rank close to their number. The rules (docs/definitions.md):
+
+    shared   supported: more |cos| within the phase than the layers' covariance gives (p ≤ 0.05, and its
+             interval above that chance's mean), more than with layers equally far away (p ≤ 0.05), and at
+             most half as many dimensions as layers (interval below N/2).
+             contradicted: its interval of |cos| below chance's mean, or that of the rank above 0.8 N.
+    own      supported: a rank of 0.8 N or more (interval above it), and no more |cos| than chance (p > 0.05).
+             contradicted: a rank below 0.8 N (interval below it).
+    undecided in every other case, and where a figure or its interval is missing.
+"""
+
+from typing import Any
+
+PREDICTIONS = {"C": "shared", "E": "own"}
+LEVEL, FEW, ALL = 0.05, 0.5, 0.8
+SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
+
+
+def verdicts(relations: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a phase: what is predicted, the figures with intervals and chance, and the verdict.
+
+    Args:
+        relations: of one view, see `relations.relate`. `verdict` is None where nothing is predicted.
+    """
+    tests = {row["phase"]: row for row in relations["phase_test"]["phases"]}
+    return [_verdict(row, tests[row["phase"]]["p_value"]) for row in relations["phases"]]
+
+
+def _verdict(row: dict[str, Any], gap_p: float | None) -> dict[str, Any]:
+    prediction = PREDICTIONS.get(row["phase"])
+    figures = {key: row[key] for key in ("phase", "layers", "intra", "stacked_rank", "dimensions_90")}
+    decided: dict[str, str | None] = {"verdict": None, "why": None}
+    if prediction:
+        missing = _missing(row, gap_p)
+        verdict, why = (UNDECIDED, missing) if missing else _RULES[prediction](row, gap_p)
+        decided = {"verdict": verdict, "why": why}
+    return {"prediction": prediction} | figures | {"gap_p": gap_p} | decided
+
+
+def _missing(row: dict[str, Any], gap_p: float | None) -> str | None:
+    if row["layers"] < 2:
+        return "one layer: nothing to compare within"
+    if "interval" not in row["intra"]:
+        return "no intervals: they need several documents and --bootstrap"
+    if "null_p" not in row["intra"]:
+        return "no null: it needs --null_draws"
+    return None
+
+
+def _shared(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
+    intra, rank = row["intra"], _relative_rank(row)
+    if intra["interval"][1] < intra["null_mean"]:
+        return CONTRADICTED, "less |cos| within the phase than chance"
+    if rank[0] > ALL:
+        return CONTRADICTED, f"the rank of the v_L is above {ALL:g} of their number"
+    failed = {
+        "|cos| within the phase is not above chance": intra["null_p"] > LEVEL
+        or intra["interval"][0] <= intra["null_mean"],
+        "layers equally far away are as close, or too few to tell": gap_p is None or gap_p > LEVEL,
+        f"the rank of the v_L may exceed {FEW:g} of their number": rank[1] > FEW,
+    }
+    return _unless(failed, "few dimensions, shared within the phase")
+
+
+def _own(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
+    rank = _relative_rank(row)
+    if rank[1] < ALL:
+        return CONTRADICTED, f"the rank of the v_L is below {ALL:g} of their number"
+    failed = {
+        f"the rank of the v_L may be below {ALL:g} of their number": rank[0] < ALL,
+        "more |cos| within the phase than chance": row["intra"]["null_p"] <= LEVEL,
+    }
+    return _unless(failed, "a direction of its own for every layer")
+
+
+_RULES = {"shared": _shared, "own": _own}
+
+
+def _relative_rank(row: dict[str, Any]) -> tuple[float, float]:
+    """The interval of the stacked v_L's effective rank over their number."""
+    low, high = row["stacked_rank"]["interval"]
+    return low / row["layers"], high / row["layers"]
+
+
+def _unless(failed: dict[str, bool], otherwise: str) -> tuple[str, str]:
+    reasons = [reason for reason, holds in failed.items() if holds]
+    return (UNDECIDED, "; ".join(reasons)) if reasons else (SUPPORTED, otherwise)

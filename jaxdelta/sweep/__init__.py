@@ -1,0 +1,1 @@
+"""The layer-major pass: all tokens through one layer at a time."""

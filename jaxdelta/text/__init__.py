@@ -1,0 +1,1 @@
+"""What is read: documents, tokenizer, tokens, windows, and the groups that resampling draws."""

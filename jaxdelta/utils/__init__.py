@@ -1,0 +1,1 @@
+"""Files, reading ahead, timing, the command line: nothing of the field."""
