@@ -19,7 +19,7 @@ from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.attention import MIN_QUERY_BLOCK, pairs_at_once, query_block
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.loss import PROBED, VOCAB_SLICE
-from jaxdelta.spectra.moments.accumulate import pool_bytes
+from jaxdelta.spectra.moments.accumulate import moment_bytes
 from jaxdelta.spectra.scheduler import layers_at_once, layers_pending, spectrum_bytes, update_bytes
 from jaxdelta.sweep.mesh import share
 from jaxdelta.sweep.sweep import Blocks
@@ -29,13 +29,46 @@ MODES = ("auto", "stream", "resident")
 # Tokens of a long text that pass at once, on a CPU and elsewhere: more make nothing faster, need more memory,
 # and on a CPU do not fit into its cache.
 CACHED_TOKENS, BLOCK_TOKENS = 2_048, 8_192
+SPARE_BYTES = 1e9  # updates of a text may take this much where moments would take less
+FEW_GROUPS = 10  # groups of a text whose moments do not fit with more
 USABLE = 0.9  # of a device's memory; the rest is the runtime's
 
 
 @dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the layers are summarised from, and what for.
+
+    `views` that differ without sinks, of `parts` of the update; `groups` of tokens, of which a window has at
+    most `visits`; `moments_only`: rows are no choice.
+    """
+
+    views: int = 1
+    parts: int = 1
+    groups: int = 1
+    visits: int = 1
+    moments_only: bool = False
+
+    def row_work(self, n: int, d: int) -> float:
+        """Time of a layer from rows, in float64 multiply-adds of a product: Gram matrix and eigensolution."""
+        m = min(n, d)
+        return self.views * (n * d * m + 3.0 * m**3)
+
+    def moment_work(self, n: int, d: int, blocks: int) -> float:
+        """Time of a layer from moments: float32 products of each part, a full eigensolution of each view.
+
+        The weights of the terms, also in `row_work`, were measured on one core at d = 1024; 10⁹ is what
+        taking a block apart costs beside the products.
+        """
+        return 0.6 * self.visits * self.parts * n * d**2 + 8.0 * self.views * d**3 + 1e9 * blocks
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the pass is divided, and the bytes that needs by what they hold; `waiting` are those of the states
-    that are not on the device."""
+    """How the pass is divided, what the layers are summarised from, and the bytes that takes by their use.
+
+    `groups` is the number of groups whose moments are kept, 0 where the layers are summarised from rows;
+    `at_once` layers of them at a time. `waiting` are bytes of states that are not on the device.
+    """
 
     mode: str
     blocks: Blocks
@@ -43,6 +76,7 @@ class Plan:
     parts: dict[str, int]
     limit: int
     waiting: int = 0
+    groups: int = 0
 
     @property
     def total(self) -> int:
@@ -52,20 +86,23 @@ class Plan:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_size(value)}" for name, value in self.parts.items())
         where = f", {_size(self.waiting)} of states in {self.blocks.place}" if self.waiting else ""
-        return f"{self.mode}{where}: {_size(self.total)} of {_size(self.limit)} ({parts})"
+        how = ", moments" if self.groups else ""
+        return f"{self.mode}{where}{how}: {_size(self.total)} of {_size(self.limit)} ({parts})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is to be computed, as far as memory goes. `pool`: of a long text, how many parts and groups its
-    moments have. `data` devices share the windows, `model` devices a layer's weights."""
+    """What is to be computed, as far as memory goes.
+
+    `data` devices share the windows, `model` devices a layer's weights.
+    """
 
     weights: Weights
     tokens: tuple[int, int]  # (windows, length)
     compute_dtype: str
     residual_dtype: str
     resident: bool
-    pool: tuple[int, int] | None = None
+    measurement: Measurement = Measurement()
     scratch: bool = False
     data: int = 1
     model: int = 1
@@ -79,36 +116,66 @@ class Work:
         """The first division that fits: as coarse as possible, with the states on the device if possible.
 
         Raises:
-            JaxDeltaError: none does; it says what is missing.
+            JaxDeltaError: none fits; the message says how much is missing.
         """
-        for blocks in self._divisions():
-            parts = self._parts(blocks)
-            at_once, parts["spectra"] = self._spectra(blocks, limit - sum(parts.values()))
-            waiting = 0 if blocks.place == "device" else self._state * self._share(math.prod(self.tokens))
-            mode = "resident" if self.resident else "stream"
-            plan = Plan(mode, blocks, at_once, parts, limit, waiting)
-            if plan.total <= limit:
-                return plan
+        for groups in self._makers():
+            for blocks in self._divisions(groups):
+                plan = self._plan(blocks, groups, limit)
+                if plan.total <= limit:
+                    return plan
         raise JaxDeltaError(
             f"{plan}: {_size(plan.total - limit)} too much; fewer tokens (--max_tokens)"
             f"{' or --memory=stream' if self.resident else ''} would need less"
         )
 
-    def _spectra(self, blocks: Blocks, left: int) -> tuple[int, int]:
-        """How many layers are measured at once where so much is left, and the bytes of it."""
-        (windows, length), d = self.tokens, self.config.hidden_size
-        if self.pool:
-            # The block before is kept until the next is under way.
-            return 1, pool_bytes(*self.pool, d) + 2 * update_bytes(self._share(blocks.windows * length), d)
-        shape, devices = (windows * (length - 1), d), self.data * self.model
-        count = layers_at_once(*shape, left, devices)
+    def _plan(self, blocks: Blocks, groups: int, limit: int) -> Plan:
+        parts = self._parts(blocks)
+        at_once, parts["spectra"] = self._spectra(blocks, groups, limit - sum(parts.values()))
+        waiting = 0 if blocks.place == "device" else self._state * self._share(math.prod(self.tokens))
+        mode = "resident" if self.resident else "stream"
+        return Plan(mode, blocks, at_once, parts, limit, waiting, groups)
+
+    def _makers(self) -> list[int]:
+        """What to summarise layers from, the best first: rows (0), or the moments of this many groups.
+
+        Rows while they cost less than moments, and take less memory or little.
+        """
+        measurement = self.measurement
+        moments = sorted({measurement.groups, min(measurement.groups, FEW_GROUPS)}, reverse=True)
+        if measurement.moments_only:
+            return moments
+        n, d = self._shape
+        blocks = -(-n // (self.data * block_tokens()))
+        cheaper = measurement.row_work(n, d) <= measurement.moment_work(n, d, blocks)
+        room = max(moment_bytes(measurement.parts, measurement.groups, d), SPARE_BYTES)
+        return [0, *moments] if cheaper and self._rows(0)[1] <= room else [*moments, 0]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """(n, d) of an update: the first token of a window is in none."""
+        windows, length = self.tokens
+        return windows * (length - 1), self.config.hidden_size
+
+    def _rows(self, left: int) -> tuple[int, int]:
+        """How many layers are summarised at once from rows where so much is left, and their bytes."""
+        shape, devices = self._shape, self.data * self.model
+        count = layers_at_once(shape, self.config.num_layers, left, devices)
         return count, count * spectrum_bytes(*shape) + layers_pending(count * devices) * update_bytes(*shape)
 
-    def _divisions(self) -> Iterator[Blocks]:
+    def _spectra(self, blocks: Blocks, groups: int, left: int) -> tuple[int, int]:
+        """How many layers are summarised at once where so much is left, and the bytes of it."""
+        if not groups:
+            return self._rows(left)
+        d = self.config.hidden_size
+        # The block before is kept until the next is under way.
+        block = update_bytes(self._share(blocks.windows * self.tokens[1]), d)
+        return 1, moment_bytes(self.measurement.parts, groups, d) + 2 * block
+
+    def _divisions(self, groups: int) -> Iterator[Blocks]:
         windows, length = self.tokens
-        most = min(windows, max(1, self.data * block_tokens() // length)) if self.pool else windows
+        most = min(windows, max(1, self.data * block_tokens() // length)) if groups else windows
         counts = dict.fromkeys(
-            self._filled(-(-windows // blocks)) for blocks in range(-(-windows // most), windows + 1)
+            self._filled(-(-windows // blocks), groups) for blocks in range(-(-windows // most), windows + 1)
         )
         for place in ("device", "scratch" if self.scratch else "host"):
             for count in counts:
@@ -117,9 +184,9 @@ class Work:
                 if queries > MIN_QUERY_BLOCK:
                     yield Blocks(count, MIN_QUERY_BLOCK, place)
 
-    def _filled(self, windows: int) -> int:
+    def _filled(self, windows: int, groups: int) -> int:
         """As many windows for each device; moments are taken by all of them, the layers passed by `data`."""
-        devices = self.data * (self.model if self.pool else 1)
+        devices = self.data * (self.model if groups else 1)
         return -(-windows // devices) * devices
 
     def _pairs(self, count: int) -> int:

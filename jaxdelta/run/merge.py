@@ -12,17 +12,17 @@ import numpy as np
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.analysis import Analysis
-from jaxdelta.run.analyze import collect
+from jaxdelta.run.collect import collect
 from jaxdelta.run.options import Options
 from jaxdelta.run.provenance import document_facts
 from jaxdelta.spectra.moments.files import RUN, load_layer, load_text
 from jaxdelta.spectra.moments.summary import merge
-from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import parse_views, parts_looked_at
 from jaxdelta.statistics.across_layers.phases import Phases
-from jaxdelta.statistics.layer_row import described
+from jaxdelta.statistics.layer_row import layer_record
 from jaxdelta.text.excerpt import excerpt
-from jaxdelta.text.groups import HALVINGS, Groups, Sample, cluster_weights, half_weights
+from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import PADDING, Tokens
 
 # Of a run's flags: what another must have the same to be put together with it.
@@ -58,10 +58,11 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
     first = runs[0]
     options = Options(**first.run["flags"])
     sample = _sample([load_text(directory) for directory in directories], options)
-    rows = range(first.num_layers + 1)
-    figures = (_layer(directories, row, options, sample) for row in rows)
     phases = Phases(tuple(row["phase"] for row in first.per_layer))
-    layers = list(described(figures, phases, sample, options.top_k, first.hidden))
+    layers = [
+        layer_record(row, _layer(directories, row, options), phases, sample, options.top_k, first.hidden)
+        for row in range(first.num_layers + 1)
+    ]
     fields = collect(layers, phases, sample, options)
     return Analysis(
         model=first.model,
@@ -110,18 +111,16 @@ def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> Sam
         np.concatenate([text.positions for text in tokens], axis=1),
     )
     owners = np.concatenate([own + start for (_, own), start in zip(texts, groups, strict=False)])
-    count = int(groups[-1])
-    draws = cluster_weights(count, options.bootstrap, options.seed)
-    return Sample(whole, owners, draws, half_weights(count, HALVINGS, options.seed))
+    return Sample.grouped(whole, owners, options.bootstrap, options.seed)
 
 
-def _layer(directories: Sequence[Path], row: int, options: Options, sample: Sample) -> LayerFigures:
+def _layer(directories: Sequence[Path], row: int, options: Options) -> LayerSummary:
     views = parse_views(options.views)
     parts = parts_looked_at(views)
     merged = merge([load_layer(directory, row, parts) for directory in directories])
-    groups = Groups.none(sample.halves) if options.resampled else None
-    design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
-    return merged.figures(design, sample.halves)
+    return merged.summary(
+        MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
+    )
 
 
 def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:

@@ -111,3 +111,9 @@ class Options:
     def resampled(self) -> bool:
         """Whether there are intervals or nulls: else only the figures themselves are computed."""
         return self.bootstrap > 0 or self.null_draws > 0
+
+
+def check_rank(top_k: int, rank: int, what: str) -> None:
+    """Refuses more directions than `what` has."""
+    if top_k > rank:
+        raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")

@@ -9,13 +9,9 @@ import jax
 import numpy as np
 
 from jaxdelta._version import __version__
-from jaxdelta.checkpoint.weights import Weights
-from jaxdelta.run.memory_plan import Plan
-from jaxdelta.run.options import Options
-from jaxdelta.statistics.layer_row import Described
-from jaxdelta.sweep.mesh import Grid
+from jaxdelta.run.context import RunContext
+from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.sweep import Sweep
-from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
 
 FEW_DOCUMENTS = 10
@@ -30,38 +26,32 @@ class Spectra:
     on_host: list[int]
 
     @classmethod
-    def of(cls, layers: Sequence[Described]) -> "Spectra":
+    def of(cls, layers: Sequence[LayerRecord]) -> "Spectra":
         """Of all layers."""
         again = [layer.on_host for layer in layers]
-        return cls(max(layer.defect for layer in layers), np.flatnonzero(again).tolist())
+        return cls(max(layer.certificate for layer in layers), np.flatnonzero(again).tolist())
 
 
-def run_facts(
-    weights: Weights,
-    options: Options,
-    plan: Plan,
-    sweep: Sweep,
-    spectra: Spectra,
-    sample: Sample,
-    grid: Grid | None,
-) -> dict[str, Any]:
-    """A run's `run`, but for the seconds of its stages."""
+def run_facts(run: RunContext, sweep: Sweep, spectra: Spectra) -> dict[str, Any]:
+    """The `run` of a result, without the seconds of its stages."""
+    options, plan, tokens = run.options, run.plan, run.sample.tokens
+    assert plan is not None
     return {
         "versions": versions(),
         "device": device(),
-        "mesh": grid and grid.facts,
-        "model_type": weights.config.model_type,
-        "weights_dtype": weights.config.dtype,
+        "mesh": run.grid and run.grid.facts,
+        "model_type": run.weights.config.model_type,
+        "weights_dtype": run.weights.config.dtype,
         "compute_dtype": options.compute_dtype,
         "residual_dtype": options.residual_dtype,
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
-        "text_fingerprint": sample.tokens.fingerprint,
+        "text_fingerprint": tokens.fingerprint,
         "text": {
             "layout": options.layout,
-            "windows": len(sample.tokens.ids),
-            "window_length": sample.tokens.ids.shape[1],
-            "padding": sample.tokens.padding,
+            "windows": len(tokens.ids),
+            "window_length": tokens.ids.shape[1],
+            "padding": tokens.padding,
         },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
         "layers_seconds": dict(sweep.clock.seconds),
@@ -70,7 +60,7 @@ def run_facts(
         "loss_tokens": sweep.loss_tokens,
         "certificate": spectra.certificate,
         "rows_on_host": spectra.on_host,
-        **document_facts(sample.tokens),
+        **document_facts(tokens),
     }
 
 

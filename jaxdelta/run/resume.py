@@ -1,15 +1,15 @@
-"""Goes on with a run that was killed: after every layer the states and the layer's figures are kept.
+"""Goes on with a run that was killed: after every layer the states and the layer's record are kept.
 
 In the directory of a run, `DIR/jaxdelta-run`:
 
     manifest.json       what must be equal for a run to go on from here
     step-L/block-B      the states of a block after layer L, of the last two steps
-    figures-L           the figures of layer L
+    record-L            the record of layer L
     moments/            what --keep_moments asks for, until the run ends
-    step-L.json         the step is whole: the digests of its blocks, and of the figures and moments of layers
+    step-L.json         the step is whole: the digests of its blocks, and of the records and moments of layers
                         0 .. L
 
-Orbax writes blocks and figures, or, of several processes, TensorStore in Orbax's format; they are read as
+Orbax writes blocks and records, or, of several processes, TensorStore in Orbax's format; they are read as
 `orbax_store` reads weights. One thread writes them beside the pass, in the order in which they come: what a
 step consists of is on disk before the file that says so.
 
@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
@@ -39,9 +39,9 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.run.record_files import pack, unpack
 from jaxdelta.spectra.moments.files import layer_file
-from jaxdelta.spectra.summary_files import pack, unpack
-from jaxdelta.spectra.view_summary import LayerFigures
+from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.states import State, States
 from jaxdelta.sweep.sweep import Blocks
 from jaxdelta.text.tokens import Tokens
@@ -49,7 +49,7 @@ from jaxdelta.utils.files import locked, write_together
 
 RUN, MANIFEST, MOMENTS = "jaxdelta-run", "manifest.json", "moments"
 STEPS = 2  # whole ones whose states are kept
-PENDING = 2  # layers of a short text whose figures are computed at once: a step waits for them
+PENDING = 2  # layers of a short text that are summarised at once: a step waits for them
 
 # Options that change no number, or only by the blocks, which are told apart as they are.
 _FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
@@ -57,33 +57,32 @@ _FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
 # Of each file of weights so many bytes are looked at in so many places: they tell one model from another.
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 _WAITING = 2  # pieces that are to be written: the pass waits for the disk when there are more
-_NUMBERED = re.compile(r"(?:step|figures)-(\d{6})(?:\.json)?")
+_NUMBERED = re.compile(r"(?:step|record)-(\d{6})(?:\.json)?")
 Arrays = Mapping[str, np.ndarray]
 
 
 class Run:
     """A run's checkpoint, the one thread that writes it, and the layer it goes on from, `start`.
 
-    Of every `stride` layers the last one's states are kept, as far as `keeps` says: the figures of as many
-    are computed in one batch, which must be the same one when the run goes on.
+    The states after a layer are kept until a later step is whole, however many layers are summarised at once.
     """
 
     start = 0
 
-    def __init__(self, directory: Path, layers: int, stride: int, listener: Callable[[str], None]):
-        self._directory, self._layers, self._stride, self._listener = directory, layers, stride, listener
+    def __init__(self, directory: Path, layers: int, listener: Callable[[str], None]):
+        self._directory, self._layers, self._listener = directory, layers, listener
         self._writer, self._failed = ThreadPoolExecutor(1, "checkpoint"), False
         self._waiting: deque[Future[None]] = deque()
         # The last step that is whole here, and the last that is so for all processes, which is kept.
         self._whole = self._common = -1
         # Only the writing thread touches these once it runs: digests of what lies on disk.
-        self._figures: list[str] = []
+        self._records: list[str] = []
         self._moments: list[str] = []
         self._blocks: dict[int, list[str]] = {}
 
     def keeps(self, layer: int) -> bool:
         """Whether the states after this layer are kept: after the last one nothing is left to go on with."""
-        return layer < self._layers - 1 and (layer + 1) % self._stride == 0
+        return layer < self._layers - 1
 
     def restore(self, states: States) -> int:
         """Fills in the states after the last layer of which all is whole; the layer to go on with, or 0."""
@@ -95,7 +94,7 @@ class Run:
                 self._whole = self._common = layer
                 self._listener(f" resumed after layer {layer}")
                 break
-            self._figures, self._moments = [], []
+            self._records, self._moments = [], []
             steps = [step for step in steps if step < layer]
         for path in list(self._directory.iterdir()):
             if path.name != MANIFEST and not self._is_used(path):
@@ -115,26 +114,26 @@ class Run:
         if path.name == MOMENTS:
             return self.start > 0
         number = _NUMBERED.fullmatch(path.name)
-        whole = path.name.startswith("figures") or path.with_suffix(".json").exists()
+        whole = path.name.startswith("record") or path.with_suffix(".json").exists()
         return number is not None and int(number[1]) < self.start and whole
 
     def _restore(self, layer: int, states: States) -> None:
         try:
             step = json.loads(self._path("step", layer, ".json").read_bytes())
-            blocks, figures, moments = (list(step[name]) for name in ("blocks", "figures", "moments"))
+            blocks, records, moments = (list(step[name]) for name in ("blocks", "records", "moments"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _Damaged(f"step-{layer:06}.json: {error!r}") from error
-        for index, digest in enumerate(figures):
-            self._figures_of(index, digest)
+        for index, digest in enumerate(records):
+            self._record_of(index, digest)
         for index, digest in enumerate(moments):
             if _file_digest(self._moments_of(index)) != digest:
                 raise _Damaged(f"{MOMENTS}: those of layer {index} differ")
         for block, digest in enumerate(blocks):
             states[block] = State(**_load(self._path("step", layer) / f"block-{block:06}", digest))
-        self._figures, self._moments = figures, moments
+        self._records, self._moments = records, moments
 
-    def _figures_of(self, layer: int, digest: str) -> LayerFigures:
-        return unpack(_load(self._path("figures", layer), digest)["figures"].tobytes())
+    def _record_of(self, layer: int, digest: str) -> LayerRecord:
+        return unpack(_load(self._path("record", layer), digest)["record"].tobytes())
 
     def keep(self, layer: int, block: int, state: State) -> None:
         """Keeps what the pass leaves of a block after a layer."""
@@ -143,16 +142,18 @@ class Run:
             # A copy, since the next layer writes over what was written so far.
             self._submit(self._keep, layer, block, {name: np.array(x) for name, x in own.items()})
 
-    def keeping(self, found: Iterable[LayerFigures]) -> Iterator[LayerFigures]:
-        """All layers' figures: those that were kept, then those that are found now, which are kept."""
-        for layer, digest in enumerate(self._figures[: self.start]):
-            yield self._figures_of(layer, digest)
-        for layer, figures in enumerate(found, self.start):
-            if self.keeps(layer):
-                self._common = _least(self._whole)
-            if layer < self._layers - 1:
-                self._submit(self._finish, layer, figures)
-            yield figures
+    def records(self) -> list[LayerRecord]:
+        """The records of the layers before `start`."""
+        return [self._record_of(layer, digest) for layer, digest in enumerate(self._records[: self.start])]
+
+    def keep_record(self, layer: int, record: LayerRecord) -> None:
+        """Keeps the record of a layer; they must come in the layers' order."""
+        if self.keeps(layer):
+            self._common = _least(self._whole)
+            self._submit(self._finish, layer, record)
+
+    def wait(self) -> None:
+        """Returns when all is written that was handed over; raises what failed."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -176,15 +177,13 @@ class Run:
         digest = _save(self._path("step", layer) / f"block-{block:06}", arrays)
         self._blocks.setdefault(layer, []).append(digest)
 
-    def _finish(self, layer: int, figures: LayerFigures) -> None:
-        """The figures come when the states have been written: with them the step is whole."""
-        packed = np.frombuffer(pack(figures), np.uint8)
-        self._figures.append(_save(self._path("figures", layer), {"figures": packed}))
+    def _finish(self, layer: int, record: LayerRecord) -> None:
+        """The record comes when the states have been written: with it the step is whole."""
+        packed = np.frombuffer(pack(record), np.uint8)
+        self._records.append(_save(self._path("record", layer), {"record": packed}))
         if digest := _file_digest(self._moments_of(layer)):
             self._moments.append(digest)
-        if not self.keeps(layer):
-            return
-        step = {"blocks": self._blocks.pop(layer), "figures": self._figures, "moments": self._moments}
+        step = {"blocks": self._blocks.pop(layer), "records": self._records, "moments": self._moments}
         write_together({self._path("step", layer, ".json"): json.dumps(step).encode()})
         self._whole = layer
         common = layer if jax.process_count() == 1 else self._common
@@ -209,7 +208,6 @@ def opened(
     directory: str,
     manifest: Mapping[str, Any],
     layers: int,
-    stride: int,
     listener: Callable[[str], None],
 ) -> Iterator[Run]:
     """The run whose checkpoint is in this directory, or a new one.
@@ -218,7 +216,6 @@ def opened(
         directory: as the user gave it; it is made where it is not there.
         manifest: what must be equal for a run to go on, by its name; JSON.
         layers: how many the model has.
-        stride: of how many layers the figures are computed together.
         listener: told what is resumed.
 
     Raises:
@@ -233,7 +230,7 @@ def opened(
                 f"{own}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
             )
         _check(own, manifest)
-        with contextlib.closing(Run(own, layers, stride, listener)) as run:
+        with contextlib.closing(Run(own, layers, listener)) as run:
             yield run
 
 

@@ -1,116 +1,127 @@
-"""What is measured of one view of a layer's update: spectrum, tokens, and what resampling and overlaps need.
+"""The summary of a view from the rows of a layer's update, one for each token.
 
-Axes: n tokens, d hidden size, r = min(n, d), k kept directions, q of which coordinates are known. All
-functions here must be traced with 64-bit types on.
+Axes: n tokens, d hidden size, r = min(n, d), c basis directions, v known coordinates, G groups. All functions
+here must be traced with 64-bit types on.
 """
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
-from jaxdelta.spectra.group_moments import crossed, resampled
+from jaxdelta.spectra.group_moments import by_group
 from jaxdelta.spectra.linalg import product
-from jaxdelta.spectra.spectrum import Solved, Spectrum, decompose, host_decompose, solve
+from jaxdelta.spectra.spectrum import Spectrum, decompose, solve
 from jaxdelta.spectra.token_table import token_products
-from jaxdelta.spectra.view_summary import Found
-from jaxdelta.spectra.views import Selection
+from jaxdelta.spectra.view_summary import FACTOR_ROWS, MeasurementPlan, ViewSummary
+from jaxdelta.spectra.views import Selection, View
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import Groups
 from jaxdelta.utils.arrays import AnyArray
 
+LEADING_AXES = 48  # of the groups' moments: more change the halves' cosines by less than 0.001
+_TINY = np.finfo(np.float64).tiny
 
-def view_rows(
-    update: Update, kept: Float64[AnyArray, " n"], selection: Selection | None
-) -> Float64[Array, "n d"]:
-    """The tokens of a view of one layer."""
-    if selection is None:
-        return jnp.asarray(update.delta).astype(jnp.float64)
+Decomposition = tuple[Spectrum, Float64[AnyArray, "n v"]]
+
+
+class Wanted(NamedTuple):
+    """What is wanted of a view: basis size c, solver, and whether its layers are compared."""
+
+    basis: int
+    method: str
+    compared: bool
+
+    @classmethod
+    def of(cls, plan: MeasurementPlan, view: View, n: int, d: int) -> "Wanted":
+        """For a view of an update of shape (n, d)."""
+        return cls(plan.basis_size(n, d), plan.method, plan.compares(view))
+
+    def axes(self, n: int, d: int, resampled: bool) -> int:
+        """Number of eigenvectors needed: those of the basis, of the groups' moments and of the factor."""
+        needed = LEADING_AXES if resampled else self.basis
+        if self.compared and n > FACTOR_ROWS:
+            needed = max(needed, FACTOR_ROWS)
+        return max(self.basis, min(needed, n, d))
+
+
+def summarise_update(
+    update: Update,
+    kept: Float64[AnyArray, " n"],
+    selection: Selection,
+    groups: Groups | None,
+    wanted: Wanted,
+) -> ViewSummary:
+    """The summary of one view of one layer, solved where it is traced. `kept` is 1 for tokens that count."""
+    x = view_rows(update, kept, selection)
+    solved = solve(finite(x), 0) if wanted.method == "gram" else None
+    decomposition = decompose(finite(x), wanted.basis, wanted.method, solved)
+    return summarise_rows(x, update.h, kept, decomposition, groups, wanted)
+
+
+def view_rows(update: Update, kept: Float64[AnyArray, " n"], selection: Selection) -> Float64[Array, "n d"]:
+    """The rows x_i of a view of one layer, 0 for tokens that are not `kept`."""
     kept = jnp.asarray(kept)
     x = (selection.attention * update.attention + selection.mlp * update.mlp).astype(jnp.float64)
     mean = product(kept, x) / jnp.maximum(kept.sum(), 1)
     return kept[:, None] * (x - selection.centred.astype(jnp.float64) * mean)
 
 
-def view_figures(
-    update: Update,
-    kept: Float64[AnyArray, " n"],
-    selection: Selection | None,
-    groups: Groups | None,
-    k: int,
-    method: str,
-    compared: bool,
-) -> Found:
-    """All figures of a view of one layer; tokens that are not `kept` (0, else 1) count nothing.
-
-    Without a selection, of the raw view: no time goes into masks and means that change nothing.
-    """
-    x = view_rows(update, kept, selection)
-    solved = solve(_finite(x), k) if method == "gram" else None
-    found, coordinates = spectral_figures(x, update.h, kept, solved, k, method)
-    return with_documents(found, _finite(x), solved, coordinates, groups, compared)
-
-
-def spectral_figures(
-    x: Float64[Array, "n d"],
-    h: Float32[AnyArray, "n d"],
-    kept: Float64[AnyArray, " n"],
-    solved: Solved | None,
-    k: int,
-    method: str,
-) -> tuple[Found, Float64[Array, "n q"]]:
-    """The figures of a view's rows that tell nothing of documents, and the tokens' coordinates along V.
-
-    `solved`: what `solve` found of them, for `method` gram.
-    """
-    return _found(x, h, kept, *decompose(_finite(x), k, method, solved))
-
-
-def with_documents(
-    found: Found,
-    x: Float64[AnyArray, "n d"],
-    solved: Solved | None,
-    coordinates: Float64[AnyArray, "n q"],
-    groups: Groups | None,
-    compared: bool,
-) -> Found:
-    """What was found of rows, with all that the drawing of documents needs of them: by NumPy of NumPy's."""
-    if groups is None or found.products is None:
-        return found
-    square = solved.square if solved is not None and len(x) <= x.shape[1] else None
-    drawn = resampled(x, found.products[0], square, found.spectrum, coordinates, groups)
-    across = crossed(x, found.spectrum, coordinates, groups) if compared else None
-    return found._replace(resampled=drawn, crossed=across)
-
-
-def host_figures(
-    update: Update,
-    kept: Float64[np.ndarray, " n"],
-    selection: Selection | None,
-    groups: Groups | None,
-    k: int,
-    compared: bool,
-) -> Found:
-    """`view_figures` with NumPy's SVD: for a spectrum whose certificate failed."""
-    x = view_rows(update, kept, selection)
-    found = _found(x, update.h, kept, *host_decompose(np.asarray(x), k))
-    found, coordinates = jax.tree.map(np.asarray, found)
-    return with_documents(found, np.asarray(x), None, coordinates, groups, compared)
-
-
-def _finite(x: Float64[Array, "n d"]) -> Float64[Array, "n d"]:
-    """Zero where not: some solvers never return from a NaN. The products keep it, for the caller to see."""
+def finite(x: Float64[Array, "n d"]) -> Float64[Array, "n d"]:
+    """x, or 0 where any of it is not finite: some solvers never return from a NaN."""
     return jnp.where(jnp.isfinite(jnp.sum(jnp.square(x))), x, 0)
 
 
-def _found(
-    x: Float64[Array, "n d"],
+def summarise_rows(
+    x: Float64[AnyArray, "n d"],
     h: Float32[AnyArray, "n d"],
     kept: Float64[AnyArray, " n"],
-    spectrum: Spectrum,
-    coordinates: Float64[Array, "n q"],
-) -> tuple[Found, Float64[Array, "n q"]]:
-    first = jnp.maximum(jnp.square(spectrum.singular_values[0]), np.finfo(np.float64).tiny)
-    mean_energy = jnp.sum(jnp.square(_finite(x).sum(axis=0))) / jnp.maximum(jnp.sum(kept), 1)
-    owned = jnp.square(coordinates[:, 0]) / first
-    return Found(spectrum, token_products(x, jnp.asarray(h)), owned, mean_energy), coordinates
+    decomposition: Decomposition,
+    groups: Groups | None,
+    wanted: Wanted,
+) -> ViewSummary:
+    """The summary of a view's rows, of which `decompose` found the spectrum and the coordinates along V.
+
+    The products of tokens keep a NaN or an infinity, for the caller to see.
+    """
+    spectrum, coordinates = decomposition
+    products = token_products(jnp.asarray(x), jnp.asarray(h))
+    x = finite(jnp.asarray(x))
+    first = jnp.maximum(jnp.square(spectrum.singular_values[0]), _TINY)
+    summary = ViewSummary(
+        spectrum.singular_values,
+        spectrum.directions,
+        spectrum.defect,
+        jnp.sum(jnp.square(x.sum(axis=0))) / jnp.maximum(jnp.sum(kept), 1),
+        products,
+        jnp.square(coordinates[:, 0]) / first,
+    )
+    if groups is None:
+        return summary
+    leading = coordinates[:, :LEADING_AXES]
+    moments = by_group(leading, leading, groups.membership)
+    rest = product(groups.membership, jnp.sum(jnp.square(x), axis=1)) - jnp.trace(moments, axis1=1, axis2=2)
+    summary = summary._replace(group_moments=moments, group_rest=rest)
+    return _with_comparison(summary, x, coordinates, groups) if wanted.compared else summary
+
+
+def _with_comparison(
+    summary: ViewSummary, x: Float64[AnyArray, "n d"], coordinates: Float64[AnyArray, "n v"], groups: Groups
+) -> ViewSummary:
+    """The summary with coupling and factor, from float32 products."""
+    narrow = x.astype(np.float32)
+    along = product(narrow, summary.basis.astype(np.float32).T)
+    coupling = by_group(along, narrow, groups.membership)
+    return summary._replace(coupling=coupling, factor=factor(x, coordinates, summary.singular_values))
+
+
+def factor(
+    x: Float64[AnyArray, "n d"], coordinates: Float64[AnyArray, "n v"], values: Float64[AnyArray, " r"]
+) -> Float32[AnyArray, "R d"]:
+    """F with FᵀF = xᵀx: x itself, or, where it has more than FACTOR_ROWS rows, U_Rᵀx = diag(σ_R) V_Rᵀ."""
+    narrow = x.astype(np.float32)
+    if len(x) <= FACTOR_ROWS:
+        return narrow
+    left = coordinates[:, :FACTOR_ROWS] / (values[:FACTOR_ROWS] + _TINY)
+    return product(left.astype(np.float32).T, narrow)

@@ -1,7 +1,7 @@
 """Spectra on several devices: each device computes those of its own layers."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,32 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxdelta.spectra.scheduler import Batched
 from jaxdelta.sweep.mesh import ALL, WHOLE, Grid
+from jaxdelta.text.groups import Groups
 from jaxdelta.utils.arrays import AnyArray
 
 
-def spread(grid: Grid) -> Callable[..., list[Any]]:
-    """How `measure` computes a batch of layers: the first on the first device, and so on, and round again."""
-    size, devices = grid.mesh.size, list(grid.mesh.devices.flat)
+def on_mesh(grid: Grid, at_once: int, groups: Groups | None) -> Batched:
+    """Batches on a mesh: the first layer on the first device, and so on, and round again."""
+    return Batched(at_once, partial(_call, grid), groups, grid.mesh.size, in_turn=True)
 
-    def beside(*leaves: Any) -> Array:
-        """One layer's array on each device."""
-        own = [
-            _on(leaf, device) for leaf, device in zip(leaves, devices, strict=True) if device in grid.local
-        ]
-        shape = (size * leaves[0].shape[0], *leaves[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, grid.split(ALL), own)
 
-    def call(function: Any, each: Sequence[tuple[Any, ...]], common: Any = (), static: Any = ()) -> list[Any]:
-        filled = [*each, *[each[-1]] * (-len(each) % size)]
-        rounds = [jax.tree.map(beside, *filled[i : i + size]) for i in range(0, len(filled), size)]
-        found = jax.tree.map(
-            np.asarray, _spread(function, grid, rounds, jax.tree.map(grid.put, common), static)
-        )
-        places = itertools.islice(itertools.product(range(len(rounds)), range(size)), len(each))
-        return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), found) for turn, at in places]
+def _call(grid: Grid, function: Any, each: Sequence[tuple[Any, ...]], common: Any, static: Any) -> list[Any]:
+    size = grid.mesh.size
+    beside = partial(_on_each, grid)
+    rounds = [jax.tree.map(beside, *each[i : i + size]) for i in range(0, len(each), size)]
+    common = jax.tree.map(grid.put, common)
+    found = jax.tree.map(np.asarray, _spread(function, grid, rounds, common, static))
+    places = itertools.product(range(len(rounds)), range(size))
+    return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), found) for turn, at in places]
 
-    return call
+
+def _on_each(grid: Grid, *leaves: Any) -> Array:
+    """One layer's array on each device."""
+    devices = zip(leaves, grid.mesh.devices.flat, strict=True)
+    own = [_on(leaf, device) for leaf, device in devices if device in grid.local]
+    shape = (grid.mesh.size * leaves[0].shape[0], *leaves[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, grid.split(ALL), own)
 
 
 def _on(leaf: AnyArray, device: jax.Device) -> Array:

@@ -1,213 +1,333 @@
-"""Runs the figures of many layers: on a CPU side by side on its cores, on an accelerator in batches."""
+"""Summaries of many layers from their rows: on a CPU side by side on its cores, elsewhere in batches."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from jaxdelta.spectra import from_rows, token_table
+from jaxdelta.spectra.from_rows import Wanted, factor, finite, summarise_rows, summarise_update, view_rows
 from jaxdelta.spectra.linalg import single_threaded_blas
-from jaxdelta.spectra.spectrum import CERTIFIED, Solved, solve
-from jaxdelta.spectra.view_summary import CROSSED, Design, Found, LayerFigures, ViewFigures
-from jaxdelta.spectra.views import RAW, View, without_sinks
+from jaxdelta.spectra.spectrum import CERTIFIED, Solved, decompose, host_decompose, solve
+from jaxdelta.spectra.token_table import state_products
+from jaxdelta.spectra.view_summary import FACTOR_ROWS, LayerSummary, MeasurementPlan, ViewSummary
+from jaxdelta.spectra.views import Selection, View, without_sinks
 from jaxdelta.sweep.sweep import Update, Wrote, joined
-from jaxdelta.utils.compiling import QuickJit
+from jaxdelta.text.groups import Groups
 from jaxdelta.utils.timing import Clock
 
 _WORKSPACE_BYTES = 4 << 30
 
-
-def measure(
-    layers: Iterable[Iterable[Wrote]], shape: tuple[int, int], design: Design, at_once: int | None = None
-) -> list[LayerFigures]:
-    """All that `measured` finds."""
-    return list(measured(layers, shape, design, at_once))
+# finish(layer's number, its summary): what is kept of a layer; called beside the pass.
+Finish = Callable[[int, LayerSummary], Any]
+Kept = Float64[np.ndarray, " n"]  # 1 for tokens that a view has, else 0
+BatchCall = Callable[..., list[Any]]  # call(function, each layer's arguments, common ones, static ones)
 
 
-def measured(
-    layers: Iterable[Iterable[Wrote]],
-    shape: tuple[int, int],
-    design: Design,
-    at_once: int | None = None,
-    clock: Clock | None = None,
-    pending: int | None = None,
-    call: "Caller | None" = None,
-) -> Iterator[LayerFigures]:
-    """The figures of every layer, in their order, as they come, and of the last one normed.
+class Summaries(Protocol):
+    """Takes the layers as they pass and gives, in their order, what `finish` makes of their summaries.
 
-    Args:
-        layers: what each wrote, block by block.
-        shape: (n, d) of a layer's update: compiling begins before the first one comes.
-        design: what is measured.
-        at_once: how many are computed at once; by default as many as memory, or cores, allow.
-        clock: is told the time that goes into spectra.
-        pending: on a CPU, how many layers pass at most before the first one's figures come.
-        call: how several devices compute a batch; by default one does.
+    The last layer with the final norm counts as one more layer.
     """
-    at_once, clock = at_once or layers_at_once(*shape, _WORKSPACE_BYTES), clock or Clock()
-    if call or in_batches():
-        return _in_batches(joined(layers), design, at_once, clock, call or _together)
-    return _on_threads(joined(layers), shape, design, at_once, clock, pending or layers_pending(at_once))
+
+    def __enter__(self) -> "Summaries":
+        """Starts the threads."""
+
+    def __exit__(self, *exception: Any) -> None:
+        """Ends the threads."""
+
+    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+        """Takes a layer, block by block; yields what is ready."""
+
+    def rest(self) -> Iterator[Any]:
+        """Yields what is left when all layers have passed."""
 
 
-def in_batches() -> bool:
-    """Whether several layers are measured in one call, and not each by itself."""
-    return jax.default_backend() != "cpu"
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How many layers are summarised at once, how many may wait, and the number of the first one."""
+
+    at_once: int
+    pending: int
+    start: int = 0
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
 
-def _on_threads(
-    updates: Iterable[Update], shape: tuple[int, int], design: Design, at_once: int, clock: Clock, most: int
-) -> Iterator[LayerFigures]:
-    """A thread for each core and one more, whose linear algebra runs on one core each.
+class Workers:
+    """Threads whose results come in the order in which their work was handed over."""
 
-    One layer's matrices are too small to share out well.
+    def __init__(self, threads: int, pending: int):
+        self._threads, self._most = threads, pending
+        self._pending: deque[Future[list[Any]]] = deque()
+
+    def __enter__(self) -> Any:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(single_threaded_blas())
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self._threads, "spectra"))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def submit(self, work: Callable[[], list[Any]]) -> Iterator[Any]:
+        """Hands work over; yields the oldest results where too many are pending."""
+        self._pending.append(self._pool.submit(work))
+        while len(self._pending) >= self._most:
+            yield from self._pending.popleft().result()
+
+    def rest(self) -> Iterator[Any]:
+        """Yields all results that are pending."""
+        while self._pending:
+            yield from self._pending.popleft().result()
+
+
+class ThreadedSummaries(Workers):
+    """Each layer on a thread, whose linear algebra runs on one core.
+
+    One layer's matrices are too small to share out well over all cores.
     """
-    pending: list[Future[LayerFigures]] = []
 
-    def run_one(update: Update) -> LayerFigures:
-        compiled.result()
-        with clock("spectra"), jax.enable_x64(True):
-            return _measured([update], design, _one_by_one)[0]
+    def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, groups: Groups | None):
+        super().__init__(schedule.at_once, schedule.pending)
+        self._plan, self._finish, self._schedule = plan, finish, schedule
+        self._solver = OneByOne(groups)
+        self._numbers, self._compiled = itertools.count(schedule.start), threading.Event()
 
-    with ThreadPoolExecutor(at_once, "spectra") as pool, contextlib.ExitStack() as stack:
-        # One compiles; the others wait for it, or they would all compile.
-        compiled = pool.submit(_prepare, shape, design, stack)
-        for update in updates:
-            pending.append(pool.submit(run_one, update))
-            if len(pending) >= most:
-                yield pending.pop(0).result()
-        yield from (future.result() for future in pending)
+    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+        """Takes a layer, block by block; yields what is ready."""
+        for update in joined([layer]):
+            yield from self.submit(partial(self._summarise, next(self._numbers), update))
 
-
-def _in_batches(
-    updates: Iterable[Update], design: Design, at_once: int, clock: Clock, call: "Caller"
-) -> Iterator[LayerFigures]:
-    """As many layers in one call as their workspace allows: a solver alone leaves a GPU nearly idle."""
-    iterator = iter(updates)
-    while batch := list(itertools.islice(iterator, at_once)):
-        with clock("spectra"), jax.enable_x64(True):
-            yield from _measured(batch, design, call)
+    def _summarise(self, number: int, update: Update) -> list[Any]:
+        if number > self._schedule.start:  # The first layer compiles; else each would compile the same.
+            self._compiled.wait()
+        try:
+            with self._schedule.clock("spectra"), jax.enable_x64(True):
+                (summary,) = summarise_batch([update], self._plan, self._solver)
+                return [self._finish(number, summary)]
+        finally:
+            self._compiled.set()
 
 
-# call(function, arguments by layer, arguments of all layers, static arguments of all): the results by layer
-Caller = Callable[..., list[Any]]
-Arguments = Sequence[tuple[Any, ...]]
+class BatchedSummaries(Workers):
+    """Batches of layers, each in one call: one layer's matrices leave an accelerator nearly idle.
+
+    A batch is solved beside the pass; of several devices, which must all launch the same programs in the same
+    order, in turn with it.
+    """
+
+    def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, solver: "Solver"):
+        super().__init__(1, 2)
+        self._plan, self._finish, self._schedule, self._solver = plan, finish, schedule, solver
+        self._numbers = itertools.count(schedule.start)
+        self._batch: list[Update] = []
+
+    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+        """Takes a layer, block by block; yields what is ready."""
+        for update in joined([layer]):
+            self._batch.append(update)
+            if len(self._batch) == self._schedule.at_once:
+                yield from self._flush()
+
+    def rest(self) -> Iterator[Any]:
+        """Yields what is left when all layers have passed."""
+        if self._batch:
+            yield from self._flush()
+        yield from super().rest()
+
+    def _flush(self) -> Iterator[Any]:
+        work = partial(self._summarise, self._batch)
+        self._batch = []
+        if self._solver.in_turn:
+            yield from work()
+        else:
+            yield from self.submit(work)
+
+    def _summarise(self, batch: list[Update]) -> list[Any]:
+        with self._schedule.clock("spectra"), jax.enable_x64(True):
+            summaries = summarise_batch(batch, self._plan, self._solver)
+            return [self._finish(next(self._numbers), summary) for summary in summaries]
 
 
-@partial(QuickJit, static_argnums=(0, 3))
-def _single(function: Callable[..., Any], own: Any, common: Any, static: Any) -> Any:
-    return function(*own, *common, *static)
+class Solver(Protocol):
+    """Computes token products and view summaries of several layers."""
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it must run on the thread of the pass."""
+
+    @property
+    def groups(self) -> Groups | None:
+        """The groups of the tokens; None where nothing is resampled."""
+
+    def products(self, batch: Sequence[Update]) -> list[dict[str, np.ndarray]]:
+        """`state_products` of each layer."""
+
+    def summaries(
+        self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
+    ) -> list[ViewSummary]:
+        """The summary of a view of each layer, of its kept tokens (1, else 0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneByOne:
+    """On a CPU: LAPACK finds only the eigenvectors needed, between two compiled functions."""
+
+    groups: Groups | None = None
+    in_turn: bool = False
+
+    def products(self, batch: Sequence[Update]) -> list[dict[str, np.ndarray]]:
+        """`state_products` of each layer."""
+        return [jax.tree.map(np.asarray, _products(update)) for update in batch]
+
+    def summaries(
+        self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
+    ) -> list[ViewSummary]:
+        """The summary of a view of each layer, of its kept tokens (1, else 0)."""
+        return [self._summary(update, kept, view, plan) for update, kept in rows]
+
+    def _summary(self, update: Update, kept: Kept, view: View, plan: MeasurementPlan) -> ViewSummary:
+        x = _view_rows(update, kept, Selection.of(view))
+        n, d = x.shape
+        wanted = Wanted.of(plan, view, n, d)
+        axes = wanted.axes(n, d, plan.resampled)
+        solved = solve(np.asarray(x), axes) if wanted.method == "gram" else None
+        found, coordinates = _summarise_solved(x, update.h, kept, solved, self.groups, wanted)
+        summary = jax.tree.map(np.asarray, found)
+        if summary.factor is None or n <= FACTOR_ROWS:
+            return summary
+        # By BLAS, on one core as the rest of the thread's linear algebra.
+        rows = np.asarray(finite(x))
+        return summary._replace(factor=factor(rows, np.asarray(coordinates), summary.singular_values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched:
+    """On accelerators: one call for all layers of a batch.
+
+    A batch is filled up to `at_once` layers, so that nothing compiles twice. A view that few of its layers
+    need is computed for as many as the devices take in one turn, `devices`.
+    """
+
+    at_once: int
+    call: BatchCall
+    groups: Groups | None = None
+    devices: int = 1
+    in_turn: bool = False
+
+    def products(self, batch: Sequence[Update]) -> list[dict[str, np.ndarray]]:
+        """`state_products` of each layer."""
+        return self._filled(state_products, [(update,) for update in batch], (), ())
+
+    def summaries(
+        self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
+    ) -> list[ViewSummary]:
+        """The summary of a view of each layer, of its kept tokens."""
+        wanted = Wanted.of(plan, view, *rows[0][0].h.shape)
+        return self._filled(summarise_update, rows, (Selection.of(view), self.groups), (wanted,))
+
+    def _filled(
+        self, function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
+    ) -> list[Any]:
+        size = self.at_once if 2 * len(each) > self.at_once else self.devices
+        found: list[Any] = []
+        for start in range(0, len(each), size):
+            part = each[start : start + size]
+            filled = [*part, *[part[-1]] * (size - len(part))]
+            found += self.call(function, filled, common, static)[: len(part)]
+        return found
+
+
+def on_one_device(at_once: int, groups: Groups | None) -> Batched:
+    """Batches on a single accelerator."""
+    return Batched(at_once, _together, groups)
+
+
+def _together(
+    function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
+) -> list[Any]:
+    found = jax.tree.map(np.array, _batched(function, list(each), common, static))
+    # np.asarray: a row of a vector is a NumPy scalar, no array.
+    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), found) for row in range(len(each))]
+
+
+def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solver) -> list[LayerSummary]:
+    """The summaries of a batch of layers."""
+    products = solver.products(batch)
+    without = [
+        without_sinks(np.sqrt(table["entering"]), np.sqrt(table["leaving"]), plan.sink_factor)
+        for table in products
+    ]
+    layers: list[dict[View, ViewSummary]] = [{} for _ in batch]
+    for view in plan.views:
+        unmasked = view._replace(masked=False)
+        kept = [mask if view.masked else np.ones_like(mask) for mask in without]
+        for layer, mask in zip(layers, kept, strict=True):
+            if mask.all() and unmasked in layer:  # No sinks: it is the same view.
+                layer[view] = layer[unmasked]
+        missing = [row for row, layer in enumerate(layers) if view not in layer]
+        rows = [(batch[row], kept[row].astype(np.float64)) for row in missing]
+        for row, summary in zip(missing, _certified(rows, view, plan, solver), strict=True):
+            on_host = bool(summary.on_host)  # the device gives the defaults back as arrays
+            layers[row][view] = summary._replace(kept=kept[row], on_host=on_host, sinks_left=0)
+    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
+        energies = [{name: float(column.sum()) for name, column in table.items()} for table in products]
+    return list(map(LayerSummary, layers, energies))
+
+
+def _certified(
+    rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan, solver: Solver
+) -> list[ViewSummary]:
+    """A view of each layer; NumPy computes again what fails its certificate."""
+    if not rows:
+        return []
+    found = solver.summaries(rows, view, plan)
+    for place, (update, kept) in enumerate(rows):
+        if not found[place].certificate <= CERTIFIED:  # also where it is NaN
+            wanted = Wanted.of(plan, view, *update.h.shape)
+            found[place] = _on_host(update, kept, Selection.of(view), solver.groups, wanted)
+    return found
+
+
+def _on_host(
+    update: Update, kept: Kept, selection: Selection, groups: Groups | None, wanted: Wanted
+) -> ViewSummary:
+    """The summary of a view by NumPy's SVD."""
+    update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), update)  # from all devices to one
+    x = np.asarray(finite(view_rows(update, kept, selection)))
+    found = _summarise_rows(x, update.h, kept, host_decompose(x, wanted.basis), groups, wanted)
+    return jax.tree.map(np.asarray, found)._replace(on_host=True)
+
+
+_products = jax.jit(state_products)
+_view_rows = jax.jit(view_rows)
+_summarise_rows = jax.jit(summarise_rows, static_argnums=5)
+
+
+@partial(jax.jit, static_argnums=5)
+def _summarise_solved(
+    x: Any, h: Any, kept: Any, solved: Solved | None, groups: Groups | None, wanted: Wanted
+) -> tuple[ViewSummary, Any]:
+    """The summary and, where the factor needs them, the coordinates."""
+    spectrum, coordinates = decompose(finite(x), wanted.basis, wanted.method, solved)
+    summary = summarise_rows(x, h, kept, (spectrum, coordinates), groups, wanted)
+    return summary, coordinates if wanted.compared and len(x) > FACTOR_ROWS else None
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _batched(function: Callable[..., Any], each: Any, common: Any, static: Any) -> Any:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     return jax.vmap(lambda own: function(*own, *common, *static))(stacked)
-
-
-def _one_by_one(
-    function: Callable[..., Any], each: Arguments, common: Any = (), static: Any = ()
-) -> list[Any]:
-    return [jax.tree.map(np.array, _single(function, own, common, static)) for own in each]
-
-
-def _together(function: Callable[..., Any], each: Arguments, common: Any = (), static: Any = ()) -> list[Any]:
-    found = jax.tree.map(np.array, _batched(function, list(each), common, static))
-    # np.asarray: a row of a vector is a NumPy scalar, no array.
-    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), found) for row in range(len(each))]
-
-
-def _prepare(shape: tuple[int, int], design: Design, stack: contextlib.ExitStack) -> None:
-    """Limits BLAS, and compiles what `_one_by_one` will call."""
-    stack.enter_context(single_threaded_blas())
-    matrix: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    update = Update(matrix, matrix, matrix)
-    with jax.enable_x64(True):
-        kept, selection, size = np.ones(shape[0]), design.selection(RAW), design.basis_size(*shape)
-        if not design.plain:
-            _single.lower(token_table.state_products, (update,), (), ()).compile()
-        rows = _single.lower(from_rows.view_rows, (update, kept), (selection,), ())
-        rows.compile()
-        for solved in _solved_shapes(shape, design):
-            own = (rows.out_info, matrix, kept, solved)
-            _single.lower(from_rows.spectral_figures, own, (), (size, design.method)).compile()
-
-
-def _solved_shapes(shape: tuple[int, int], design: Design) -> list[Any]:
-    """Of what `solve` finds of a view's rows, by numbers of axes; None where it finds nothing."""
-    if design.method != "gram":
-        return [None]
-    of: Any = partial(jax.ShapeDtypeStruct, dtype=np.float64)
-    r, axes = min(shape), {design.axes(view, *shape) for view in design.views}
-    return [Solved(of((r, r)), of((r,)), of((r, q))) for q in axes]
-
-
-def _measured(batch: list[Update], design: Design, call: Caller) -> list[LayerFigures]:
-    """The figures of a batch of layers."""
-    if design.plain:
-        kept = [np.ones(len(update.h), bool) for update in batch]
-        return [LayerFigures({RAW: found}, None) for found in _view(batch, kept, RAW, design, call)]
-    states = call(token_table.state_products, [(update,) for update in batch])
-    without = [
-        without_sinks(np.sqrt(state["entering"]), np.sqrt(state["leaving"]), design.sink_factor)
-        for state in states
-    ]
-    layers: list[dict[View, ViewFigures]] = [{} for _ in batch]
-    for view in design.views:
-        kept = [mask if view.masked else np.ones_like(mask) for mask in without]
-        unmasked = view._replace(masked=False)
-        if unmasked in layers[0] and all(mask.all() for mask in kept):  # No sinks: it is the same view.
-            found = [layer[unmasked] for layer in layers]
-        else:
-            found = _view(batch, kept, view, design, call)
-        for layer, one in zip(layers, found, strict=True):
-            layer[view] = one
-    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
-        ledgers = [{name: float(rows.sum()) for name, rows in state.items()} for state in states]
-    return list(map(LayerFigures, layers, ledgers))
-
-
-def _view(
-    batch: list[Update], kept: list[np.ndarray], view: View, design: Design, call: Caller
-) -> list[ViewFigures]:
-    """A view of every layer of a batch; spectra whose certificate failed are computed again by NumPy."""
-    common, size = (design.selection(view), design.groups), design.basis_size(*batch[0].h.shape)
-    compared = design.groups is not None and view in CROSSED
-    own = [(update, mask.astype(np.float64)) for update, mask in zip(batch, kept, strict=True)]
-    if call is _one_by_one:
-        found = [_on_a_cpu(*one, view, design) for one in own]
-    else:
-        found = call(from_rows.view_figures, own, common, (size, design.method, compared))
-    on_host = [not one.spectrum.defect <= CERTIFIED for one in found]  # also where it is NaN
-    for row in np.flatnonzero(on_host):
-        # One device has it then, where all had it.
-        update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), batch[row])
-        found[row] = from_rows.host_figures(update, own[row][1], *common, size, compared)
-    return [
-        ViewFigures(one, design.k, mask, failed)
-        for one, mask, failed in zip(found, kept, on_host, strict=True)
-    ]
-
-
-def _on_a_cpu(update: Update, kept: Float64[np.ndarray, " n"], view: View, design: Design) -> Found:
-    """`from_rows.view_figures`, by LAPACK and NumPy what XLA's threads would take longer for."""
-    rows = _single(from_rows.view_rows, (update, kept), (design.selection(view),), ())
-    x, size = np.asarray(rows), design.basis_size(*rows.shape)
-    solved = solve(x, design.axes(view, *x.shape)) if design.method == "gram" else None
-    of_rows = _single(from_rows.spectral_figures, (rows, update.h, kept, solved), (), (size, design.method))
-    found, coordinates = jax.tree.map(np.array, of_rows)
-    if not np.isfinite(found.products[0].sum()):
-        x = np.zeros_like(x)
-    with np.errstate(invalid="ignore"):  # such a layer's figures are NaN, and the caller's to find
-        return from_rows.with_documents(found, x, solved, coordinates, design.groups, view in CROSSED)
 
 
 def update_bytes(n: int, d: int) -> int:
@@ -220,15 +340,24 @@ def spectrum_bytes(n: int, d: int) -> int:
     return 8 * (2 * n * d + 5 * min(n, d) ** 2)
 
 
-def layers_at_once(n: int, d: int, free: int, devices: int = 1) -> int:
-    """How many layers' figures a device computes at once where so many bytes are free; one at least."""
-    if jax.default_backend() == "cpu":
+def in_batches() -> bool:
+    """Whether several layers are summarised in one call, and not each by itself."""
+    return jax.default_backend() != "cpu"
+
+
+def layers_at_once(shape: tuple[int, int], layers: int, free: int, devices: int = 1) -> int:
+    """Number of layers a device summarises at once within `free` bytes, at least one.
+
+    At most a quarter of all layers, so that the others pass meanwhile.
+    """
+    if not in_batches():
         # One more than cores: when one thread waits for XLA's, or for Python's lock, its core is not idle.
         return (os.cpu_count() or 1) + 1 if devices == 1 else 1
     # Each of them with its own Update, while those of the next batch arrive; all devices have them all.
-    return max(1, min(free, _WORKSPACE_BYTES) // (spectrum_bytes(n, d) + 2 * devices * update_bytes(n, d)))
+    fitting = min(free, _WORKSPACE_BYTES) // (spectrum_bytes(*shape) + 2 * devices * update_bytes(*shape))
+    return max(1, min(fitting, layers // (4 * devices)))
 
 
 def layers_pending(at_once: int) -> int:
-    """How many layers' Updates are in memory at most."""
+    """Largest number of layers whose Updates are in memory."""
     return 2 * at_once + 1

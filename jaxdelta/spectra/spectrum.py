@@ -89,9 +89,8 @@ def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
     return Solved(square, *found)
 
 
-def host_decompose(delta: Float[np.ndarray, "n d"], k: int) -> tuple[Spectrum, Float64[Array, "n r"]]:
+def host_decompose(x: Float64[np.ndarray, "n d"], k: int) -> tuple[Spectrum, Float64[Array, "n r"]]:
     """`decompose` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
-    x = np.asarray(delta, np.float64)
     left, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
     directions = orient(vectors[:k], values[:k], jnp.asarray(x).sum(axis=0), len(x))
     return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions)), left * values

@@ -1,119 +1,102 @@
-"""What is measured of every layer, and the summaries of its views."""
+"""What is measured of every layer, and the summary of a view that both makers return.
+
+Axes: n tokens, d hidden size, r = min(n, d) singular values, c basis directions, q leading axes, G groups.
+"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 
-from jaxdelta.spectra.group_moments import FACTOR_ROWS, LEADING, Crossed, Resampled
-from jaxdelta.spectra.spectrum import Spectrum
-from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, MASKED, RAW, Selection, View
-from jaxdelta.text.groups import Groups
-from jaxdelta.utils.arrays import AnyArray
+from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View
 
-CROSSED = (RAW, MASKED)  # the views whose layers are compared
-
-
-class Found(NamedTuple):
-    """What the device finds of a view.
-
-    `products`: see `token_products`; `owned`: each token's share of σ_1²; `mean_energy`: ‖Σ_i δ_i‖²/n;
-    `resampled` and `crossed` where documents are drawn, the latter of the views that are compared. Of a long
-    text some products and shares are unknown, see `pooling`.
-    """
-
-    spectrum: Spectrum
-    products: tuple[AnyArray, AnyArray, AnyArray] | None
-    owned: Float64[AnyArray, "*layers n"] | None
-    mean_energy: Float64[AnyArray, "*layers"]
-    resampled: Resampled | None = None
-    crossed: Crossed | None = None
+COMPARED_VIEWS = (RAW, MASKED)  # the views whose layers are compared
+FACTOR_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Design:
-    """What is measured of every layer: `k` directions of each view, and, with `groups`, what resampling and
-    the layers' comparison need. `method`: `gram` or `full`, see `update_spectrum`."""
+class MeasurementPlan:
+    """What is measured of every layer: `k` directions of each view, and where it is `resampled` what
+    resampling and the comparison of layers need.
+
+    `method`: `gram` or `full`, see `update_spectrum`; `sink_factor`: see `without_sinks`.
+    """
 
     k: int
     method: str = "gram"
     views: tuple[View, ...] = (RAW,)
     sink_factor: float = DEFAULT_SINK_FACTOR
-    groups: Groups | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether only the raw view is measured, and nothing beside it."""
-        return self.views == (RAW,) and self.groups is None
-
-    def selection(self, view: View) -> Selection | None:
-        """The view as numbers; None where it is the only one."""
-        return None if self.plain else Selection.of(view)
+    resampled: bool = False
 
     def basis_size(self, n: int, d: int) -> int:
-        """How many directions are computed: see `resampling` for why they are half as many again."""
-        return min(self.k + (self.k + 1) // 2 if self.groups else self.k, n, d)
+        """Number of directions computed; `bootstrap` explains why resampling needs half as many again."""
+        return min(self.k + (self.k + 1) // 2 if self.resampled else self.k, n, d)
 
-    def axes(self, view: View, n: int, d: int) -> int:
-        """Of how many axes the vectors are found: resampling wants some, and a factor more."""
-        wanted = FACTOR_ROWS if view in CROSSED and n > FACTOR_ROWS else LEADING
-        return max(self.basis_size(n, d), min(wanted, n, d) if self.groups else 0)
+    def compares(self, view: View) -> bool:
+        """Whether the layers of the view are compared."""
+        return self.resampled and view in COMPARED_VIEWS
 
 
-@dataclasses.dataclass(frozen=True)
-class ViewFigures:
-    """`Found` of one view of one layer, on the host, and which tokens it kept.
+class ViewSummary(NamedTuple):
+    """One view of a layer's update δ, from its rows or from its moments.
 
-    `on_host`: the spectrum failed its certificate and was computed again by NumPy.
+    Attributes:
+        singular_values: all σ, descending.
+        basis: the first c right singular vectors, the kept directions first; c ≥ k, see `basis_size`.
+        certificate: see `spectrum.residual`.
+        mean_energy: ‖Σ_i δ_i‖²/n, the energy of the mean update.
+        products: <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i> of each token; None where they are unknown, as in the
+            centred views of a long text.
+        sigma1_shares: u_i1², each token's share of σ_1²; None where unknown.
+        group_moments: A_g = V (Σ_{i in g} δ_i δ_iᵀ) Vᵀ for each group, V the q leading axes; None, as the
+            next three, where nothing is resampled.
+        group_rest: energy of each group outside of these axes.
+        coupling: basis · Σ_{i in g} δ_i δ_iᵀ for each group; None, as the next, where layers of the view are
+            not compared.
+        factor: F with FᵀF = δᵀδ: δ itself, or, where it has more than FACTOR_ROWS rows, its leading
+            FACTOR_ROWS directions times their σ.
+        kept: the tokens of the view: all, or those that are no sinks.
+        on_host: the spectrum failed its certificate and was computed again by NumPy.
+        sinks_left: sinks that a masked view still contains: their rows were not set aside in time.
     """
 
-    found: Found
-    k: int
-    kept: Bool[np.ndarray, " n"]
-    on_host: bool = False
-
-    @property
-    def crossed(self) -> Crossed | None:
-        """What compares the view with other layers', where it is compared."""
-        return self.found.crossed
-
-    @property
-    def singular_values(self) -> Float64[np.ndarray, " r"]:
-        """All of them, descending."""
-        return np.asarray(self.found.spectrum.singular_values)
-
-    @property
-    def directions(self) -> Float64[np.ndarray, "k d"]:
-        """The first k right singular vectors."""
-        return self.basis[: self.k]
-
-    @property
-    def basis(self) -> Float64[np.ndarray, "c d"]:
-        """Those, and as many again where resampling needs them."""
-        return np.asarray(self.found.spectrum.directions)
-
-    @property
-    def products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The `token_products` of the tokens kept, where they are known."""
-        if self.found.products is None:
-            return None
-        first, second, third = (np.asarray(part)[self.kept] for part in self.found.products)
-        return first, second, third
-
-    @property
-    def defect(self) -> float:
-        """The spectrum's certificate."""
-        return float(self.found.spectrum.defect)
+    singular_values: Float64[Any, "*layers r"]
+    basis: Float64[Any, "*layers c d"]
+    certificate: Float64[Any, "*layers"]
+    mean_energy: Float64[Any, "*layers"]
+    products: tuple[Any, Any, Any] | None = None
+    sigma1_shares: Float64[Any, "*layers n"] | None = None
+    group_moments: Float64[Any, "*layers G q q"] | None = None
+    group_rest: Float64[Any, "*layers G"] | None = None
+    coupling: Float32[Any, "*layers G c d"] | None = None
+    factor: Float32[Any, "*layers R d"] | None = None
+    kept: Bool[Any, "*layers n"] | None = None
+    on_host: Any = False
+    sinks_left: Any = 0
 
     @property
     def finite(self) -> bool:
-        """Whether no token's figures overflowed."""
-        return all(bool(np.isfinite(part).all()) for part in self.found.products or ())
+        """Whether no token's products overflowed, and no singular value."""
+        return all(bool(np.isfinite(part).all()) for part in (*(self.products or ()), self.singular_values))
+
+    @property
+    def kept_products(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """`products` of the kept tokens."""
+        if self.products is None:
+            return None
+        first, second, third = (np.asarray(part)[self.kept] for part in self.products)
+        return first, second, third
+
+    def for_comparison(self) -> "ViewSummary":
+        """The summary without its arrays of tokens and of groups' moments."""
+        return self._replace(
+            products=None, sigma1_shares=None, group_moments=None, group_rest=None, kept=None
+        )
 
 
-class LayerFigures(NamedTuple):
-    """A layer's figures by view, and, unless the design is plain, Σ over its tokens of `state_products`."""
+class LayerSummary(NamedTuple):
+    """The summaries of a layer's views, and Σ over its tokens of each column of `state_products`."""
 
-    views: dict[View, ViewFigures]
-    ledger: dict[str, float] | None
+    views: dict[View, ViewSummary]
+    energies: dict[str, float]

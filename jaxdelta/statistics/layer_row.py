@@ -1,13 +1,13 @@
 """A layer's row: the figures of each of its views, with intervals, by the names they have in the JSON."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
 
-from jaxdelta.spectra.view_summary import CROSSED, LayerFigures, ViewFigures
+from jaxdelta.spectra.group_moments import leave_one_out, split_half_cosines
+from jaxdelta.spectra.view_summary import COMPARED_VIEWS, LayerSummary, ViewSummary
 from jaxdelta.spectra.views import View
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.intervals import t_interval
@@ -51,7 +51,7 @@ SCALES = {
 
 
 def layer_row(
-    layer: int, phase: str, figures: LayerFigures, sample: Sample, k: int, hidden: int
+    layer: int, phase: str, figures: LayerSummary, sample: Sample, k: int, hidden: int
 ) -> dict[str, Any]:
     """The row of a layer: its raw figures, the other views' under their names, and its energy ledger."""
     row: dict[str, Any] = {"L": layer, "phase": phase}
@@ -62,15 +62,17 @@ def layer_row(
         for name in view.path:
             place = place.setdefault(name, {})
         place |= rows[id(found)]
-    return row | ({"ledger": _ledger(figures.ledger)} if figures.ledger else {})
+        if view.masked:
+            place["sinks_left"] = int(found.sinks_left)
+    return row | {"ledger": _ledger(figures.energies)}
 
 
-def view_rows(views: Sequence[ViewFigures], sample: Sample, k: int, hidden: int) -> list[dict[str, Any]]:
+def view_rows(views: Sequence[ViewSummary], sample: Sample, k: int, hidden: int) -> list[dict[str, Any]]:
     """The figures of each view; those of the same tokens together, for each by itself is little work."""
     counts = [np.bincount(sample.owners[view.kept], minlength=sample.documents) for view in views]
     alike: dict[Any, list[int]] = {}
     for place, view in enumerate(views):
-        alike.setdefault((counts[place].tobytes(), view.found.products is None), []).append(place)
+        alike.setdefault((counts[place].tobytes(), view.products is None), []).append(place)
     rows: dict[int, dict[str, Any]] = {}
     for places in alike.values():
         found = _rows([views[place] for place in places], sample, counts[places[0]], k, hidden)
@@ -79,7 +81,7 @@ def view_rows(views: Sequence[ViewFigures], sample: Sample, k: int, hidden: int)
 
 
 def _rows(
-    views: Sequence[ViewFigures], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
+    views: Sequence[ViewSummary], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
 ) -> list[dict[str, Any]]:
     """The figures of views that have so many tokens of each group."""
     values = np.stack([view.singular_values for view in views])
@@ -100,7 +102,7 @@ def _rows(
 
 
 def _row(
-    view: ViewFigures,
+    view: ViewSummary,
     figures: dict[str, Any],
     intervals: dict[str, list[float]] | None,
     sample: Sample,
@@ -113,12 +115,12 @@ def _row(
     row |= figures
     row |= {
         "sigma1_over_sigma2": float(values[0] / values[1]) if rank > 1 else None,
-        "mean_share": _share(float(view.found.mean_energy), row["frob"] ** 2),
+        "mean_share": _share(float(view.mean_energy), row["frob"] ** 2),
         "n": n,
         "n_over_d": n / hidden,
     }
-    if view.found.resampled is not None:
-        halves = view.found.resampled.split_half
+    if view.group_moments is not None:
+        halves = split_half_cosines(view.group_moments, sample.halves)
         halves = halves[np.isfinite(halves)]
         row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
         row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
@@ -136,7 +138,7 @@ def records(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _statistics(
-    views: Sequence[ViewFigures],
+    views: Sequence[ViewSummary],
     values: Float64[np.ndarray, "V r"],
     sample: Sample,
     counts: Int[np.ndarray, " G"] | None,
@@ -148,13 +150,13 @@ def _statistics(
     if counts is not None:
         there = counts > 0
         scale = (counts.sum() / (counts.sum() - counts[there]))[:, None]
-        without = [view.found.resampled.without[there] * scale for view in views if view.found.resampled]
+        without = [_without_groups(view)[there] * scale for view in views]
         weights = np.concatenate([weights, sample.without[there]])
         energies = np.concatenate([energies, np.stack(without)], axis=1)
     values = np.sqrt(energies)
     shares = energy_shares(values)
     tokenwise = {"frob": np.sqrt(energies.sum(axis=-1))}
-    products = [(of, sample.owners[view.kept]) for view in views if (of := view.products) is not None]
+    products = [(of, sample.owners[view.kept]) for view in views if (of := view.kept_products) is not None]
     if products:
         each = [token_statistics(of, owners, weights) for of, owners in products]
         tokenwise = {name: np.stack([of[name] for of in each]) for name in each[0]}
@@ -185,53 +187,60 @@ def _share(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
-def _notes(figures: ViewFigures, n: int, rank: int, documents: int) -> str:
+def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
+    """σ² of the view without each group."""
+    assert view.group_moments is not None and view.group_rest is not None
+    return leave_one_out(view.singular_values, view.group_moments, view.group_rest)
+
+
+def _notes(figures: ViewSummary, n: int, rank: int, documents: int) -> str:
     """Why figures are missing."""
+    left = int(figures.sinks_left)
     reasons = {
         "no token's own figures: the mean is known only when all tokens have passed": figures.products
         is None,
-        "owners of sigma1 unknown: v_1 differs from that of the text's beginning": figures.found.owned
+        "owners of sigma1 unknown: v_1 differs from that of the text's beginning": figures.sigma1_shares
         is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,
         f"only {n} token{'s' * (n != 1)}": n < 3,
         "one document: no halves, no intervals": documents == 1,
+        f"{left} sink{'s' * (left != 1)} left in: not set aside in time": left > 0,
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds)
 
 
-class Described(NamedTuple):
-    """A layer's row, empty where a figure is not `finite`; its views that are compared, without what is of
-    tokens or documents; the largest defect of its spectra, and whether NumPy had to do one again."""
+class LayerRecord(NamedTuple):
+    """What is kept of a layer while the others pass: its JSON row and the summaries of its compared views.
+
+    `row` is empty where a statistic is not `finite`; `views` have no arrays of tokens or groups' moments;
+    `certificate` is the largest of its spectra; `on_host`: NumPy computed one of them again.
+    """
 
     row: dict[str, Any]
-    views: dict[View, ViewFigures]
+    views: dict[View, ViewSummary]
     finite: bool
-    defect: float
+    certificate: float
     on_host: bool
 
 
-def described(
-    layers: Iterable[LayerFigures], phases: Phases, sample: Sample, k: int, hidden: int
-) -> Iterator[Described]:
-    """Every layer, and the last one normed, which has the last one's place."""
-    last = len(phases.of_layer) - 1
-    for number, figures in enumerate(layers):
-        index, every = min(number, last), list(figures.views.values())
-        finite = all(view.finite for view in every)
-        yield Described(
-            layer_row(index, phases.of_layer[index], figures, sample, k, hidden) if finite else {},
-            _compared(figures.views),
-            finite,
-            max(view.defect for view in every),
-            any(view.on_host for view in every),
-        )
+def layer_record(
+    number: int, layer: LayerSummary, phases: Phases, sample: Sample, k: int, hidden: int
+) -> LayerRecord:
+    """The record of a layer; the last layer normed comes after the last, in its place."""
+    index = min(number, len(phases.of_layer) - 1)
+    views = list(layer.views.values())
+    finite = all(view.finite for view in views)
+    return LayerRecord(
+        layer_row(index, phases.of_layer[index], layer, sample, k, hidden) if finite else {},
+        _for_comparison(layer.views),
+        finite,
+        max(float(view.certificate) for view in views),
+        any(bool(view.on_host) for view in views),
+    )
 
 
-def _compared(views: dict[View, ViewFigures]) -> dict[View, ViewFigures]:
-    """What is one object stays one: without sinks the masked view is the raw one."""
-    lighter: dict[int, ViewFigures] = {}
-    for figures in views.values():
-        found = figures.found._replace(products=None, owned=None, resampled=None)
-        lighter[id(figures)] = replace(figures, found=found, kept=np.zeros(0, bool))
-    return {view: lighter[id(figures)] for view, figures in views.items() if view in CROSSED}
+def _for_comparison(views: dict[View, ViewSummary]) -> dict[View, ViewSummary]:
+    """The compared views; one object stays one: without sinks the masked view is the raw one."""
+    lighter = {id(summary): summary.for_comparison() for summary in views.values()}
+    return {view: lighter[id(summary)] for view, summary in views.items() if view in COMPARED_VIEWS}

@@ -5,19 +5,19 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int, Int32
+from jaxtyping import Float64, Int
 
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.arrays import AnyArray
 
-LONG = 4096  # tokens that figures are taken of: of more, an update is not kept, see `pooling`
-MAX_WINDOW_GROUPS = 10  # of a long text: each has moments of its own
-MAX_GROUPS = 40  # more documents are put together at random: what resampling keeps grows with their number
+MAX_GROUPS = 40  # more documents are merged at random: memory and time of resampling grow with the number
+RUNS = 10  # groups of a long text that has enough windows
+RUN_TOKENS = 4096  # of a longer text each group is a run of consecutive windows, or tokens
 HALVINGS = 10
 
 
 class Groups(NamedTuple):
-    """The text's documents, or groups of them: they are drawn anew, since tokens of one are not independent.
+    """The resampling groups of the tokens of an update.
 
     `membership[g, i]` is 1 where token i is in group g, else 0; `halves[r, s, g]` is 1 where group g is in
     half s of the r-th division.
@@ -26,51 +26,49 @@ class Groups(NamedTuple):
     membership: Float64[AnyArray, "G n"]
     halves: Float64[AnyArray, "R 2 G"]
 
-    @classmethod
-    def none(cls, halves: Float64[AnyArray, "R 2 G"]) -> "Groups":
-        """Of no token: where groups are known otherwise."""
-        return cls(np.zeros((halves.shape[2], 0)), halves)
-
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The tokens of every update: where they are from, and how their documents are drawn anew.
+    """The tokens of every update and the groups of them that resampling draws.
 
-    `owners` are the tokens' groups: each a document, or several. `draws[b, g]` says how often group g is in
-    draw b; there are none without intervals. `windows` are the windows' groups where the text is so long that
-    its updates are not kept: then a group is windows that follow each other.
+    Tokens of one document are not independent, so a group is a document, or several of them. `owners[i]` is
+    the group of token i; `draws[b, g]` is how often group g is in bootstrap draw b (no rows without
+    intervals); `halves` as in `Groups`.
     """
 
     tokens: Tokens
     owners: Int[np.ndarray, " n"]
     draws: Float64[np.ndarray, "B G"]
     halves: Float64[np.ndarray, "R 2 G"]
-    windows: Int32[np.ndarray, " W"] | None = None
 
     @classmethod
-    def of(
-        cls, tokens: Tokens, bootstrap: int, seed: int, resampled: bool = True, pooled: bool = False
-    ) -> "Sample":
-        """Groups of the text's documents, `bootstrap` draws of them, and their divisions into halves; a long
-        text, or one to be `pooled` like that, is one group if it is not to be resampled."""
-        counted, windows = tokens.counted, None
-        owners: np.ndarray
-        if pooled or counted.sum() > LONG:
-            count = min(MAX_WINDOW_GROUPS, len(counted)) if resampled else 1
-            windows = (np.arange(len(counted)) * count // len(counted)).astype(np.int32)
-            owners = np.repeat(windows, counted.sum(axis=1))
-        else:
-            owners = np.unique(tokens.documents[counted], return_inverse=True)[1].reshape(-1)
-            count = int(owners.max()) + 1
-            if count > MAX_GROUPS:
-                order = np.random.default_rng(seed).permutation(count)
-                owners, count = order[owners] % MAX_GROUPS, MAX_GROUPS
+    def of(cls, tokens: Tokens, bootstrap: int, seed: int) -> "Sample":
+        """The groups of a text, `bootstrap` draws of them, and random divisions of them into halves."""
+        return cls.grouped(tokens, _groups_of(tokens, seed), bootstrap, seed)
+
+    @classmethod
+    def grouped(cls, tokens: Tokens, owners: Int[np.ndarray, " n"], bootstrap: int, seed: int) -> "Sample":
+        """The same with the group of every token given."""
+        count = int(owners.max()) + 1
         draws, halves = cluster_weights(count, bootstrap, seed), half_weights(count, HALVINGS, seed)
-        return cls(tokens, owners, draws, halves, windows)
+        return cls(tokens, owners, draws, halves)
+
+    def coarser(self, most: int, seed: int) -> "Sample":
+        """At most this number of groups, neighbours merged."""
+        if self.documents <= most:
+            return self
+        return Sample.grouped(self.tokens, self.owners * most // self.documents, len(self.draws), seed)
+
+    @property
+    def most_in_a_window(self) -> int:
+        """The largest number of groups that a window has tokens of."""
+        window = np.nonzero(self.tokens.counted)[0]
+        pairs = np.unique(window * self.documents + self.owners)
+        return int(np.bincount(pairs // self.documents).max())
 
     @property
     def groups(self) -> Groups:
-        """What the device needs to know of it."""
+        """The arrays that the device needs."""
         return Groups(self.membership, self.halves)
 
     @property
@@ -114,3 +112,22 @@ def half_weights(groups: int, repeats: int, seed: int) -> Float64[np.ndarray, "R
     first = np.tile(np.arange(groups) < groups // 2, (repeats if groups > 1 else 0, 1))
     first = rng.permuted(first, axis=1)
     return np.stack([first, ~first], axis=1).astype(np.float64)
+
+
+def _groups_of(tokens: Tokens, seed: int) -> Int[np.ndarray, " n"]:
+    """The group of every token that counts.
+
+    Each document is a group; more than MAX_GROUPS are merged at random. A long text with few documents, or
+    with many windows, is cut into RUNS runs instead: of windows, where there are as many.
+    """
+    counted = tokens.counted
+    documents = np.unique(tokens.documents[counted], return_inverse=True)[1].reshape(-1)
+    count, n = int(documents.max()) + 1, len(documents)
+    if n > RUN_TOKENS and len(counted) >= RUNS:
+        return np.repeat(np.arange(len(counted)) * RUNS // len(counted), counted.sum(axis=1))
+    if n > RUN_TOKENS and count < RUNS:
+        return np.arange(n) * RUNS // n
+    if count > MAX_GROUPS:
+        order = np.random.default_rng(seed).permutation(count)
+        return np.asarray(order[documents] % MAX_GROUPS)
+    return documents

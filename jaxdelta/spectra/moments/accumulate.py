@@ -1,201 +1,190 @@
-"""A layer's figures from a text that is too long to keep: its tokens' moments, and the few rows set aside.
+"""Summaries of the layers of a text that is too long to keep its updates: moments, and a few rows set aside.
 
-Axes: n tokens that count, s of them set aside; B windows of a block, T tokens of each; P parts, G groups of
-windows, d hidden size.
+Axes: n tokens that count, s of them set aside; B windows of a block, T tokens of each; P parts, G groups, d
+hidden size.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int, Int32
+from jaxtyping import Bool, Float32, Float64, Int
 
-from jaxdelta.spectra.linalg import single_threaded_blas
-from jaxdelta.spectra.moments.summary import Aside, Gathered, Located
-from jaxdelta.spectra.moments.sums import Bounds, Moments, accumulate, assembled, find_frame, parts_of
-from jaxdelta.spectra.token_table import state_products
-from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.moments.kernels import MomentKernels, one_device_kernels
+from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
+from jaxdelta.spectra.moments.sums import BlockTokens, Moments, assembled, parts_of
+from jaxdelta.spectra.scheduler import Finish, Schedule, Workers
+from jaxdelta.spectra.view_summary import MeasurementPlan
 from jaxdelta.spectra.views import parts_looked_at
 from jaxdelta.sweep.sweep import Update, Wrote
-from jaxdelta.utils.timing import Clock
 
-# Times the sinks' factor: beyond that, a state is set aside before the text's median is known.
+# A token whose state is longer than this times the sinks' bound, as far as the median is known, is set aside.
 _SUSPECT = 0.5
 
 
-class Windows(NamedTuple):
-    """The text as it passes, block by block: which tokens count, and the group that each window is in;
-    `halves` as in `documents.Groups`."""
+@dataclasses.dataclass(frozen=True)
+class TextBlocks:
+    """The tokens of the text as it passes, block by block, and the number of their groups."""
 
-    counted: list[Bool[np.ndarray, "B T"]]
-    groups: list[Int32[np.ndarray, " B"]]
-    halves: Float64[np.ndarray, "R 2 G"]
+    blocks: list[BlockTokens]
+    groups: int
 
+    @classmethod
+    def of(cls, counted: list[Bool[np.ndarray, "B T"]], owners: Int[np.ndarray, " n"]) -> "TextBlocks":
+        """Of blocks of windows, and the group of each of their tokens that count."""
+        ends = np.cumsum([block.sum() for block in counted])[:-1]
+        filled = [np.full(block.shape, -1, np.int32) for block in counted]
+        for block, which, own in zip(filled, counted, np.split(owners, ends), strict=True):
+            block[which] = own
+        visited = [[np.unique(window[window >= 0]) for window in block] for block in filled]
+        most = max(1, *(len(groups) for block in visited for groups in block))
 
-class Programs(NamedTuple):
-    """What is computed of a layer where its update is, on one device or on several.
+        def visits(block: list[np.ndarray]) -> np.ndarray:
+            padded = [np.pad(groups, (0, most - len(groups)), constant_values=-1) for groups in block]
+            return np.array(padded, np.int32)
 
-    The first four as `moments` and `figures` have them; `take`: rows of an update; `total`: the moments of
-    all devices together, on one of the `devices` that solve layers, in turn; None where there is but one.
-    """
-
-    find_frame: Callable[..., Any]
-    accumulate: Callable[..., Any]
-    products: Callable[[Update], dict[str, jax.Array]]
-    zeros: Callable[[int, int, int], Moments]
-    take: Callable[[Update, np.ndarray], Update]
-    total: Callable[[Moments], Moments] | None = None
-    devices: int = 1
-
-
-def _take(update: Update, places: Int[np.ndarray, " s"]) -> Update:
-    return Update(*(jnp.take(part, places, axis=0) for part in update))
+        blocks = zip(counted, filled, map(visits, visited), strict=True)
+        return cls([BlockTokens(*block) for block in blocks], int(owners.max()) + 1)
 
 
-ONE_DEVICE = Programs(find_frame, accumulate, jax.jit(state_products), Moments.zeros, _take)
-
-
-def pool_bytes(parts: int, groups: int, hidden: int) -> int:
-    """What a layer's moments take, with those of the layer before, which is being solved in three matrices
-    of workspace, and assembled."""
+def moment_bytes(parts: int, groups: int, hidden: int) -> int:
+    """Bytes of a layer's moments, those of the layer before, and the three matrices in which it is solved."""
     return 8 * hidden**2 * (3 * parts * groups + 5)
 
 
-def pool_layers(
-    layers: Iterable[Iterable[Wrote]],
-    windows: Windows,
-    hidden: int,
-    design: Design,
-    clock: Clock,
-    keep: Callable[[int, Gathered], None] | None = None,
-    programs: Programs = ONE_DEVICE,
-    start: int = 0,
-) -> Iterator[LayerFigures]:
-    """`measure` of a text that is too long to keep; a layer is solved while the next one passes, or, where
-    several devices solve them in turn, while as many pass.
+class MomentSummaries(Workers):
+    """Summaries from moments: a layer is solved while the next passes, one layer on each device at a time."""
 
-    Args:
-        layers: what each wrote, block by block, all tokens of them.
-        windows: which of them count, and how they are grouped.
-        hidden: their size.
-        design: what is measured.
-        clock: is told the time that goes into spectra, and into moments as `compute`.
-        keep: is called with every layer's number, and the next number for the last one normed, and what is
-            kept of it.
-        programs: what runs where the updates are.
-        start: the first layer's number.
-    """
-    numbers = itertools.count(start)
+    def __init__(
+        self,
+        plan: MeasurementPlan,
+        finish: Finish,
+        schedule: Schedule,
+        text: TextBlocks,
+        keep: Callable[[int, LayerMoments], None] | None = None,
+        kernels: MomentKernels | None = None,
+    ):
+        self._kernels = kernels or one_device_kernels()
+        super().__init__(self._kernels.devices, self._kernels.devices + 1)
+        self._plan, self._finish, self._text, self._keep = plan, finish, text, keep
+        self._clock, self._numbers = schedule.clock, itertools.count(schedule.start)
 
-    def solved(pool: Pool, number: int) -> LayerFigures:
-        with clock("spectra"):
-            layer = pool.gathered()
-            if keep:
-                keep(number, layer)
-            return layer.figures(design, windows.halves)
+    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+        """Takes a layer, block by block; yields what is ready.
 
-    with single_threaded_blas(), ThreadPoolExecutor(programs.devices, "spectra") as beside:
-        pending: list[Future[LayerFigures]] = []
-        for blocks in layers:
-            pools = [Pool(windows, hidden, design, programs) for _ in range(2)]
-            for block, wrote in enumerate(blocks):
-                with clock("compute"):  # the device does one with the other
-                    for pool, update in zip(pools, wrote, strict=True):
-                        if update:
-                            pool.add(block, update)
-            for pool in pools[: 1 + bool(wrote.normed)]:
-                if len(pending) == programs.devices:
-                    yield pending.pop(0).result()
-                pool.add_up()
-                pending.append(beside.submit(solved, pool, next(numbers)))
-            del pool, pools, wrote
-        yield from (found.result() for found in pending)
+        `keep` is called with the number and the moments of each layer.
+        """
+        sums = [MomentAccumulator(self._text, self._plan, self._kernels) for _ in range(2)]
+        for block, wrote in enumerate(layer):
+            with self._clock("compute"):  # the device does one with the other
+                for own, update in zip(sums, wrote, strict=True):
+                    if update:
+                        own.add(block, update)
+        for own in sums[: 1 + bool(wrote.normed)]:
+            own.add_up()
+            yield from self.submit(partial(self._summarise, next(self._numbers), own))
+
+    def _summarise(self, number: int, sums: "MomentAccumulator") -> list[Any]:
+        with self._clock("spectra"):
+            layer = sums.moments()
+            if self._keep:
+                self._keep(number, layer)
+            return [self._finish(number, layer.summary(self._plan))]
 
 
-class Pool:
-    """Takes a layer's update block by block, and gives what is kept of all of it."""
+class MomentAccumulator:
+    """Takes a layer's update block by block, and gives the moments of all of it."""
 
-    def __init__(self, windows: Windows, hidden: int, design: Design, programs: Programs = ONE_DEVICE):
-        self._windows, self._design, self._programs = windows, design, programs
-        self._parts = parts_looked_at(design.views)
-        self._masked = any(view.masked for view in design.views)
-        self._shape = len(self._parts), windows.halves.shape[2], hidden
-        self._waiting: list[tuple[int, Update, dict[str, jax.Array], jax.Array, jax.Array]] = []
+    def __init__(self, text: TextBlocks, plan: MeasurementPlan, kernels: MomentKernels):
+        self._text, self._plan, self._kernels = text, plan, kernels
+        self._parts = parts_looked_at(plan.views)
+        self._masked = any(view.masked for view in plan.views)
+        self._waiting: list[tuple[Update, BlockTokens, Bool[np.ndarray, " m"], jax.Array]] = []
         self._tables: list[dict[str, np.ndarray]] = []
         self._coordinates: list[np.ndarray] = []
-        self._aside: list[Aside] = []
+        self._aside: list[SetAsideTokens] = []
         self._n = 0
 
     _moments: Moments
 
     def add(self, block: int, update: Update) -> None:
         """Adds what the layer wrote into a block, all its tokens."""
-        counted, groups = self._windows.counted[block], self._windows.groups[block]
+        tokens = self._text.blocks[block]
+        counted = np.flatnonzero(tokens.counted)
         with jax.enable_x64(True):
+            table = self._kernels.products(update)
+            self._tables.append({name: np.asarray(column)[counted] for name, column in table.items()})
+            aside = self._suspects()
+            kept = np.asarray(tokens.counted).copy()
+            kept.ravel()[counted[aside]] = False
             if block == 0:
-                self._begin(update, counted)
-            self._moments, *found = self._programs.accumulate(
-                self._moments, self._frame, update, counted, groups, self._bounds, self._parts
+                self._frame = self._kernels.find_frame(update, kept.ravel(), self._parts)
+                shape = len(self._parts), self._text.groups, update.h.shape[1]
+                self._moments = self._kernels.zeros(*shape)
+            self._moments, coordinates = self._kernels.add_block(
+                self._moments, self._frame, update, tokens._replace(counted=kept), self._parts
             )
         self._take()  # the block before this one, which the device has done
-        self._waiting.append((block, update, *found))
+        self._waiting.append((update, tokens, aside, coordinates))
 
-    def _begin(self, update: Update, counted: Bool[np.ndarray, "B T"]) -> None:
-        table = self._programs.products(update)
-        entering, leaving = (np.asarray(table[name]) for name in Bounds._fields)
-        usual = [np.inf, np.inf]
+    def _suspects(self) -> Bool[np.ndarray, " m"]:
+        """Which tokens of the newest block may be sinks of the whole text.
+
+        Their squared state, entering or leaving, is beyond a bound from the median of all tokens so far.
+        """
+        suspects = np.zeros(len(self._tables[-1]["entering"]), bool)
         if self._masked:
-            middles = (np.median(squares[counted.ravel()]) for squares in (entering, leaving))
-            usual = [np.square(_SUSPECT * self._design.sink_factor) * middle for middle in middles]
-        self._bounds = Bounds(*map(np.asarray, usual))
-        within = (entering <= usual[0]) & (leaving <= usual[1])
-        self._frame = self._programs.find_frame(update, counted.ravel() & within, self._parts)
-        self._moments = self._programs.zeros(*self._shape)
+            bound = np.square(_SUSPECT * self._plan.sink_factor)
+            for name in ("entering", "leaving"):
+                suspects |= ~(self._tables[-1][name] <= bound * np.median(self._column(name)))
+        return suspects
+
+    def _column(self, name: str) -> Float64[np.ndarray, " m"]:
+        """A column of the table of all tokens so far."""
+        return np.concatenate([table[name] for table in self._tables])
 
     def _take(self) -> None:
-        """Brings what is known of each token of a block to the host."""
-        for block, update, table, coordinates, kept in self._waiting:
-            counted = np.flatnonzero(self._windows.counted[block])
-            self._tables.append({name: np.asarray(column)[counted] for name, column in table.items()})
+        """Brings the coordinates and the set-aside rows of a block to the host."""
+        for update, tokens, aside, coordinates in self._waiting:
+            counted, chosen = np.flatnonzero(tokens.counted), np.flatnonzero(aside)
             self._coordinates.append(np.asarray(coordinates)[:, counted])
-            aside = np.flatnonzero(~np.asarray(kept).ravel()[counted])
-            if len(aside):
-                owners = np.repeat(self._windows.groups[block], np.asarray(kept).shape[1])[counted]
-                rows = self._rows(update, counted[aside])
-                self._aside.append(Aside(self._n + aside, owners[aside], rows))
+            if len(chosen):
+                rows = self._rows(update, counted[chosen])
+                owners = np.asarray(tokens.owners).ravel()[counted[chosen]]
+                self._aside.append(SetAsideTokens(self._n + chosen, owners, rows))
             self._n += len(counted)
         self._waiting.clear()
 
     def _rows(self, update: Update, places: Int[np.ndarray, " s"]) -> Float32[np.ndarray, "P s d"]:
-        """The rows of these tokens; as many are taken as a power of two: few programs serve all blocks."""
+        """The rows of these tokens; as many as a power of two are taken: few programs serve all."""
         padded = np.resize(places, 1 << (len(places) - 1).bit_length())
-        taken = self._programs.take(update, padded)
+        taken = self._kernels.take(update, padded)
         return np.asarray(parts_of(taken, self._parts))[:, : len(places)]
 
     def add_up(self) -> None:
-        """Ends what several devices do together: they must all do that in one order, and so on one thread."""
-        if self._programs.total is not None:
+        """Sums over devices, which must all do that in one order, and so on one thread."""
+        if self._kernels.total is not None:
             with jax.enable_x64(True):
                 self._take()
-                self._moments = self._programs.total(self._moments)
+                self._moments = self._kernels.total(self._moments)
 
-    def gathered(self) -> Gathered:
-        """Everything, when all blocks have come."""
+    def moments(self) -> LayerMoments:
+        """The moments of the layer, when all blocks have come."""
         with jax.enable_x64(True):
             self._take()
             squares = assembled(*self._moments[:3], self._frame)
-        places = np.zeros(0, int)
-        nothing = Aside(places, places, np.zeros((self._shape[0], 0, self._shape[2]), np.float32))
-        return Gathered(
+        nothing = np.zeros(0, int)
+        rows = np.zeros((len(self._parts), 0, self._moments.sums.shape[2]), np.float32)
+        return LayerMoments(
             self._parts,
             squares,
             np.asarray(self._moments.sums),
             np.asarray(self._moments.counts),
-            {name: np.concatenate([part[name] for part in self._tables]) for name in self._tables[0]},
-            Aside.of([nothing, *self._aside]),
-            (Located(np.asarray(self._frame), np.concatenate(self._coordinates, axis=1)),),
+            {name: self._column(name) for name in self._tables[0]},
+            SetAsideTokens.of([SetAsideTokens(nothing, nothing, rows), *self._aside]),
+            (FrameCoordinates(np.asarray(self._frame), np.concatenate(self._coordinates, axis=1)),),
         )

@@ -1,7 +1,7 @@
 """Moments that are kept (`--keep_moments`), so that runs over several texts can be put together.
 
 A directory holds run.json and run.safetensors, the run itself; text.safetensors, its tokens; and for each
-layer, and at last for the last one normed, layer-000.safetensors, ...: what `Gathered` has.
+layer, and at last for the last one normed, layer-000.safetensors, ...: what `LayerMoments` has.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.spectra.moments.summary import Aside, Gathered, Located
+from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.files import check_new, link_or_copy, new_directory
@@ -44,7 +44,7 @@ def keeping(directory: str | None, waiting: Path | None = None) -> Iterator[Path
             link_or_copy(file, path / file.name)
 
 
-def keep_layer(directory: Path, index: int, layer: Gathered) -> None:
+def keep_layer(directory: Path, index: int, layer: LayerMoments) -> None:
     """Writes what is kept of a layer."""
     directory.mkdir(exist_ok=True)
     arrays = {"squares": np.asarray(layer.squares), "sums": layer.sums, "counts": layer.counts}
@@ -56,7 +56,7 @@ def keep_layer(directory: Path, index: int, layer: Gathered) -> None:
     save_file(arrays, layer_file(directory, index), {"parts": ",".join(layer.parts)})
 
 
-def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> Gathered:
+def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> LayerMoments:
     """Reads it back.
 
     Raises:
@@ -68,9 +68,9 @@ def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> Gathered:
         start = f"{prefix}."
         return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
-    aside, located = Aside(**named("aside")), Located(**named("located"))
+    aside, located = SetAsideTokens(**named("aside")), FrameCoordinates(**named("located"))
     sums = arrays["squares"], arrays["sums"], arrays["counts"]
-    return Gathered(parts, *sums, named("table"), aside, (located,))
+    return LayerMoments(parts, *sums, named("table"), aside, (located,))
 
 
 def keep_text(directory: Path, sample: Sample) -> None:

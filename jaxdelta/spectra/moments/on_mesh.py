@@ -1,90 +1,85 @@
-"""TODO."""
+"""The moments of a long text on a mesh: each device adds up its own windows, one sum over devices a layer.
 
-import inspect
+Axes: as in `sums`; D devices.
+"""
+
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Float64
 
-from jaxdelta.spectra.moments import sums
-from jaxdelta.spectra.moments.accumulate import Programs
-from jaxdelta.spectra.moments.sums import Bounds, Moments
+from jaxdelta.spectra.moments.kernels import MomentKernels
+from jaxdelta.spectra.moments.sums import BlockTokens, Moments, add_block, find_frame
 from jaxdelta.spectra.token_table import state_products
 from jaxdelta.sweep.mesh import ALL, WHOLE, Grid
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.utils.arrays import AnyArray
 
 
-def split_programs(grid: Grid) -> Programs:
-    """What a pool runs of updates that are split; what it wants on the host comes to all processes."""
-    everywhere, turns = grid.everywhere, itertools.count()
+def mesh_kernels(grid: Grid) -> MomentKernels:
+    """The functions where an update is split over devices; results for the host come to all processes."""
 
     def gathered(function: Any, **options: Any) -> Any:
-        return jax.jit(function, out_shardings=everywhere, **options)
+        return jax.jit(function, out_shardings=grid.everywhere, **options)
 
-    found_frame = gathered(inspect.unwrap(sums.find_frame), static_argnums=2)
-
-    def find_frame(*arguments: Any) -> Float64[np.ndarray, "P p d"]:
-        return np.asarray(found_frame(*arguments))
-
-    def zeros(*shape: int) -> Moments:
-        def on_each() -> Moments:
-            return jax.tree.map(
-                lambda x: jnp.zeros((grid.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape)
-            )
-
-        return jax.jit(on_each, out_shardings=grid.split(ALL))()
-
-    total = gathered(lambda of: jax.tree.map(lambda part: part.sum(axis=0), of))
-
-    def in_turn(of: Moments) -> Moments:
-        place = next(turns) % len(grid.local)
-        return jax.tree.map(lambda part: part.addressable_data(place), total(of))
-
-    return Programs(
-        find_frame,
-        _split_accumulate(grid),
+    frame = gathered(find_frame, static_argnums=2)
+    turns = itertools.count()
+    return MomentKernels(
+        lambda *arguments: np.asarray(frame(*arguments)),
+        _add_block(grid),
         gathered(state_products),
-        zeros,
+        partial(_zeros, grid),
         gathered(lambda update, places: jax.tree.map(lambda part: part[places], update)),
-        in_turn,
+        partial(_in_turn, grid, turns, gathered(_sum_of_devices)),
         len(grid.local),
     )
 
 
-def _split_accumulate(grid: Grid) -> Callable[..., Any]:
-    """`sums.accumulate` of the windows of each device, with moments for each along a leading axis."""
+def _zeros(grid: Grid, *shape: int) -> Moments:
+    def on_each() -> Moments:
+        return jax.tree.map(lambda x: jnp.zeros((grid.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape))
 
-    def accumulate(
-        moments_of: Moments,
+    return jax.jit(on_each, out_shardings=grid.split(ALL))()
+
+
+def _sum_of_devices(moments: Moments) -> Moments:
+    return jax.tree.map(lambda part: part.sum(axis=0), moments)
+
+
+def _in_turn(grid: Grid, turns: Iterator[int], total: Callable[..., Any], moments: Moments) -> Moments:
+    """The moments of all devices on the device whose turn it is."""
+    place = next(turns) % len(grid.local)
+    return jax.tree.map(lambda part: part.addressable_data(place), total(moments))
+
+
+def _add_block(grid: Grid) -> Callable[..., Any]:
+    """`sums.add_block` of the windows of each device, with moments for each along a leading axis."""
+
+    def add(
+        moments: Moments,
         frame: Float64[AnyArray, "P p d"],
         update: Update,
-        counted: Bool[AnyArray, "B T"],
-        groups: Int[AnyArray, " B"],
-        bounds: Bounds,
+        tokens: BlockTokens,
         parts: tuple[str, ...],
     ) -> Any:
-        def own(mine: Moments, *others: Any) -> Any:
+        def own(mine: Moments, frame: Any, update: Update, tokens: BlockTokens) -> Any:
             mine = jax.tree.map(lambda part: part[0], mine)
-            mine, *found = inspect.unwrap(sums.accumulate)(mine, *others, parts)
-            return jax.tree.map(lambda part: part[None], mine), *found
+            mine, coordinates = add_block(mine, frame, update, tokens, parts)
+            return jax.tree.map(lambda part: part[None], mine), coordinates
 
-        inputs = ALL, WHOLE, ALL, ALL, ALL, WHOLE
-        outputs = ALL, ALL, PartitionSpec(None, *ALL), ALL
-        return grid.over(ALL, own, inputs, outputs)(moments_of, frame, update, counted, groups, bounds)
+        outputs = ALL, PartitionSpec(None, *ALL)
+        return grid.over(ALL, own, (ALL, WHOLE, ALL, ALL), outputs)(moments, frame, update, tokens)
 
-    outputs = grid.split(ALL), grid.everywhere, grid.everywhere, grid.everywhere
-    compiled = jax.jit(accumulate, static_argnums=6, donate_argnums=0, out_shardings=outputs)
+    outputs = grid.split(ALL), grid.everywhere
+    compiled = jax.jit(add, static_argnums=4, donate_argnums=0, out_shardings=outputs)
 
-    def run(moments_of: Moments, frame: Any, update: Update, *others: Any) -> Any:
-        *arrays, parts = others
-        return compiled(
-            moments_of, *jax.tree.map(grid.put, (frame,)), update, *jax.tree.map(grid.put, arrays), parts
-        )
+    def run(moments: Moments, frame: Any, update: Update, tokens: BlockTokens, parts: tuple[str, ...]) -> Any:
+        return compiled(moments, grid.put(frame), update, jax.tree.map(grid.put, tokens), parts)
 
     return run

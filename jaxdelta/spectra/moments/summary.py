@@ -1,11 +1,11 @@
-"""What is kept of a layer's pass over a long text, and the figures that follow from it.
+"""The moments of a layer over a long text, and the summaries of its views that follow from them.
 
-Axes: n tokens that count, s of them set aside; P parts, G groups of windows, d hidden size, p directions of a
-frame. Texts of several runs follow each other in every array (`merge`).
+Axes: n tokens that count, s of them set aside; P parts, G groups, d hidden size, p directions of a frame,
+c directions of a basis, q = min(d, LEADING_AXES). Functions of arrays must be traced with 64-bit types on.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,62 +14,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
-from jaxdelta.spectra.group_moments import FACTOR_ROWS, Crossed, Resampled, without_groups
 from jaxdelta.spectra.linalg import eigh, product
 from jaxdelta.spectra.moments.sums import add_rows
-from jaxdelta.spectra.spectrum import CERTIFIED, Spectrum, defect, orient
-from jaxdelta.spectra.view_summary import CROSSED, Design, Found, LayerFigures, ViewFigures
+from jaxdelta.spectra.spectrum import CERTIFIED, defect, orient
+from jaxdelta.spectra.view_summary import FACTOR_ROWS, LayerSummary, MeasurementPlan, ViewSummary
 from jaxdelta.spectra.views import View, without_sinks
 from jaxdelta.utils.arrays import AnyArray
 
-_FOUND_SHARE = 0.99  # of σ_1²: tokens are named as its owners where their coordinates in the frame hold it
-LEADING = 128
+LEADING_AXES = 128  # axes of the groups' moments
+_KNOWN_SHARE = 0.99  # of σ_1²: tokens' shares of it are known where their coordinates in the frame hold this
+_TINY = np.finfo(np.float64).tiny
 
 
-class Pooled(NamedTuple):
-    """Of a view: Σxxᵀ and Σx of each group's tokens, x less `centred` (0 or 1) times the mean of all; how
-    many they are; how the groups are divided, see `documents.Groups`."""
+class ViewMoments(NamedTuple):
+    """Σxxᵀ and Σx of each group's tokens, and their number; x is centred where `centred` is 1, else 0."""
 
     squares: Float64[AnyArray, "G d d"]
     sums: Float64[AnyArray, "G d"]
     counts: Float64[AnyArray, " G"]
     centred: Float[AnyArray, ""]
-    halves: Float64[AnyArray, "R 2 G"]
 
     @property
     def mean(self) -> Float64[Array, " d"]:
-        """What is taken from every token."""
+        """What is subtracted from every token."""
         return jnp.asarray(self.centred) * jnp.sum(self.sums, axis=0) / jnp.maximum(jnp.sum(self.counts), 1)
 
 
-class PooledFigures(NamedTuple):
-    """What the device finds of a view without its tokens: see `figures.Found`."""
-
-    spectrum: Spectrum
-    mean_energy: Float64[AnyArray, ""]
-    resampled: Resampled
-    crossed: Crossed
-
-
-class Aside(NamedTuple):
-    """Tokens whose rows are kept: their places among those that count, groups, and rows."""
+class SetAsideTokens(NamedTuple):
+    """Tokens whose rows are kept: their places among those that count, their groups, their rows."""
 
     places: Int[np.ndarray, " s"]
     groups: Int[np.ndarray, " s"]
     rows: Float32[np.ndarray, "P s d"]
 
     @classmethod
-    def of(cls, parts: Sequence["Aside"]) -> "Aside":
+    def of(cls, parts: Sequence["SetAsideTokens"]) -> "SetAsideTokens":
         """All of these."""
         places, groups, rows = zip(*parts, strict=True)
         return cls(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1))
 
-    def take(self, chosen: Bool[np.ndarray, " s"]) -> "Aside":
-        """Those of them that are `chosen`."""
-        return Aside(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
+    def take(self, chosen: Bool[np.ndarray, " s"]) -> "SetAsideTokens":
+        """The chosen ones."""
+        return SetAsideTokens(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
 
 
-class Located(NamedTuple):
+class FrameCoordinates(NamedTuple):
     """The coordinates of a run's tokens in the frame that it found for the layer."""
 
     frame: Float64[np.ndarray, "P p d"]
@@ -77,12 +66,12 @@ class Located(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gathered:
-    """A layer's moments: Σxxᵀ and Σx of each part and group and its tokens' number, all but those set aside;
-    every token's `figures.state_products`; those set aside; where the tokens are, by run.
+class LayerMoments:
+    """The moments of a layer: of each part and group Σxxᵀ, Σx and the number of tokens, without those set
+    aside; `state_products` of every token; the tokens set aside; all tokens' coordinates, by run.
 
-    Beside what `figures` have of tokens at hand: tokens' own statistics of a centred view are missing, the
-    mean being known only when they have gone, and owners of σ_1 where the frame does not hold v_1.
+    Compared with rows, per-token statistics of a centred view are missing, since the mean is known only when
+    the tokens have passed, and so are shares of σ_1² where the frame does not hold v_1.
     """
 
     parts: tuple[str, ...]
@@ -90,31 +79,32 @@ class Gathered:
     sums: Float64[np.ndarray, "P G d"]
     counts: Float64[np.ndarray, " G"]
     table: dict[str, Float64[np.ndarray, " n"]]
-    aside: Aside
-    located: tuple[Located, ...]
+    aside: SetAsideTokens
+    located: tuple[FrameCoordinates, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, d)."""
         return len(self.table["update"]), self.sums.shape[2]
 
-    def figures(self, design: Design, halves: Float64[np.ndarray, "R 2 G"]) -> LayerFigures:
-        """Everything that is measured of the layer, `halves`: see `documents.Groups`. Uses the squares up."""
+    def summary(self, plan: MeasurementPlan) -> LayerSummary:
+        """The summary of every view. Consumes `squares`: call it once."""
+        entering, leaving = (np.sqrt(self.table[name]) for name in ("entering", "leaving"))
+        sinks = np.flatnonzero(~without_sinks(entering, leaving, plan.sink_factor))
+        kept = np.ones(self.shape[0], bool)
+        kept[np.intersect1d(sinks, self.aside.places)] = False  # no others can be taken out again
+        left = len(sinks) - int(np.sum(~kept))
         with jax.enable_x64(True):
-            entering, leaving = (np.sqrt(self.table[name]) for name in ("entering", "leaving"))
-            sinks = np.flatnonzero(~without_sinks(entering, leaving, design.sink_factor))
-            kept = np.ones(self.shape[0], bool)
-            kept[np.intersect1d(sinks, self.aside.places)] = False  # no other can be taken out again
-            views = dict(self._views(design, halves, kept))
-        ledger = {name: float(column.sum()) for name, column in self.table.items()}
-        return LayerFigures({view: views[view] for view in design.views}, ledger)
+            views = self._views(plan, kept, left)
+        energies = {name: float(column.sum()) for name, column in self.table.items()}
+        return LayerSummary({view: views[view] for view in plan.views}, energies)
 
     def _views(
-        self, design: Design, halves: Float64[np.ndarray, "R 2 G"], kept: Bool[np.ndarray, " n"]
-    ) -> Iterator[tuple[View, ViewFigures]]:
-        """First the masked ones: what is added to the moments is not taken out again."""
+        self, plan: MeasurementPlan, kept: Bool[np.ndarray, " n"], sinks_left: int
+    ) -> dict[View, ViewSummary]:
+        """First the masked views: what is added to the moments is not taken out again."""
         squares, sums, counts = jnp.asarray(self.squares), self.sums.copy(), self.counts.copy()
-        found: dict[View, ViewFigures] = {}
+        found: dict[View, ViewSummary] = {}
         for masked in (True, False):
             added = self.aside.take(kept[self.aside.places] == masked)
             squares = add_rows(squares, added.rows, added.groups)
@@ -122,136 +112,127 @@ class Gathered:
                 np.add.at(part, added.groups, rows.astype(np.float64))
             np.add.at(counts, added.groups, 1)
             chosen = kept if masked else np.ones_like(kept)
-            for view in (view for view in design.views if view.masked == masked):
-                same = found.get(view._replace(masked=True)) if kept.all() else None
-                if same is None:
-                    part = self.parts.index(view.part)
-                    centred = np.asarray(float(view.centred))
-                    of = Pooled(squares[part], sums[part], counts, centred, halves)
-                    same = found[view] = self._view(view, of, design, chosen)
-                yield view, same
+            for view in (view for view in plan.views if view.masked == masked):
+                same = found.get(view._replace(masked=True))
+                if same is not None and kept.all() and not sinks_left:
+                    found[view] = same
+                    continue
+                part = self.parts.index(view.part)
+                moments = ViewMoments(squares[part], sums[part], counts, np.asarray(float(view.centred)))
+                summary = self._view(view, moments, plan, chosen)
+                found[view] = summary._replace(kept=chosen, sinks_left=sinks_left if masked else 0)
+        return found
 
-    def _view(self, view: View, of: Pooled, design: Design, kept: Bool[np.ndarray, " n"]) -> ViewFigures:
-        found, on_host = _solved(of, design.basis_size(*self.shape))
-        found = jax.tree.map(np.asarray, found)
-        resampled = found.resampled if design.groups else None
+    def _view(
+        self, view: View, moments: ViewMoments, plan: MeasurementPlan, kept: Bool[np.ndarray, " n"]
+    ) -> ViewSummary:
+        summary = _summary(moments, plan.basis_size(*self.shape))
+        if not plan.resampled:
+            summary = summary._replace(group_moments=None, group_rest=None)
+        if not plan.compares(view):
+            summary = summary._replace(coupling=None, factor=None)
         own = self.table[view.part], self.table["entering"], self.table[f"{view.part}_h"]
-        products = None if view.centred else own
-        owned = self._owned(view, of, found, kept)
-        compared = found.crossed if design.groups and view in CROSSED else None
-        whole = Found(found.spectrum, products, owned, found.mean_energy, resampled, compared)
-        return ViewFigures(whole, design.k, kept, on_host)
+        shares = self._sigma1_shares(view, moments, summary, kept)
+        return summary._replace(products=None if view.centred else own, sigma1_shares=shares)
 
-    def _owned(
-        self, view: View, of: Pooled, found: PooledFigures, kept: Bool[np.ndarray, " n"]
+    def _sigma1_shares(
+        self, view: View, moments: ViewMoments, summary: ViewSummary, kept: Bool[np.ndarray, " n"]
     ) -> Float64[np.ndarray, " n"] | None:
         """Each token's share of σ_1²; None where the frame does not hold v_1."""
-        part, first, mean = self.parts.index(view.part), found.spectrum.directions[0], np.asarray(of.mean)
+        part, first, mean = self.parts.index(view.part), summary.basis[0], np.asarray(moments.mean)
         along = np.concatenate([run.coordinates[part] @ (run.frame[part] @ first) for run in self.located])
         along[self.aside.places] = self.aside.rows[part].astype(np.float64) @ first
-        energy = max(float(found.spectrum.singular_values[0]) ** 2, np.finfo(np.float64).tiny)
+        energy = max(float(summary.singular_values[0]) ** 2, _TINY)
         shares = np.where(kept, np.square(along - mean @ first) / energy, 0)
-        return shares if abs(shares.sum() - 1) <= 1 - _FOUND_SHARE else None
+        return shares if abs(shares.sum() - 1) <= 1 - _KNOWN_SHARE else None
 
 
-def merge(layers: Sequence[Gathered]) -> Gathered:
+def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
     """The same layer over several texts, as over all of them; each keeps its groups."""
     first = layers[0]
     tokens = np.cumsum([0, *(layer.shape[0] for layer in layers[:-1])])
     groups = np.cumsum([0, *(len(layer.counts) for layer in layers[:-1])])
     aside = [
-        Aside(layer.aside.places + n, layer.aside.groups + g, layer.aside.rows)
+        SetAsideTokens(layer.aside.places + n, layer.aside.groups + g, layer.aside.rows)
         for layer, n, g in zip(layers, tokens, groups, strict=True)
     ]
-    return Gathered(
+    return LayerMoments(
         first.parts,
         np.concatenate([np.asarray(layer.squares) for layer in layers], axis=1),
         np.concatenate([layer.sums for layer in layers], axis=1),
         np.concatenate([layer.counts for layer in layers]),
         {name: np.concatenate([layer.table[name] for layer in layers]) for name in first.table},
-        Aside.of(aside),
+        SetAsideTokens.of(aside),
         tuple(run for layer in layers for run in layer.located),
     )
 
 
-def _solved(of: Pooled, size: int) -> tuple[PooledFigures, bool]:
-    """The figures, and whether NumPy had to solve again."""
-    matrix = total(of)
-    found = describe(of, matrix, *solve(matrix), size)
-    if failed := not float(found.spectrum.defect) <= CERTIFIED:
-        found = describe(of, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
-    return found, failed
+def _summary(moments: ViewMoments, size: int) -> ViewSummary:
+    """The summary of a view without its tokens; NumPy solves again what fails its certificate."""
+    matrix = _total(moments)
+    found = _summarise(moments, matrix, *_solve(matrix), size)
+    if failed := not float(found.certificate) <= CERTIFIED:
+        found = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
+    return jax.tree.map(np.asarray, found)._replace(on_host=failed)
 
 
 @jax.jit
-def total(pooled: Pooled) -> Float64[Array, "d d"]:
+def _total(moments: ViewMoments) -> Float64[Array, "d d"]:
     """M = Σ_g M_g; 0 where it is not finite: some solvers never return from a NaN."""
-    mean, n = pooled.mean, jnp.sum(pooled.counts)
-    matrix = jnp.sum(pooled.squares, axis=0) - n * jnp.outer(mean, mean)
+    mean, n = moments.mean, jnp.sum(moments.counts)
+    matrix = jnp.sum(moments.squares, axis=0) - n * jnp.outer(mean, mean)
     return jnp.where(jnp.isfinite(matrix).all(), matrix, 0)
 
 
 @jax.jit
-def solve(matrix: Float64[AnyArray, "d d"]) -> tuple[Float64[Array, " d"], Float64[Array, "d d"]]:
+def _solve(matrix: Float64[AnyArray, "d d"]) -> tuple[Float64[Array, " d"], Float64[Array, "d d"]]:
     """Eigenvalues and, in columns, eigenvectors, ascending."""
     return eigh(jnp.asarray(matrix))
 
 
 @partial(jax.jit, static_argnums=4)
-def describe(
-    pooled: Pooled,
+def _summarise(
+    moments: ViewMoments,
     matrix: Float64[AnyArray, "d d"],
     energies: Float64[AnyArray, " d"],
     vectors: Float64[AnyArray, "d d"],
     size: int,
-) -> PooledFigures:
-    """All figures of a view, `size` directions of it, from the solution of its total."""
+) -> ViewSummary:
+    """The summary with `size` directions, from the eigenvalues and eigenvectors of the total."""
     values, axes = jnp.sqrt(jnp.maximum(energies[::-1], 0)), jnp.asarray(vectors).T[::-1]
-    n, centre = jnp.sum(pooled.counts), pooled.mean
-    left = jnp.sum(pooled.sums, axis=0) - n * centre
+    n, centre = jnp.sum(moments.counts), moments.mean
+    left = jnp.sum(moments.sums, axis=0) - n * centre
     basis = orient(axes[:size], values[:size], left, n)
     image = product(basis, jnp.asarray(matrix))
-    spectrum = Spectrum(values, basis, defect(image, values, basis, jnp.trace(matrix)))
-    leading = axes[: max(LEADING, size)]
-    along = _products(pooled, leading)
+    leading = axes[: max(LEADING_AXES, size)]
+    along = _products(moments, leading)
     within = product(along, leading.T)
-    factor = (values[:FACTOR_ROWS, None] * axes[:FACTOR_ROWS]).astype(jnp.float32)
     signs = jnp.sign(jnp.sum(basis * axes[:size], axis=1))
-    coupling = (signs[:, None] * along[:, :size]).astype(jnp.float32)
-    return PooledFigures(
-        spectrum,
+    return ViewSummary(
+        values,
+        basis,
+        defect(image, values, basis, jnp.trace(matrix)),
         jnp.sum(jnp.square(left)) / jnp.maximum(n, 1),
-        Resampled(
-            without_groups(jnp.square(values), within, _beyond(pooled, within)), _split_half(pooled, within)
-        ),
-        Crossed(factor, coupling),
+        group_moments=within,
+        group_rest=_rest(moments, within),
+        coupling=(signs[:, None] * along[:, :size]).astype(jnp.float32),
+        factor=(values[:FACTOR_ROWS, None] * axes[:FACTOR_ROWS]).astype(jnp.float32),
     )
 
 
-def _products(pooled: Pooled, axes: Float64[Array, "q d"]) -> Float64[Array, "G q d"]:
+def _products(moments: ViewMoments, axes: Float64[Array, "q d"]) -> Float64[Array, "G q d"]:
     """V M_g of every group, its tokens less the mean: M_g - s μᵀ - μ sᵀ + n μμᵀ."""
-    mean, sums = pooled.mean, jnp.asarray(pooled.sums)
+    mean, sums = moments.mean, jnp.asarray(moments.sums)
     along_sums, along_mean = product(sums, axes.T), product(axes, mean)
-    counts = jnp.asarray(pooled.counts)[:, None]
+    counts = jnp.asarray(moments.counts)[:, None]
     rank_one = along_sums[..., None] * mean
     other = along_mean[:, None] * (sums - counts * mean)[:, None]
-    return product(axes, jnp.asarray(pooled.squares)) - rank_one - other
+    return product(axes, jnp.asarray(moments.squares)) - rank_one - other
 
 
-def _beyond(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Array, " G"]:
-    """What each group holds outside of the leading axes."""
-    mean = pooled.mean
-    diagonal = jnp.sum(jnp.diagonal(pooled.squares, axis1=1, axis2=2), axis=1)
-    shifted = diagonal - 2 * product(jnp.asarray(pooled.sums), mean) + pooled.counts * jnp.sum(mean * mean)
+def _rest(moments: ViewMoments, within: Float64[Array, "G q q"]) -> Float64[Array, " G"]:
+    """Each group's energy outside of the leading axes."""
+    mean = moments.mean
+    diagonal = jnp.sum(jnp.diagonal(moments.squares, axis1=1, axis2=2), axis=1)
+    shifted = diagonal - 2 * product(jnp.asarray(moments.sums), mean) + moments.counts * jnp.sum(mean * mean)
     return shifted - jnp.trace(within, axis1=1, axis2=2)
-
-
-def _split_half(pooled: Pooled, within: Float64[Array, "G q q"]) -> Float64[Array, " R"]:
-    repeats, _, groups = pooled.halves.shape
-    if not repeats:
-        return jnp.zeros(0, within.dtype)
-    halves = product(jnp.reshape(pooled.halves, (2 * repeats, groups)), within.reshape(groups, -1))
-    values, vectors = eigh(halves.reshape(-1, *within.shape[1:]))
-    first = vectors[:, :, -1].reshape(repeats, 2, -1)
-    cosines = jnp.abs(jnp.sum(first[:, 0] * first[:, 1], axis=-1))
-    return jnp.where((values[:, -1] > 0).reshape(repeats, 2).all(axis=1), cosines, np.nan)

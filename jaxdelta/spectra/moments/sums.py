@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from jaxdelta.spectra.linalg import product
-from jaxdelta.spectra.token_table import state_products
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.utils.arrays import AnyArray
 
@@ -53,20 +52,12 @@ class Moments(NamedTuple):
         return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64))
 
 
-class Bounds(NamedTuple):
-    """A token whose squared state is longer than this, before the layer or after it, is set aside."""
-
-    entering: Float64[AnyArray, ""]
-    leaving: Float64[AnyArray, ""]
-
-
 def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
     """What of an update is looked at."""
     every = {"update": update.delta, "attention": update.attention, "mlp": update.mlp}
     return jnp.stack([jnp.asarray(every[part]) for part in parts])
 
 
-@partial(jax.jit, static_argnums=2)
 def find_frame(
     update: Update, counted: Bool[AnyArray, " n"], parts: tuple[str, ...]
 ) -> Float64[Array, "P p d"]:
@@ -91,32 +82,41 @@ def _orthonormal(rows: Float[Array, "P p d"]) -> Float[Array, "P p d"]:
     return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(rows, 1, 2))[0], 1, 2)
 
 
-@partial(jax.jit, static_argnums=6, donate_argnums=0)
-def accumulate(
+class BlockTokens(NamedTuple):
+    """The tokens of a block of windows: which of them count, the group of each, and the groups that each
+    window has tokens of, -1 where it has fewer."""
+
+    counted: Bool[AnyArray, "B T"]
+    owners: Int[AnyArray, "B T"]
+    visits: Int[AnyArray, "B V"]
+
+
+def add_block(
     moments: Moments,
     frame: Float64[AnyArray, "P p d"],
     update: Update,
-    counted: Bool[AnyArray, "B T"],
-    groups: Int[AnyArray, " B"],
-    bounds: Bounds,
+    tokens: BlockTokens,
     parts: tuple[str, ...],
-) -> tuple[Moments, dict[str, Array], Float32[Array, "P n p"], Bool[Array, "B T"]]:
-    """Adds a block's tokens that count and are within bounds; says which, and gives all tokens' table and
-    coordinates."""
-    windows = jax.tree.map(lambda rows: rows.reshape(*counted.shape, -1), update)
+) -> tuple[Moments, Float32[Array, "P n p"]]:
+    """Adds the tokens of a block that count; also returns the coordinates of all tokens in the frame."""
+    windows = jax.tree.map(lambda rows: rows.reshape(*tokens.counted.shape, -1), update)
 
-    def add(moments: Moments, window: tuple[Any, Any, Any]) -> tuple[Moments, tuple[Any, Array, Array]]:
-        update, counted, group = window  # one at a time: float64 copies of a block would need its fourfold
-        table = state_products(update)
-        within = (table["entering"] <= bounds.entering) & (table["leaving"] <= bounds.leaving)
-        x, kept = parts_of(update, parts), counted & within
+    def add(moments: Moments, window: tuple[Update, BlockTokens]) -> tuple[Moments, Array]:
+        update, tokens = window
+        x = parts_of(update, parts)
         coordinates = _coordinates(x, frame)
-        moments = _add_window(moments, frame, x, coordinates, kept, group)
-        return moments, (table, coordinates, kept)
 
-    moments, (table, coordinates, kept) = jax.lax.scan(add, moments, (windows, jnp.asarray(counted), groups))
-    flat = jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
-    return moments, {name: column.reshape(-1) for name, column in table.items()}, flat, kept
+        def visit(moments: Moments, group: Array) -> tuple[Moments, None]:
+            weight = jnp.asarray(tokens.counted & (tokens.owners == group)).astype(jnp.float32)[:, None]
+            return _add_group(moments, frame, x, coordinates * weight, weight, group), None
+
+        visits = jnp.asarray(tokens.visits)
+        if len(visits) == 1:
+            return visit(moments, visits[0])[0], coordinates
+        return jax.lax.scan(visit, moments, visits)[0], coordinates
+
+    moments, coordinates = jax.lax.scan(add, moments, (windows, jax.tree.map(jnp.asarray, tokens)))
+    return moments, jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
 
 
 def _coordinates(x: Float32[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float32[Array, "P T p"]:
@@ -124,16 +124,15 @@ def _coordinates(x: Float32[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) 
     return product(x, jnp.swapaxes(frame, 1, 2).astype(jnp.float32))
 
 
-def _add_window(
+def _add_group(
     moments: Moments,
     frame: Float64[AnyArray, "P p d"],
     x: Float32[Array, "P T d"],
-    coordinates: Float32[Array, "P T p"],
-    kept: Bool[Array, " T"],
+    a: Float32[Array, "P T p"],
+    weight: Float32[Array, "T 1"],
     group: Int[Array, ""],
 ) -> Moments:
-    weight = kept.astype(jnp.float32)[:, None]
-    a = coordinates * weight
+    """Adds the tokens of a window that are in one group (`weight` 1, else 0), a their coordinates or 0."""
     rest = _rest(x, weight, a, frame)
     # Σr with Σar, and Σx of them: of x itself, XLA would make a copy in float64.
     counted = jnp.concatenate([a, jnp.broadcast_to(weight, (*a.shape[:2], 1))], axis=2)

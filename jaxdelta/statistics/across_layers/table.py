@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
 from jaxdelta.spectra.linalg import one_blas_thread
-from jaxdelta.spectra.view_summary import ViewFigures
+from jaxdelta.spectra.view_summary import ViewSummary
 from jaxdelta.statistics.across_layers.bootstrap import OverlapDraws, resampled_overlaps
 from jaxdelta.statistics.across_layers.nulls import (
     PhaseNulls,
@@ -35,9 +35,9 @@ from jaxdelta.utils.arrays import AnyArray
 ORDERS = 2000  # of segments tried by the phase test
 
 
-def stacked_directions(layers: Sequence[ViewFigures]) -> Float64[np.ndarray, "N k d"]:
-    """The directions of all layers."""
-    return np.stack([figures.directions for figures in layers])
+def stacked_directions(layers: Sequence[ViewSummary], k: int) -> Float64[np.ndarray, "N k d"]:
+    """The first k directions of all layers."""
+    return np.stack([np.asarray(layer.basis)[:k] for layer in layers])
 
 
 def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
@@ -62,12 +62,11 @@ def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
 
 @one_blas_thread
 def relate(
-    layers: Sequence[ViewFigures], phases: Phases, sample: Sample, null_draws: int, seed: int
+    layers: Sequence[ViewSummary], phases: Phases, sample: Sample, k: int, null_draws: int, seed: int
 ) -> dict[str, Any]:
     """Everything that relates the layers of one view, each figure beside chance and with its interval."""
-    directions, members = stacked_directions(layers), phases.members
-    k, kept = directions.shape[1], [figures.crossed for figures in layers]
-    factors = [np.asarray(one.factor) for one in kept if one is not None]
+    directions, members = stacked_directions(layers, k), phases.members
+    factors = [np.asarray(layer.factor) for layer in layers]
     with ThreadPoolExecutor(1, "draws") as beside:
         drawn = beside.submit(_draws, layers, members, k, sample) if sample.intervals else None
         nulls = _Nulls.drawn(factors, members, k, null_draws, seed) if null_draws else None
@@ -89,10 +88,10 @@ def relate(
 
 
 def _draws(
-    layers: Sequence[ViewFigures], members: Bool[np.ndarray, "P N"], k: int, sample: Sample
+    layers: Sequence[ViewSummary], members: Bool[np.ndarray, "P N"], k: int, sample: Sample
 ) -> OverlapDraws:
     """The overlaps without each document, then in each draw of documents."""
-    coupling = np.stack([figures.crossed.coupling for figures in layers if figures.crossed is not None])
+    coupling = np.stack([np.asarray(layer.coupling) for layer in layers])
     basis = np.stack([figures.basis for figures in layers])
     weights = np.concatenate([sample.without, sample.draws])
     return resampled_overlaps(coupling, basis, k, weights, members)

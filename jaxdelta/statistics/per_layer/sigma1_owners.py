@@ -4,18 +4,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.spectra.view_summary import ViewFigures
+from jaxdelta.spectra.view_summary import ViewSummary
 from jaxdelta.text.groups import Sample
 
 OWNERS = 5  # tokens named of those that own σ_1
 OWNING_SHARE = 1e-3  # of all tokens: how much of σ_1² they own together
 
 
-def _owners(figures: ViewFigures, sample: Sample) -> dict[str, Any]:
+def _owners(figures: ViewSummary, sample: Sample) -> dict[str, Any]:
     """The tokens with the largest shares u_i1² of σ_1², and the share of the top thousandth together."""
-    if figures.found.owned is None:
+    if figures.sigma1_shares is None:
         return {"sigma1_tokens": None, "sigma1_top_share": None}
-    shares, kept = np.asarray(figures.found.owned), np.flatnonzero(figures.kept)
+    shares, kept = np.asarray(figures.sigma1_shares), np.flatnonzero(np.asarray(figures.kept))
     order = kept[np.argsort(-shares[kept], kind="stable")]
     together = shares[order[: int(np.ceil(OWNING_SHARE * len(kept)))]].sum()
     return {
