@@ -25,10 +25,10 @@ def pack(record: LayerRecord) -> bytes:
         "views": {view.name: numbers[id(summary)] for view, summary in record.views.items()}
     }
     arrays = {
-        f"{number}.{name}": np.asarray(value)
+        f"{number}.{name}": value
         for number, summary in enumerate(summaries)
         for name, value in summary._asdict().items()
-        if value is not None
+        if isinstance(value, np.ndarray)
     }
     file = io.BytesIO()
     np.savez(file, **{_HEADER: np.asarray(json.dumps(header))}, **arrays)  # type: ignore[arg-type]

@@ -278,8 +278,7 @@ def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solv
         missing = [row for row, layer in enumerate(layers) if view not in layer]
         rows = [(batch[row], kept[row].astype(np.float64)) for row in missing]
         for row, summary in zip(missing, _certified(rows, view, plan, solver), strict=True):
-            on_host = bool(summary.on_host)  # the device gives the defaults back as arrays
-            layers[row][view] = summary._replace(kept=kept[row], on_host=on_host, sinks_left=0)
+            layers[row][view] = summary._replace(kept=kept[row], sinks_left=0)
     with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
         energies = [{name: float(column.sum()) for name, column in table.items()} for table in products]
     return list(map(LayerSummary, layers, energies))

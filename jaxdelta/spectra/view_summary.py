@@ -56,7 +56,7 @@ class ViewSummary(NamedTuple):
             not compared.
         factor: F with FᵀF = δᵀδ: δ itself, or, where it has more than FACTOR_ROWS rows, its leading
             FACTOR_ROWS directions times their σ.
-        kept: the tokens of the view: all, or those that are no sinks.
+        kept: the tokens of the view: all, or those that are no sinks; set on the host, as the next two.
         on_host: the spectrum failed its certificate and was computed again by NumPy.
         sinks_left: sinks that a masked view still contains: their rows were not set aside in time.
     """
@@ -72,8 +72,8 @@ class ViewSummary(NamedTuple):
     coupling: Float32[Any, "*layers G c d"] | None = None
     factor: Float32[Any, "*layers R d"] | None = None
     kept: Bool[Any, "*layers n"] | None = None
-    on_host: Any = False
-    sinks_left: Any = 0
+    on_host: bool | None = None
+    sinks_left: int | None = None
 
     @property
     def finite(self) -> bool:

@@ -63,7 +63,7 @@ def layer_row(
             place = place.setdefault(name, {})
         place |= rows[id(found)]
         if view.masked:
-            place["sinks_left"] = int(found.sinks_left)
+            place["sinks_left"] = found.sinks_left or 0
     return row | {"ledger": _ledger(figures.energies)}
 
 
@@ -195,7 +195,7 @@ def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
 
 def _notes(figures: ViewSummary, n: int, rank: int, documents: int) -> str:
     """Why figures are missing."""
-    left = int(figures.sinks_left)
+    left = figures.sinks_left or 0
     reasons = {
         "no token's own figures: the mean is known only when all tokens have passed": figures.products
         is None,
