@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the tests' time is compiling: as quickly as XLA can, see compiling.py.
+# Most of the tests' time is compiling: as quickly as XLA can, see utils/compiling.py.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
 os.environ["XLA_FLAGS"] = (
     f"{QUICK} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"

@@ -37,9 +37,9 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
 def divide(mode: str, blocks: Blocks) -> None:
     """Runs that follow are divided so."""
     from jaxdelta.run.memory_plan import Work
-    from jaxdelta.statistics import layer_row as rows
+    from jaxdelta.text import groups
 
-    rows.LONG = 4096 if mode == "short" else 100
+    groups.LONG = 4096 if mode == "short" else 100
     Work._divisions = lambda work: iter([blocks])
 
 

@@ -247,7 +247,7 @@ def test_safetensors_need_neither_torch_nor_transformers(tiny_checkpoint: Path) 
 import sys
 from pathlib import Path
 from jaxdelta.text.tokenizer import load_encoder
-from jaxdelta.checkpoint import load_model
+from jaxdelta import load_model
 load_model(sys.argv[1])
 print(load_encoder(Path(sys.argv[1]))(["abc"]))
 print(sorted({"torch", "transformers"} & set(sys.modules)))
@@ -278,7 +278,7 @@ BIG_EXPERTS = {
 MEASURE = """
 import resource, sys
 import jax
-from jaxdelta.checkpoint import open_checkpoint
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
 jax.block_until_ready(jax.device_put(0))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()

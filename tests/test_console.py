@@ -12,10 +12,10 @@ INTERRUPTED = "script.py: interrupted; nothing was written\n"
 SCRIPT = """
 import gc, os, signal, sys, time, types
 from pathlib import Path
-from jaxdelta import console, files
+from jaxdelta.utils import cli, files
 
 signal.signal(signal.SIGINT, signal.{before})
-console.install()
+cli.install()
 here = Path(__file__).parent
 sys.modules["jax"] = types.SimpleNamespace(
     config=types.SimpleNamespace(values={{"jax_compilation_cache_dir": ""}})
@@ -29,7 +29,7 @@ def main():
     {main}
 
 {start}
-console._guarded(main)
+cli._guarded(main)
 {end}
 """
 

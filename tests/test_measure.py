@@ -133,7 +133,8 @@ def crossed(
     """Of a view with centre and mask: δ as it is there, its singular values, and what was found."""
     view = View("mlp", centred=True)
     call = scheduler._one_by_one if request.param == "numpy" else scheduler._together
-    monkeypatch.setattr(view_summary, "CROSSED", (view,))
+    for module in (scheduler, view_summary):
+        monkeypatch.setattr(module, "CROSSED", (view,))
 
     def found(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Crossed]:
         wrote, n = update(shape), shape[0]

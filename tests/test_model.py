@@ -16,7 +16,6 @@ from flax import nnx
 
 from jaxdelta.checkpoint.checkpoint import load_model
 from jaxdelta.model import attention, decoder, loss
-from jaxdelta.model import attention as model_module_attention
 from jaxdelta.model.attention import causal_mask
 from jaxdelta.model.config import ModelConfig, Rope
 from jaxdelta.model.decoder import (
@@ -258,8 +257,8 @@ def test_spans_of_queries(
     """Keys that no query of a span sees are left out of it, whether or not it is cut further, and whether the
     heads' scores are taken one after the other or all at once."""
     monkeypatch.setattr(attention, "MIN_SPAN", 30)
-    monkeypatch.setattr(model_module_attention, "query_block", lambda config, length: queries)
-    monkeypatch.setattr(model_module_attention, "score_bytes", lambda: score_bytes)
+    monkeypatch.setattr(decoder, "query_block", lambda config, length: queries)
+    monkeypatch.setattr(attention, "score_bytes", lambda: score_bytes)
     jax.clear_caches()
     try:
         found = residual_stream(model, TOKENS)

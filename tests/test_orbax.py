@@ -169,7 +169,7 @@ def test_numbers_too_large(small: Path, tmp_path: Path) -> None:
 def test_safetensors_do_not_need_orbax(tiny_checkpoint: Path) -> None:
     code = """
 import sys
-from jaxdelta.checkpoint import load_model
+from jaxdelta import load_model
 load_model(sys.argv[1])
 print(sorted({"orbax.checkpoint", "tensorstore"} & set(sys.modules)))
 """
@@ -183,7 +183,7 @@ MEASURE = """
 import resource, sys
 import jax
 import orbax.checkpoint.v1
-from jaxdelta import convert, orbax_store
+from jaxdelta.checkpoint import convert, orbax_files
 jax.block_until_ready(jax.device_put(0))
 orbax_files.PORTION = 8 << 20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

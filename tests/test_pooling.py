@@ -18,7 +18,7 @@ from jaxdelta.statistics import layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
 from jaxdelta.sweep.states import PLACES
 from jaxdelta.sweep.sweep import Blocks, Update, Wrote
-from jaxdelta.text import groups as rows_groups
+from jaxdelta.text import groups
 from jaxdelta.text.groups import Groups, Sample
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
@@ -117,9 +117,9 @@ def test_sums_of_every_group_at_a_width_of_many_blocks() -> None:
         x = (wrote.delta if name == "update" else getattr(wrote, name)).astype(np.float64)
         for group in range(GROUPS):
             rows = x[(owners == group) & kept]
-            square = layer_row.T @ rows
+            square = rows.T @ rows
             np.testing.assert_allclose(found.squares[part, group], square, atol=1e-6 * np.trace(square))
-            np.testing.assert_allclose(found.sums[part, group], layer_row.sum(axis=0), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(found.sums[part, group], rows.sum(axis=0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dominated", [False, True], ids=["spread", "99 % along one direction"])
@@ -170,7 +170,7 @@ def test_a_run(
     tmp_path: Path,
 ) -> None:
     """Wherever the states wait, its figures are those of the same text kept whole; no file is left."""
-    monkeypatch.setattr(rows_groups, "LONG", 100)
+    monkeypatch.setattr(groups, "LONG", 100)
     monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, place)]))
     found = analyze(str(tiny_checkpoint), packed, top_k=4, scratch=str(tmp_path))
     assert found.run["memory"]["place"] == place

@@ -1,5 +1,5 @@
 """A layer's row: every number against plain NumPy in float64 from its definition, intervals against an exact
-jackknife over documents, and what is said where there is nothing to scheduler."""
+jackknife over documents, and what is said where there is nothing to measure."""
 
 import dataclasses
 import json
@@ -269,7 +269,7 @@ def test_the_order_of_the_ranks(kind: str) -> None:
         assert np.all(smaller <= larger * (1 + 1e-8))  # shares below 1e-12 are left out of an entropy
 
 
-# Nothing to scheduler
+# Nothing to measure
 
 
 def assert_json(figures: LayerFigures, of: Sample, k: int = K, hidden: int = WIDE[1]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from conftest import EXPERTS, write_tokenizer
 
 from jaxdelta.checkpoint.checkpoint import load_model
-from jaxdelta.model import attention as model_module
+from jaxdelta.model import attention, decoder
 from jaxdelta.model.attention import causal_mask
 from jaxdelta.model.decoder import Qwen3, residual_stream
 from jaxdelta.text.tokenizer import load_encoder
@@ -85,8 +85,8 @@ def test_packed_documents_equal_each_by_itself(
 def test_blocks_of_queries(
     block: int, tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "query_block", lambda config, length: block)
-    monkeypatch.setattr(model_module, "score_bytes", lambda: 1)
+    monkeypatch.setattr(decoder, "query_block", lambda config, length: block)
+    monkeypatch.setattr(attention, "score_bytes", lambda: 1)
     directory = make_checkpoint(tmp_path, num_hidden_layers=2, **SLIDING)
     # A length of its own for each: what was compiled for another block must not be met again.
     assert_alike(load_model(str(directory)), packed(tmp_path, 128 + block))

@@ -6,7 +6,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from jaxdelta.spectra import scheduler
+from jaxdelta.spectra import scheduler, view_summary
 from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL
 from jaxdelta.sweep.sweep import Update
@@ -49,5 +49,9 @@ def update(shape: tuple[int, int], seed: int = 0, sinks: dict[int, float] | None
 def measured(wrote: Update, of: Sample, **design: Any) -> LayerFigures:
     """One layer's figures in every view, on this thread; not what the comparison of layers needs."""
     whole = Design(**{"k": K, "views": tuple(ALL.values()), "groups": of.groups} | design)
-    with jax.enable_x64(True), mock.patch.object(measure, "CROSSED", ()):
+    with (
+        jax.enable_x64(True),
+        mock.patch.object(scheduler, "CROSSED", ()),
+        mock.patch.object(view_summary, "CROSSED", ()),
+    ):
         return scheduler._measured([wrote], whole, scheduler._one_by_one)[0]
