@@ -34,18 +34,18 @@ from jaxdelta.statistics.across_layers.table import reference_tables, relate, st
 from jaxdelta.statistics.across_layers.verdict import verdicts
 from jaxdelta.statistics.layer_row import Described, described
 from jaxdelta.statistics.per_layer.ranks import numerical_rank
-from jaxdelta.sweep import on_mesh as sweep_on_mesh
-from jaxdelta.sweep.mesh import Grid, leads, make_grid
+from jaxdelta.sweep.devices import Devices
+from jaxdelta.sweep.mesh import DeviceMesh, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
-from jaxdelta.sweep.sweep import Sweep, Wrote
+from jaxdelta.sweep.sweep import PassPlan, PassResult, Resume, Sweep, Wrote
 from jaxdelta.text.documents import read_documents, shuffled
 from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import Groups, Sample
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
-from jaxdelta.utils.timing import Stages
+from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
 
@@ -101,14 +101,14 @@ def analyze(
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, chosen)
         note(f"{tokens.count} tokens")
-    grid = make_grid(chosen.mesh, weights.config)
+    devices = make_devices(chosen.mesh, weights.config)
     _check_rank(chosen.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
     if before:
         before(weights.config, tokens, phases, chosen)
     try:
         waiting = resume.moments(chosen.checkpoint_dir)
         with keeping(chosen.keep_moments if leads() else None, waiting) as kept:
-            result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept, grid)
+            result = _measure(name, weights, tokens, phases, chosen, stages, progress, kept, devices)
             if kept:
                 result.save(kept / RUN)
         if not keep_checkpoint:
@@ -158,49 +158,55 @@ def _measure(
     stages: Stages,
     progress: bool,
     kept: Path | None,
-    grid: Grid | None,
+    devices: Devices,
 ) -> Analysis:
     pooled = options.keep_moments is not None
     sample = Sample.of(tokens, options.bootstrap, options.seed, options.resampled, pooled)
     original = weights
-    weights, plan = _planned(weights, tokens, options, sample, stages, grid)
-    begun = _begun(original, tokens, options, plan, sample, stages.listener, grid)
+    weights, plan = _planned(weights, tokens, options, sample, stages, devices)
+    begun = _begun(original, tokens, options, plan, sample, stages.listener, devices)
     weights, tokens = controlled(weights, tokens, options.control, options.seed)
     sample = dataclasses.replace(sample, tokens=tokens)
     if options.control:
         stages.listener(f" control: {options.control} (seed {options.seed})")
     scratch = scratch_directory(options.scratch, plan.blocks.place)
     with stages("layers") as note, scratch as directory, begun as run:
-        dtypes, states = (options.compute_dtype, options.residual_dtype), States(plan.blocks.place, directory)
-        going_on = (run.restore(states), run.keep) if run else ()
-        passed = weights, tokens, *dtypes, plan.blocks, sample.windows is not None, states, *going_on
-        sweep = Sweep(*passed) if grid is None else sweep_on_mesh.SplitSweep(grid, *passed)
+        dtypes, long = (options.compute_dtype, options.residual_dtype), sample.windows is not None
+        states, clock = States(plan.blocks.place, directory, devices), Clock()
+        resumed = Resume(states, run.restore(states), run.keep) if run else Resume(states)
+        sweep = Sweep(weights, tokens, PassPlan(plan.blocks, *dtypes, long), devices, resumed, clock)
         sweep.trace()
-        passing = _with_loss(sweep, shown(sweep, tokens.count, progress))
-        found = _measured(sweep, passing, sample, options, plan.at_once, kept, grid)
+        results: list[PassResult] = []
+        passing = _finished(sweep, shown(sweep, tokens.count, progress), results)
+        found = _measured(sweep, passing, sample, options, plan.at_once, kept, devices, clock)
         figures = run.keeping(found) if run else found
         layers = list(described(figures, Phases(phases), sample, options.top_k, sweep.shape[1]))
         spectra = Spectra.of(layers)
-        note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
-        note(f"loss {sweep.loss:.4f} nats per token")
+        (result,) = results
+        note(f"closure {result.closure_error:.1e}, certificate {spectra.certificate:.1e}")
+        note(f"loss {result.loss:.4f} nats per token")
         if spectra.on_host:
             note(f"spectra done again on the host: rows {spectra.on_host}")
     rate = tokens_per_second(sweep, tokens.count, stages.clock.seconds["layers"])
-    stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(sweep.clock.seconds)}")
-    _check_finite(weights, layers, sweep.loss)
+    stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(clock.seconds)}")
+    _check_finite(weights, layers, result.loss)
     if kept:
         keep_text(kept, sample)
     with stages("overlaps"):
-        result = collect(layers, Phases(phases), sample, options)
+        fields = collect(layers, Phases(phases), sample, options)
     return Analysis(
         model=name,
         num_layers=weights.config.num_layers,
         hidden=weights.config.hidden_size,
         n_calib_tokens=tokens.count,
-        text=excerpt(tokens, result["per_layer"]),
-        run=run_facts(weights, options, plan, sweep, spectra, sample, grid)
-        | {"seconds": dict(stages.clock.seconds), "tokens_per_second": rate},
-        **result,
+        text=excerpt(tokens, fields["per_layer"]),
+        run=run_facts(weights, options, plan, result, spectra, sample, devices)
+        | {
+            "layers_seconds": dict(clock.seconds),
+            "seconds": dict(stages.clock.seconds),
+            "tokens_per_second": rate,
+        },
+        **fields,
     )
 
 
@@ -211,7 +217,8 @@ def _measured(
     options: Options,
     at_once: int,
     kept: Path | None,
-    grid: Grid | None,
+    devices: Devices,
+    clock: Clock,
 ) -> Iterator[LayerFigures]:
     """The layers' figures: from their updates kept whole, or, of a long text, from their moments."""
     views, short = parse_views(options.views), sample.windows is None
@@ -219,13 +226,13 @@ def _measured(
     design = Design(options.top_k, options.svd, views, options.sink_factor, groups)
     if sample.windows is None:
         pending = resume.PENDING if options.checkpoint_dir else None
-        call = None if grid is None else spectra_on_mesh.spread(grid)
-        at_once *= 1 if grid is None else grid.mesh.size
-        return measured(passing, sweep.shape, design, at_once, sweep.clock, pending, call)
+        call = spectra_on_mesh.spread(devices) if isinstance(devices, DeviceMesh) else None
+        at_once *= devices.size
+        return measured(passing, sweep.shape, design, at_once, clock, pending, call)
     windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
     keep = partial(keep_layer, kept) if kept else None
-    programs = ONE_DEVICE if grid is None else moments_on_mesh.split_programs(grid)
-    return pool_layers(passing, windows, sweep.shape[1], design, sweep.clock, keep, programs, sweep.start)
+    programs = moments_on_mesh.split_programs(devices) if isinstance(devices, DeviceMesh) else ONE_DEVICE
+    return pool_layers(passing, windows, sweep.shape[1], design, clock, keep, programs, sweep.start)
 
 
 def _begun(
@@ -235,14 +242,14 @@ def _begun(
     plan: Plan,
     sample: Sample,
     listener: Listener,
-    grid: Grid | None,
+    devices: Devices,
 ) -> contextlib.AbstractContextManager[resume.Run | None]:
     """The checkpoint of this run, begun now or before it was killed; None where none is wanted."""
     if options.checkpoint_dir is None or not isinstance(weights, Checkpoint):
         return contextlib.nullcontext()
     stride = 1
-    if sample.windows is None and (grid or in_batches()):
-        stride = plan.at_once * (grid.mesh.size if grid else 1)
+    if sample.windows is None and (devices.size > 1 or in_batches()):
+        stride = plan.at_once * devices.size
     program = {**versions(), "device": device(), "layers measured at once": stride}
     manifest = resume.manifest(program, weights, dataclasses.asdict(options), tokens, plan.blocks)
     return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, stride, listener)
@@ -254,7 +261,7 @@ def _planned(
     options: Options,
     sample: Sample,
     stages: Stages,
-    grid: Grid | None,
+    devices: Devices,
 ) -> tuple[Weights, Plan]:
     """How the pass is divided; the weights, loaded if they are to be resident."""
     resident = options.memory == "resident" or isinstance(weights, Resident)
@@ -263,10 +270,9 @@ def _planned(
         if sample.windows is not None:
             pool = len(parts_looked_at(parse_views(options.views))), sample.documents
         dtypes = options.compute_dtype, options.residual_dtype
-        data, model, local = (grid.data, grid.model, len(grid.local)) if grid else (1, 1, 1)
         scratch = options.scratch is not None
-        work = Work(weights, tokens.ids.shape, *dtypes, resident, pool, scratch, data, model)
-        plan = work.plan(device_limit(options.device_memory_gb, local))
+        work = Work(weights, tokens.ids.shape, *dtypes, resident, pool, scratch, devices.data, devices.model)
+        plan = work.plan(device_limit(options.device_memory_gb, len(devices.local)))
         note(str(plan))
     if resident and isinstance(weights, Checkpoint):
         with stages("load"):
@@ -274,15 +280,16 @@ def _planned(
     return weights, plan
 
 
-def _with_loss(sweep: Sweep, layers: Iterator[Iterator[Wrote]]) -> Iterator[Iterator[Wrote]]:
-    """Every layer; then the loss is computed: here and not later, because the last spectra are still being
-    computed beside it."""
+def _finished(
+    sweep: Sweep, layers: Iterator[Iterator[Wrote]], results: list[PassResult]
+) -> Iterator[Iterator[Wrote]]:
+    """Yields every layer, then finishes the pass, so that its loss overlaps with the last layers' spectra."""
     with ThreadPoolExecutor(1, "compile") as beside:
         for number, blocks in enumerate(layers):
             yield blocks
             if number == 0:
                 beside.submit(sweep.compile_rest)
-        sweep.finish_loss()
+        results.append(sweep.finish())
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:

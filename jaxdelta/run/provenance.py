@@ -13,8 +13,8 @@ from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.run.memory_plan import Plan
 from jaxdelta.run.options import Options
 from jaxdelta.statistics.layer_row import Described
-from jaxdelta.sweep.mesh import Grid
-from jaxdelta.sweep.sweep import Sweep
+from jaxdelta.sweep.devices import Devices
+from jaxdelta.sweep.sweep import PassResult
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
 
@@ -40,16 +40,16 @@ def run_facts(
     weights: Weights,
     options: Options,
     plan: Plan,
-    sweep: Sweep,
+    found: PassResult,
     spectra: Spectra,
     sample: Sample,
-    grid: Grid | None,
+    devices: Devices,
 ) -> dict[str, Any]:
     """A run's `run`, but for the seconds of its stages."""
     return {
         "versions": versions(),
         "device": device(),
-        "mesh": grid and grid.facts,
+        "mesh": devices.facts,
         "model_type": weights.config.model_type,
         "weights_dtype": weights.config.dtype,
         "compute_dtype": options.compute_dtype,
@@ -64,10 +64,9 @@ def run_facts(
             "padding": sample.tokens.padding,
         },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
-        "layers_seconds": dict(sweep.clock.seconds),
-        "closure_error": sweep.closure_error,
-        "calibration_loss": sweep.loss,
-        "loss_tokens": sweep.loss_tokens,
+        "closure_error": found.closure_error,
+        "calibration_loss": found.loss,
+        "loss_tokens": found.loss_tokens,
         "certificate": spectra.certificate,
         "rows_on_host": spectra.on_host,
         **document_facts(sample.tokens),
