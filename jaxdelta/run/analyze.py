@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,12 +283,8 @@ def _finished(
     sweep: Sweep, layers: Iterator[Iterator[Wrote]], results: list[PassResult]
 ) -> Iterator[Iterator[Wrote]]:
     """Yields every layer, then finishes the pass, so that its loss overlaps with the last layers' spectra."""
-    with ThreadPoolExecutor(1, "compile") as beside:
-        for number, blocks in enumerate(layers):
-            yield blocks
-            if number == 0:
-                beside.submit(sweep.compile_rest)
-        results.append(sweep.finish())
+    yield from layers
+    results.append(sweep.finish())
 
 
 def _check_rank(top_k: int, rank: int, what: str) -> None:

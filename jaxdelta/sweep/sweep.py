@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.attention import Context, query_block
 from jaxdelta.model.decoder import abstract_block, attention_windows, block_context
-from jaxdelta.model.loss import PROBED, compile_sliced_loss, sliced_loss, vocabulary_slices
+from jaxdelta.model.loss import PROBED, sliced_loss, vocabulary_slices
 from jaxdelta.sweep.devices import Devices, OneDevice
 from jaxdelta.sweep.programs import Ends, Update, final_norm_program, layer_program
 from jaxdelta.sweep.states import State, States
@@ -325,22 +325,6 @@ class Sweep:
             losses = sliced_loss(vocab_size, slices, targets, normed, self._dtypes[0])
             loss = float(losses.mean(dtype=np.float64))
         return PassResult(self._final.closure_error, loss, len(following))
-
-    def compile_rest(self) -> None:
-        """Compiles what follows the layers, on another thread while they compute."""
-        if self._devices.size > 1:  # a run on several devices is long
-            return
-        config, state = self.weights.config, self._abstract_state()
-        h: Any = state.h
-        written: Any = state.written
-        weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
-        places = _padded(self._loss_positions)[0]
-        attention = jax.ShapeDtypeStruct((len(self._chosen[0]), config.hidden_size), jnp.float32)
-        final_norm_program(self._devices, self._all_tokens).lower(
-            Ends(h, h, h, written), attention, weight, self._rows[0], places, eps=config.rms_norm_eps
-        ).compile()
-        shape = sum(map(len, self._loss_positions)), config.hidden_size
-        compile_sliced_loss(config.vocab_size, shape, config.dtype, self._dtypes[0])
 
 
 class _FinalNorm:
