@@ -22,7 +22,7 @@ from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import UsageError
 from jaxdelta.run.memory_plan import Work
 from jaxdelta.run.resume import RUN
-from jaxdelta.sweep.devices import OneDevice
+from jaxdelta.sweep.devices import ALL, DATA, WHOLE, OneDevice
 from jaxdelta.sweep.mesh import DeviceMesh, make_devices, parse_mesh, share
 from jaxdelta.sweep.mesh import processes as processes_of
 from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep, joined
@@ -244,6 +244,21 @@ def test_a_cpus_simulated_devices_are_one_unless_asked_for(checkpoint: Path) -> 
     devices = make_devices("data:2", config)
     assert isinstance(devices, DeviceMesh)
     assert (devices.facts, list(devices.local_rows)) == ({"data": 2, "model": 1, "processes": 1}, [0, 1])
+
+
+@pytest.mark.parametrize("mesh", [None, "data:2", "model:2"])
+def test_devices_compute_the_same(mesh: str | None, checkpoint: Path) -> None:
+    """Of windows, of what each device has, and of what all have."""
+    devices = make_devices(mesh, open_checkpoint(str(checkpoint)).config)
+    assert devices.size == len(devices.local) == (1 if mesh is None else 2)
+    block = np.arange(12, dtype=np.float32).reshape(4, 3)
+    windows = devices.put_windows(devices.local_windows(block))
+    twice = devices.jit(devices.shard_map(lambda x: 2 * x, DATA, DATA), DATA)
+    np.testing.assert_array_equal(devices.fetch(twice(windows)), 2 * block)
+    largest = devices.jit(devices.shard_map(lambda x: x.max(axis=0, keepdims=True), ALL, ALL, ALL), ALL)
+    assert devices.fetch(largest(devices.put(block))).shape == (devices.size, 3)
+    assert devices.fetch(devices.jit(lambda x: x.sum(), WHOLE)(windows)) == block.sum()
+    np.testing.assert_array_equal(devices.put_rows(block), block)
 
 
 def test_a_device_has_its_share(checkpoint: Path) -> None:

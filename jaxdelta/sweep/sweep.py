@@ -3,7 +3,8 @@
 Layer L + 1 is read while layer L computes, so that a run needs the memory of two layers, and reads each
 weight once. One compiled program serves all layers, or two if some are dense and some have experts.
 
-Axes: B windows of a block, b of them in this process, T tokens of each, D hidden size; n tokens in all.
+Axes: B windows of a block, b of them in this process, T tokens of each, D hidden size; W windows of the
+text, n tokens that count.
 """
 
 import contextlib
@@ -134,16 +135,16 @@ class Sweep:
         self._dtypes = jnp.dtype(plan.compute_dtype), jnp.dtype(plan.residual_dtype)
         self._all_tokens = plan.all_tokens
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
-        self._positions = [self._put_windows(part) for part in self.split(tokens.positions)]
-        if not tokens.segmented:
-            self._positions = [None] * len(self.tokens)
+        self._positions: list[Any] = [None] * len(self.tokens)
+        if tokens.segmented:
+            self._positions = [self._put_windows(part) for part in self.split(tokens.positions)]
         resume = resume or Resume(States(self.blocks.place, devices=self._devices))
         self._states, self.start, self._keep = resume.states, resume.start, resume.keep
         self._clock = clock or Clock()
         self._final: _FinalNorm | None = None  # of the last pass that came to its end
 
-    def split(self, windows: Shaped[np.ndarray, "B ..."]) -> list[Shaped[np.ndarray, "b ..."]]:
-        """Splits an array with a row per window into blocks; the last block is padded with zeros."""
+    def split(self, windows: Shaped[np.ndarray, "W ..."]) -> list[Shaped[np.ndarray, "B ..."]]:
+        """Splits an array with a row per window of the text into blocks; the last is padded with zeros."""
         size = self.blocks.windows
         filled = [(0, -len(windows) % size)] + [(0, 0)] * (windows.ndim - 1)
         return np.split(np.pad(windows, filled), -(-len(windows) // size))
@@ -227,6 +228,7 @@ class Sweep:
 
     def __iter__(self) -> Iterator[Iterator[Wrote]]:
         config, lowered, final = self.weights.config, self.trace(), None
+        self._final = None
         with (
             contextlib.closing(read_ahead(self._read, config.num_layers, self.start)) as layers,
             ThreadPoolExecutor(1, "enter") as pool,
