@@ -55,7 +55,7 @@ from jaxdelta.spectra.views import ALL, RAW
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases
 from jaxdelta.statistics.across_layers.table import relate
 from jaxdelta.statistics.layer_row import described
-from jaxdelta.sweep.sweep import Sweep, Update, Wrote
+from jaxdelta.sweep.sweep import PassPlan, Sweep, Update, Wrote
 from jaxdelta.text.documents import shipped_prompts
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
@@ -257,10 +257,10 @@ def stream() -> list[Figures]:
 def run_pass(weights: Weights) -> None:
     """All layers, none of them measured, and the loss."""
     ids = np.arange(_TOKENS.value, dtype=np.int32)[None]
-    sweep = Sweep(weights, Tokens(ids, np.zeros_like(ids)), _DTYPE.value)
+    sweep = Sweep(weights, Tokens(ids, np.zeros_like(ids)), PassPlan(compute_dtype=_DTYPE.value))
     for layer in sweep:
         jax.block_until_ready(list(layer))
-    sweep.finish_loss()
+    sweep.finish()
 
 
 def read_all(files: list[Path]) -> None:

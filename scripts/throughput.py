@@ -18,7 +18,7 @@ from jaxdelta.run.memory_plan import block_tokens
 from jaxdelta.spectra.moments.accumulate import Pool, Windows
 from jaxdelta.spectra.view_summary import Design
 from jaxdelta.spectra.views import DEFAULT_VIEWS, parse_views
-from jaxdelta.sweep.sweep import Blocks, Sweep
+from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
 from jaxdelta.text.groups import Groups, Sample
 from jaxdelta.text.tokens import Tokens
 
@@ -59,7 +59,7 @@ def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[
     tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
     count = max(1, min(len(ids), block_tokens() // ids.shape[1]))
     blocks = Blocks(count, query_block(weights.config, ids.shape[1]))
-    sweep = Sweep(weights, tokens, dtype, blocks=blocks, whole=True)
+    sweep = Sweep(weights, tokens, PassPlan(blocks, dtype, all_tokens=True))
     return sweep, Sample.of(tokens, 200, 0, pooled=True)
 
 

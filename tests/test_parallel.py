@@ -22,10 +22,10 @@ from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import UsageError
 from jaxdelta.run.memory_plan import Work
 from jaxdelta.run.resume import RUN
-from jaxdelta.sweep.mesh import make_grid, parse_mesh, share
+from jaxdelta.sweep.devices import ALL, DATA, WHOLE, OneDevice
+from jaxdelta.sweep.mesh import DeviceMesh, make_devices, parse_mesh, share
 from jaxdelta.sweep.mesh import processes as processes_of
-from jaxdelta.sweep.on_mesh import SplitSweep, SplitWeights
-from jaxdelta.sweep.sweep import Blocks, Sweep, joined
+from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep, joined
 from jaxdelta.text.tokens import Tokens
 
 HERE = Path(__file__).parent
@@ -198,17 +198,16 @@ def test_experts(mesh: str, whole: bool, experts: Checkpoint) -> None:
     ids = rng.integers(0, 256, (5, 40)).astype(np.int32)
     positions = np.tile(np.r_[:25, :15], (5, 1)).astype(np.int32)
     tokens = Tokens(ids, np.zeros_like(ids), positions=positions)
-    arguments = experts, tokens, "float32", "float32", Blocks(4, 16, "host"), whole
-    grid = make_grid(mesh, experts.config)
-    assert grid is not None
-    one, two = Sweep(*arguments), SplitSweep(grid, *arguments)
+    plan = PassPlan(Blocks(4, 16, "host"), all_tokens=whole)
+    devices = make_devices(mesh, experts.config)
+    assert isinstance(devices, DeviceMesh)
+    one, two = Sweep(experts, tokens, plan), Sweep(experts, tokens, plan, devices)
     for update, other in zip(joined(two), joined(one), strict=True):
         for part, same in zip(update, other, strict=True):
             np.testing.assert_allclose(part, same, rtol=0, atol=1e-5)
-    one.finish_loss()
-    two.finish_loss()
-    assert two.loss == pytest.approx(one.loss, rel=1e-6)
-    assert two.closure_error < 1e-6
+    found = two.finish()
+    assert found.loss == pytest.approx(one.finish().loss, rel=1e-6)
+    assert found.closure_error < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,7 @@ def test_a_mesh_must_fit_the_model(checkpoint: Path) -> None:
     config = open_checkpoint(str(checkpoint)).config
     config = dataclasses.replace(config, num_kv_heads=1, intermediate_size=81)
     with pytest.raises(UsageError, match=r"model:2 does not divide num_key_value_heads \(1\), intermediate"):
-        make_grid("model:2", config)
+        make_devices("model:2", config)
 
 
 def test_no_address() -> None:
@@ -241,21 +240,35 @@ def test_no_address() -> None:
 
 def test_a_cpus_simulated_devices_are_one_unless_asked_for(checkpoint: Path) -> None:
     config = open_checkpoint(str(checkpoint)).config
-    assert make_grid(None, config) is None
-    grid = make_grid("data:2", config)
-    assert grid is not None
-    assert (grid.facts, list(grid.own)) == ({"data": 2, "model": 1, "processes": 1}, [0, 1])
+    assert make_devices(None, config) == OneDevice()
+    devices = make_devices("data:2", config)
+    assert isinstance(devices, DeviceMesh)
+    assert (devices.facts, list(devices.local_rows)) == ({"data": 2, "model": 1, "processes": 1}, [0, 1])
+
+
+@pytest.mark.parametrize("mesh", [None, "data:2", "model:2"])
+def test_devices_compute_the_same(mesh: str | None, checkpoint: Path) -> None:
+    """Of windows, of what each device has, and of what all have."""
+    devices = make_devices(mesh, open_checkpoint(str(checkpoint)).config)
+    assert devices.size == len(devices.local) == (1 if mesh is None else 2)
+    block = np.arange(12, dtype=np.float32).reshape(4, 3)
+    windows = devices.put_windows(devices.local_windows(block))
+    twice = devices.jit(devices.shard_map(lambda x: 2 * x, DATA, DATA), DATA)
+    np.testing.assert_array_equal(devices.fetch(twice(windows)), 2 * block)
+    largest = devices.jit(devices.shard_map(lambda x: x.max(axis=0, keepdims=True), ALL, ALL, ALL), ALL)
+    assert devices.fetch(largest(devices.put(block))).shape == (devices.size, 3)
+    assert devices.fetch(devices.jit(lambda x: x.sum(), WHOLE)(windows)) == block.sum()
+    np.testing.assert_array_equal(devices.put_rows(block), block)
 
 
 def test_a_device_has_its_share(checkpoint: Path) -> None:
     """Of a checkpoint as of a loaded model."""
     opened = open_checkpoint(str(checkpoint))
-    grid = make_grid("model:2", opened.config)
-    assert grid is not None
+    devices = make_devices("model:2", opened.config)
     for index in range(2):
-        whole, abstract = opened.layer(index), SplitWeights(opened, grid).abstract_layer(index)
+        whole, abstract = opened.layer(index), devices.abstract_layer(opened, index)
         for weights in (opened, Resident(opened.load())):
-            layers = (whole, SplitWeights(weights, grid).layer(index), abstract)
+            layers = (whole, devices.layer(weights, index), abstract)
             for (path, leaf), (_, same), (_, spec) in zip(*map(nnx.to_flat_state, layers), strict=True):
                 np.testing.assert_array_equal(same[...], leaf[...], err_msg=str(path))
                 assert same.get_value().sharding == spec.get_value().sharding

@@ -17,7 +17,7 @@ from jaxdelta.model.config import Experts, ModelConfig
 from jaxdelta.model.decoder import Qwen3
 from jaxdelta.run import memory_plan
 from jaxdelta.run.memory_plan import Work, device_limit
-from jaxdelta.sweep.sweep import Blocks, Sweep
+from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
 from jaxdelta.text.tokens import Tokens
 
 GB = 10**9
@@ -102,9 +102,8 @@ def test_the_workspace_of_experts(tokens: tuple[int, int]) -> None:
 def check_workspace(model: ModelConfig, tokens: tuple[int, int], queries: int, dtype: str) -> None:
     planned = work(model, tokens, dtype)
     blocks = Blocks(tokens[0], queries)
-    sweep = Sweep(planned.weights, Tokens(*np.zeros((2, *tokens), np.int32)), dtype, "float32", blocks)
-    sweep.trace()
-    (traced,) = sweep._traced.values()
+    sweep = Sweep(planned.weights, Tokens(*np.zeros((2, *tokens), np.int32)), PassPlan(blocks, dtype))
+    (traced,) = sweep.trace().values()
     taken = traced.compile().memory_analysis().temp_size_in_bytes
     assert taken <= planned._layer_workspace(blocks) <= 6 * taken
 

@@ -16,7 +16,7 @@ from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL, MASKED, RAW
 from jaxdelta.statistics import layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
-from jaxdelta.sweep.states import PLACES
+from jaxdelta.sweep.states import LOCATIONS
 from jaxdelta.sweep.sweep import Blocks, Update, Wrote
 from jaxdelta.text import groups
 from jaxdelta.text.groups import Groups, Sample
@@ -160,7 +160,7 @@ def kept_whole(tiny_checkpoint: Path, packed: Tokens) -> Analysis:
     return analyze(str(tiny_checkpoint), packed, top_k=4)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", LOCATIONS)
 def test_a_run(
     place: str,
     tiny_checkpoint: Path,

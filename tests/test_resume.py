@@ -20,7 +20,7 @@ from jaxdelta.run.memory_plan import Work
 from jaxdelta.run.resume import RUN, Run
 from jaxdelta.spectra import summary_files
 from jaxdelta.spectra.view_summary import LayerFigures
-from jaxdelta.sweep.states import PLACES, State, States, scratch_directory
+from jaxdelta.sweep.states import LOCATIONS, State, States, scratch_directory
 from jaxdelta.sweep.sweep import Blocks, Sweep
 from jaxdelta.text import groups
 from jaxdelta.text.tokens import Tokens
@@ -74,7 +74,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
 
     steps: list[None] = []
     monkeypatch.setattr(Sweep, "_step", stops)
-    monkeypatch.setattr(Sweep, "finish_loss", fails)
+    monkeypatch.setattr(Sweep, "finish", fails)
 
 
 def run(
@@ -113,7 +113,7 @@ def bits(result: Analysis) -> tuple[str, bytes]:
 # ------------------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize("place", ["short", *PLACES], indirect=True)
+@pytest.mark.parametrize("place", ["short", *LOCATIONS], indirect=True)
 def test_stopped_at_every_layer(place: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """One run, stopped a layer further every time; the states of two steps are kept and no more."""
     scratch, directory = tmp_path / "scratch", tmp_path / "checkpoints"
@@ -321,7 +321,7 @@ def test_no_damage_passes(left: Path, tmp_path: Path) -> None:
             assert said[-1] == f" resumed after layer {start - 1}"
             assert len(said) == (1 if unsaid else 1 + newest - start)
             if start == newest:
-                for one, other in zip(*(next(of.in_turn(1)) for of in (states, wanted)), strict=True):
+                for one, other in zip(*(next(iter(of)) for of in (states, wanted)), strict=True):
                     np.testing.assert_array_equal(one, other)
             shutil.rmtree(copy)
     assert set(found) == {newest - 1, newest}  # Orbax keeps some files that nobody needs

@@ -12,7 +12,7 @@ from jaxdelta.checkpoint.weights import Resident, Weights
 from jaxdelta.model.decoder import residual_stream
 from jaxdelta.model.loss import next_token_loss
 from jaxdelta.sweep import sweep
-from jaxdelta.sweep.sweep import Blocks, Sweep, Update, joined
+from jaxdelta.sweep.sweep import Blocks, PassPlan, PassResult, Sweep, Update, joined
 from jaxdelta.text.tokens import PADDING, Tokens
 
 IDS = np.random.default_rng(5).integers(0, 256, (6, 70)).astype(np.int32)
@@ -30,20 +30,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callab
     return open_checkpoint(str(make_checkpoint(tmp_path_factory.mktemp("windows"), **options)))
 
 
-def passed(weights: Weights, blocks: Blocks | None, dtype: str = "float32") -> tuple[Sweep, list[Update]]:
-    sweep = Sweep(weights, TOKENS, dtype, dtype, blocks)
+def passed(
+    weights: Weights, blocks: Blocks | None, dtype: str = "float32"
+) -> tuple[PassResult, list[Update]]:
+    sweep = Sweep(weights, TOKENS, PassPlan(blocks, dtype, dtype))
     updates = [Update(*map(np.asarray, update)) for update in joined(sweep)]
-    sweep.finish_loss()
-    return sweep, updates
+    return sweep.finish(), updates
 
 
 @pytest.fixture(scope="module")
-def whole(checkpoint: Checkpoint) -> tuple[Sweep, list[Update]]:
+def whole(checkpoint: Checkpoint) -> tuple[PassResult, list[Update]]:
     return passed(checkpoint, Blocks(6, 70))
 
 
 def assert_same(
-    found: tuple[Sweep, list[Update]], wanted: tuple[Sweep, list[Update]], tolerance: float
+    found: tuple[PassResult, list[Update]], wanted: tuple[PassResult, list[Update]], tolerance: float
 ) -> None:
     for update, other in zip(found[1], wanted[1], strict=True):
         whole = np.linalg.norm(other.delta)  # a sublayer's part may be small beside it
@@ -58,13 +59,15 @@ def assert_same(
 @pytest.mark.parametrize("windows", [1, 2, 3])
 @pytest.mark.parametrize("place", ["device", "host"])
 def test_blocks_of_windows(
-    checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], windows: int, place: str
+    checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]], windows: int, place: str
 ) -> None:
     assert_same(passed(checkpoint, Blocks(windows, 70, place)), whole, 1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 9, 35, 69])
-def test_blocks_of_queries(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]], queries: int) -> None:
+def test_blocks_of_queries(
+    checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]], queries: int
+) -> None:
     """A last block that is full, and one that is filled up."""
     assert_same(passed(checkpoint, Blocks(6, queries)), whole, 1e-6)
 
@@ -83,25 +86,26 @@ def test_the_loss_of_a_long_text_is_that_of_its_beginning(
     model = checkpoint.load()
     losses = next_token_loss(model.head, model.norm(residual_stream(model, IDS).states[-1]), IDS).ravel()
 
-    def loss(windows: int, probed: int, **options: bool) -> float:
+    def loss(windows: int, probed: int, all_tokens: bool) -> float:
         monkeypatch.setattr(sweep, "PROBED", probed)
-        passing = Sweep(checkpoint, TOKENS, blocks=Blocks(windows, 70), **options)
+        passing = Sweep(checkpoint, TOKENS, PassPlan(Blocks(windows, 70), all_tokens=all_tokens))
         for _ in joined(passing):
             pass
-        passing.finish_loss()
-        return passing.loss
+        return passing.finish().loss
 
     for probed in (5, 69, 100, 1000):
         for windows, whole in ((1, False), (2, True), (3, False), (4, False), (6, True)):
-            assert loss(windows, probed, whole=whole) == pytest.approx(losses[:probed].mean(), rel=1e-5)
+            assert loss(windows, probed, whole) == pytest.approx(losses[:probed].mean(), rel=1e-5)
     assert abs(losses[:5].mean() - losses.mean()) > 1e-3
 
 
-def test_resident_weights_change_no_bit(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:
+def test_resident_weights_change_no_bit(
+    checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]]
+) -> None:
     assert_same(passed(Resident(checkpoint.load()), None), whole, 0)
 
 
-def test_pass_and_scan_agree(checkpoint: Checkpoint, whole: tuple[Sweep, list[Update]]) -> None:
+def test_pass_and_scan_agree(checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]]) -> None:
     stream = residual_stream(checkpoint.load(), IDS)
     for i, update in enumerate(whole[1][:-1]):
         for part, same in zip(update, (stream.attention[i], stream.mlp[i], stream.states[i]), strict=True):
@@ -120,7 +124,7 @@ def test_packed_windows(checkpoint: Checkpoint, windows: int) -> None:
     documents = np.where(places < 35, np.cumsum(starts).reshape(starts.shape), PADDING).astype(np.int32)
     tokens = Tokens(rng.integers(0, 256, (5, 40)).astype(np.int32), documents, positions=positions)
     stream = residual_stream(checkpoint.load(), tokens.ids, positions)
-    sweep = Sweep(checkpoint, tokens, blocks=Blocks(windows, 40))
+    sweep = Sweep(checkpoint, tokens, PassPlan(Blocks(windows, 40)))
     updates = list(joined(sweep))
     assert sweep.shape == updates[0].h.shape == (tokens.counted.sum(), 48)
     for i, update in enumerate(updates[:-1]):
@@ -129,5 +133,12 @@ def test_packed_windows(checkpoint: Checkpoint, windows: int) -> None:
 
 
 def test_shape(checkpoint: Checkpoint) -> None:
-    assert Sweep(checkpoint, TOKENS, blocks=Blocks(2, 70)).shape == (6 * 69, 48)
-    assert Sweep(checkpoint, TOKENS, jnp.bfloat16).blocks == Blocks(6, 70)
+    assert Sweep(checkpoint, TOKENS, PassPlan(Blocks(2, 70))).shape == (6 * 69, 48)
+    assert Sweep(checkpoint, TOKENS, PassPlan(compute_dtype=jnp.bfloat16)).blocks == Blocks(6, 70)
+
+
+def test_a_pass_ends_before_it_is_finished(checkpoint: Checkpoint) -> None:
+    passing = Sweep(checkpoint, TOKENS)
+    next(iter(passing))
+    with pytest.raises(RuntimeError, match="must follow the last layer"):
+        passing.finish()

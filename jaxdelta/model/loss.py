@@ -83,14 +83,3 @@ def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> A
     hidden = jnp.where(jnp.arange(rows.shape[0]) >= counted, jnp.float32(0), -jnp.inf)
     scores = contract("...D,VD->...V", x, rows) + hidden
     return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1))
-
-
-def compile_sliced_loss(
-    vocab_size: int, shape: tuple[int, int], weights_dtype: DTypeLike, compute_dtype: DTypeLike
-) -> None:
-    """Compiles `sliced_loss` for states of a shape (tokens, D), before they and the slices are there."""
-    start, stop = vocabulary_slices(vocab_size)[0]
-    abstract, dtype = jax.ShapeDtypeStruct, jnp.dtype(compute_dtype)
-    _begin_loss.lower(abstract(shape, weights_dtype), abstract(shape, jnp.float32), dtype).compile()
-    x, head = abstract(shape, dtype), abstract((stop - start, shape[1]), weights_dtype)
-    _add_slice.lower(abstract(shape[:1], jnp.float32), x, head, 0).compile()

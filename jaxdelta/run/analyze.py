@@ -39,18 +39,17 @@ from jaxdelta.spectra.view_summary import MeasurementPlan
 from jaxdelta.spectra.views import parts_looked_at
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases, parse_phases
 from jaxdelta.statistics.layer_row import LayerRecord, layer_record
-from jaxdelta.sweep import on_mesh as sweep_on_mesh
-from jaxdelta.sweep.mesh import leads, make_grid
+from jaxdelta.sweep.mesh import DeviceMesh, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
-from jaxdelta.sweep.sweep import Sweep
+from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
 from jaxdelta.text.documents import read_documents, shuffled
 from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
-from jaxdelta.utils.timing import Stages
+from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
 
@@ -125,10 +124,10 @@ def _opened(
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, options)
         note(f"{tokens.count} tokens")
-    grid = make_grid(options.mesh, weights.config)
+    devices = make_devices(options.mesh, weights.config)
     check_rank(options.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
     sample = Sample.of(tokens, options.bootstrap, options.seed)
-    return RunContext(name, weights, weights, sample, phases, options, stages, grid)
+    return RunContext(name, weights, weights, sample, phases, options, stages, devices)
 
 
 @contextlib.contextmanager
@@ -177,36 +176,42 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
     with stages("layers") as note, contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(run.options.scratch, plan.blocks.place))
         checkpoint = stack.enter_context(_checkpoint(run))
-        run = _controlled(run)
-        sweep = _sweep(run, checkpoint, States(plan.blocks.place, directory))
+        run, clock = _controlled(run), Clock()
+        sweep = _sweep(run, checkpoint, States(plan.blocks.place, directory, run.devices), clock)
         records = checkpoint.records() if checkpoint else []
-        summaries = stack.enter_context(_summaries(run, sweep, kept))
+        schedule = _schedule(run, sweep.start, clock)
+        summaries = stack.enter_context(_summaries(run, sweep, schedule, kept))
         for layer in shown(sweep, run.sample.tokens.count, progress):
             _keep(summaries.add(layer), records, checkpoint)
-        sweep.finish_loss()  # beside the last layers' spectra
+        found = sweep.finish()  # beside the last layers' spectra
         _keep(summaries.rest(), records, checkpoint)
         if checkpoint:
             checkpoint.wait()
         spectra = Spectra.of(records)
-        note(f"closure {sweep.closure_error:.1e}, certificate {spectra.certificate:.1e}")
-        note(f"loss {sweep.loss:.4f} nats per token")
+        note(f"closure {found.closure_error:.1e}, certificate {spectra.certificate:.1e}")
+        note(f"loss {found.loss:.4f} nats per token")
         if spectra.on_host:
             note(f"spectra done again on the host: rows {spectra.on_host}")
     rate = tokens_per_second(sweep, run.sample.tokens.count, stages.clock.seconds["layers"])
-    stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(sweep.clock.seconds)}")
-    _check_finite(run.weights, records, sweep.loss)
+    stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(clock.seconds)}")
+    _check_finite(run.weights, records, found.loss)
     if kept:
         keep_text(kept, run.sample)
     with stages("overlaps"):
         result = collect(records, run.phases, run.sample, run.options)
-    facts = run_facts(run, sweep, spectra)
+    facts = run_facts(run, found, spectra)
     return Analysis(
         model=run.name,
         num_layers=run.weights.config.num_layers,
         hidden=run.weights.config.hidden_size,
         n_calib_tokens=run.sample.tokens.count,
         text=excerpt(run.sample.tokens, result["per_layer"]),
-        run=facts | {"seconds": dict(stages.clock.seconds), "tokens_per_second": rate},
+        run=facts
+        | {
+            "layers_seconds": dict(clock.seconds),
+            "seconds": dict(stages.clock.seconds),
+            "tokens_per_second": rate,
+        },
         **result,
     )
 
@@ -228,37 +233,43 @@ def _controlled(run: RunContext) -> RunContext:
     return dataclasses.replace(run, weights=weights, sample=dataclasses.replace(run.sample, tokens=tokens))
 
 
-def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States) -> Sweep:
+def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock: Clock) -> Sweep:
     """The pass, from the layer where a checkpoint ends."""
     assert run.plan is not None
-    dtypes = run.options.compute_dtype, run.options.residual_dtype
-    going_on = (checkpoint.restore(states), checkpoint.keep) if checkpoint else ()
-    whole = run.plan.groups > 0
-    passed = run.weights, run.sample.tokens, *dtypes, run.plan.blocks, whole, states, *going_on
-    sweep = Sweep(*passed) if run.grid is None else sweep_on_mesh.SplitSweep(run.grid, *passed)
+    options = run.options
+    resumed = Resume(states, checkpoint.restore(states), checkpoint.keep) if checkpoint else Resume(states)
+    plan = PassPlan(
+        run.plan.blocks, options.compute_dtype, options.residual_dtype, all_tokens=run.plan.groups > 0
+    )
+    sweep = Sweep(run.weights, run.sample.tokens, plan, run.devices, resumed, clock)
     sweep.trace()
     return sweep
 
 
-def _summaries(run: RunContext, sweep: Sweep, kept: Path | None) -> Summaries:
+def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
+    assert run.plan is not None
+    at_once = run.plan.at_once * run.devices.size
+    pending = resume.PENDING if run.options.checkpoint_dir else layers_pending(at_once)
+    return Schedule(at_once, pending, start, clock)
+
+
+def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | None) -> Summaries:
     """What summarises the layers: from rows on threads or in batches, or from moments."""
-    options, sample, grid = run.options, run.sample, run.grid
+    options, sample, devices = run.options, run.sample, run.devices
     assert run.plan is not None
     plan = MeasurementPlan(options.top_k, options.svd, run.views, options.sink_factor, options.resampled)
-    finish = partial(
-        layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=run.weights.config.hidden_size
-    )
-    at_once = run.plan.at_once * (grid.mesh.size if grid else 1)
-    pending = resume.PENDING if options.checkpoint_dir else layers_pending(at_once)
-    schedule = Schedule(at_once, pending, sweep.start, sweep.clock)
+    hidden = run.weights.config.hidden_size
+    finish = partial(layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=hidden)
+    mesh = devices if isinstance(devices, DeviceMesh) else None
     if run.plan.groups:
         text = TextBlocks.of(sweep.counted, sample.owners)
         keep = partial(keep_layer, kept) if kept else None
-        return MomentSummaries(plan, finish, schedule, text, keep, mesh_kernels(grid) if grid else None)
+        return MomentSummaries(plan, finish, schedule, text, keep, mesh_kernels(mesh) if mesh else None)
     groups = sample.groups if options.resampled else None
-    if grid is None and not in_batches():
+    if mesh is None and not in_batches():
         return ThreadedSummaries(plan, finish, schedule, groups)
-    solver = on_mesh(grid, at_once, groups) if grid else on_one_device(at_once, groups)
+    at_once = schedule.at_once
+    solver = on_mesh(mesh, at_once, groups) if mesh else on_one_device(at_once, groups)
     return BatchedSummaries(plan, finish, schedule, solver)
 
 
@@ -274,10 +285,9 @@ def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run
 
 def _planned(run: RunContext) -> RunContext:
     """The run with its plan; with the weights loaded if they are to be resident."""
-    options, weights, grid, tokens = run.options, run.weights, run.grid, run.sample.tokens
+    options, weights, devices, tokens = run.options, run.weights, run.devices, run.sample.tokens
     resident = options.memory == "resident" or isinstance(weights, Resident)
     with run.stages("plan") as note:
-        data, model, local = (grid.data, grid.model, len(grid.local)) if grid else (1, 1, 1)
         measurement = Measurement(
             len({view._replace(masked=False) for view in run.views}),
             len(parts_looked_at(run.views)),
@@ -293,10 +303,10 @@ def _planned(run: RunContext) -> RunContext:
             resident,
             measurement,
             options.scratch is not None,
-            data,
-            model,
+            devices.data,
+            devices.model,
         )
-        plan = work.plan(device_limit(options.device_memory_gb, local))
+        plan = work.plan(device_limit(options.device_memory_gb, len(devices.local)))
         note(str(plan))
     sample = run.sample.coarser(plan.groups, options.seed) if plan.groups else run.sample
     run = dataclasses.replace(run, plan=plan, sample=sample)

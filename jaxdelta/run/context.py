@@ -7,7 +7,7 @@ from jaxdelta.run.memory_plan import Plan
 from jaxdelta.run.options import Options
 from jaxdelta.spectra.views import View, parse_views
 from jaxdelta.statistics.across_layers.phases import Phases
-from jaxdelta.sweep.mesh import Grid
+from jaxdelta.sweep.devices import Devices
 from jaxdelta.text.groups import Sample
 from jaxdelta.utils.timing import Stages
 
@@ -23,7 +23,7 @@ class RunContext:
     phases: Phases
     options: Options
     stages: Stages
-    grid: Grid | None
+    devices: Devices
     plan: Plan | None = None
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from jaxdelta._version import __version__
 from jaxdelta.run.context import RunContext
 from jaxdelta.statistics.layer_row import LayerRecord
-from jaxdelta.sweep.sweep import Sweep
+from jaxdelta.sweep.sweep import PassResult
 from jaxdelta.text.tokens import Tokens
 
 FEW_DOCUMENTS = 10
@@ -32,14 +32,14 @@ class Spectra:
         return cls(max(layer.certificate for layer in layers), np.flatnonzero(again).tolist())
 
 
-def run_facts(run: RunContext, sweep: Sweep, spectra: Spectra) -> dict[str, Any]:
+def run_facts(run: RunContext, found: PassResult, spectra: Spectra) -> dict[str, Any]:
     """The `run` of a result, without the seconds of its stages."""
     options, plan, tokens = run.options, run.plan, run.sample.tokens
     assert plan is not None
     return {
         "versions": versions(),
         "device": device(),
-        "mesh": run.grid and run.grid.facts,
+        "mesh": run.devices.facts,
         "model_type": run.weights.config.model_type,
         "weights_dtype": run.weights.config.dtype,
         "compute_dtype": options.compute_dtype,
@@ -54,10 +54,9 @@ def run_facts(run: RunContext, sweep: Sweep, spectra: Spectra) -> dict[str, Any]
             "padding": tokens.padding,
         },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
-        "layers_seconds": dict(sweep.clock.seconds),
-        "closure_error": sweep.closure_error,
-        "calibration_loss": sweep.loss,
-        "loss_tokens": sweep.loss_tokens,
+        "closure_error": found.closure_error,
+        "calibration_loss": found.loss,
+        "loss_tokens": found.loss_tokens,
         "certificate": spectra.certificate,
         "rows_on_host": spectra.on_host,
         **document_facts(tokens),

@@ -138,7 +138,7 @@ class Run:
     def keep(self, layer: int, block: int, state: State) -> None:
         """Keeps what the pass leaves of a block after a layer."""
         if self.keeps(layer):
-            own = {name: self._states.fetch(x) for name, x in state._asdict().items()}
+            own = self._states.fetch(state)._asdict()
             # A copy, since the next layer writes over what was written so far.
             self._submit(self._keep, layer, block, {name: np.array(x) for name, x in own.items()})
 

@@ -11,32 +11,35 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdelta.spectra.scheduler import Batched
-from jaxdelta.sweep.mesh import ALL, WHOLE, Grid
+from jaxdelta.sweep.devices import ALL, WHOLE
+from jaxdelta.sweep.mesh import DeviceMesh
 from jaxdelta.text.groups import Groups
 from jaxdelta.utils.arrays import AnyArray
 
 
-def on_mesh(grid: Grid, at_once: int, groups: Groups | None) -> Batched:
+def on_mesh(devices: DeviceMesh, at_once: int, groups: Groups | None) -> Batched:
     """Batches on a mesh: the first layer on the first device, and so on, and round again."""
-    return Batched(at_once, partial(_call, grid), groups, grid.mesh.size, in_turn=True)
+    return Batched(at_once, partial(_call, devices), groups, devices.mesh.size, in_turn=True)
 
 
-def _call(grid: Grid, function: Any, each: Sequence[tuple[Any, ...]], common: Any, static: Any) -> list[Any]:
-    size = grid.mesh.size
-    beside = partial(_on_each, grid)
+def _call(
+    devices: DeviceMesh, function: Any, each: Sequence[tuple[Any, ...]], common: Any, static: Any
+) -> list[Any]:
+    size = devices.mesh.size
+    beside = partial(_on_each, devices)
     rounds = [jax.tree.map(beside, *each[i : i + size]) for i in range(0, len(each), size)]
-    common = jax.tree.map(grid.put, common)
-    found = jax.tree.map(np.asarray, _spread(function, grid, rounds, common, static))
+    common = devices.put(common)
+    found = jax.tree.map(np.asarray, _spread(function, devices, rounds, common, static))
     places = itertools.product(range(len(rounds)), range(size))
     return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), found) for turn, at in places]
 
 
-def _on_each(grid: Grid, *leaves: Any) -> Array:
+def _on_each(devices: DeviceMesh, *leaves: Any) -> Array:
     """One layer's array on each device."""
-    devices = zip(leaves, grid.mesh.devices.flat, strict=True)
-    own = [_on(leaf, device) for leaf, device in devices if device in grid.local]
-    shape = (grid.mesh.size * leaves[0].shape[0], *leaves[0].shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, grid.split(ALL), own)
+    places = zip(leaves, devices.mesh.devices.flat, strict=True)
+    own = [_on(leaf, device) for leaf, device in places if device in devices.local]
+    shape = (devices.mesh.size * leaves[0].shape[0], *leaves[0].shape[1:])
+    return jax.make_array_from_single_device_arrays(shape, devices.sharding(ALL), own)
 
 
 def _on(leaf: AnyArray, device: jax.Device) -> Array:
@@ -46,7 +49,7 @@ def _on(leaf: AnyArray, device: jax.Device) -> Array:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
-def _spread(function: Any, grid: Grid, rounds: list[Any], common: Any, static: Any) -> Any:
+def _spread(function: Any, devices: DeviceMesh, rounds: list[Any], common: Any, static: Any) -> Any:
     """(devices, rounds, ...) of what the function finds of each layer, on all devices."""
 
     def own(rounds: list[Any], common: Any) -> Any:
@@ -58,5 +61,5 @@ def _spread(function: Any, grid: Grid, rounds: list[Any], common: Any, static: A
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
         return jax.tree.map(lambda leaf: leaf[None], jax.vmap(of_layer)(stacked))
 
-    found = grid.over(ALL, own, (ALL, WHOLE), ALL)(rounds, common)
-    return jax.lax.with_sharding_constraint(found, grid.everywhere)
+    found = devices.shard_map(own, (ALL, WHOLE), ALL, ALL)(rounds, common)
+    return jax.lax.with_sharding_constraint(found, devices.replicated)

@@ -1,10 +1,14 @@
-"""Several devices, several hosts: a mesh of `data` × `model`, what lies where on it, and JAX's processes.
+"""Several devices and several processes: a mesh of `data` × `model`, where each array lies on it, and JAX's
+processes.
 
-The tokens are split over `data`, a layer's weights over `model`: the projections out of the stream by their
-outputs, those into it by their inputs, so that a sublayer's only sum over devices is of what it writes
-(Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Experts are split inside, each like a dense MLP; norms
-and routers are everywhere. Every process runs this program on the same text and options; a process holds the
-windows and the shares of weights that its own devices need, and launches the same programs in the same order.
+The windows of a block are split over `data`, the weights of a layer over `model`: the projections out of the
+stream by their outputs, the projections into it by their inputs, so that the only sum over devices in a
+sublayer is that of its own output (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Each expert is split
+like a dense MLP; norms and routers are replicated. Every process runs this program on the same text with the
+same options. It holds the windows and the shares of the weights that its own devices need, and launches the
+same programs in the same order as the others.
+
+Axes: as in `jaxdelta.sweep.devices`.
 """
 
 import atexit
@@ -19,119 +23,193 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
+from jaxdelta.checkpoint.checkpoint import Checkpoint
+from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.model.config import ModelConfig
+from jaxdelta.sweep.devices import AXES, DATA, WHOLE, Devices, OneDevice
 from jaxdelta.utils.arrays import AnyArray
 
-AXES = ("data", "model")
-WHOLE, DATA, ALL = PartitionSpec(), PartitionSpec("data"), PartitionSpec(AXES)
 _OUT, _IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-_HEARTBEAT = 30  # seconds after which a process that is not heard of is given up, and all with it
+_HEARTBEAT = 30  # seconds without a sign of life after which a process, and all others with it, is given up
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
-    """A mesh of devices; of `data` × `model`, in the order of processes."""
+class DeviceMesh:
+    """A mesh of devices, `data` × `model` in the order of processes. Its methods are those of `Devices`."""
 
     mesh: Mesh
 
     @property
     def data(self) -> int:
-        """How many groups of devices share the windows."""
+        """Number of groups of devices that share the windows of a block."""
         return self.mesh.shape["data"]
 
     @property
     def model(self) -> int:
-        """How many devices share a layer's weights."""
+        """Number of devices that share the weights of a layer."""
         return self.mesh.shape["model"]
 
-    def split(self, spec: PartitionSpec = DATA) -> NamedSharding:
-        """By windows, or as the specification says."""
-        return NamedSharding(self.mesh, spec)
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return self.mesh.size
 
     @property
     def facts(self) -> dict[str, int]:
-        """Its sizes, and the number of processes."""
+        """The sizes of the mesh and the number of processes."""
         return {"data": self.data, "model": self.model, "processes": jax.process_count()}
 
     @cached_property
-    def everywhere(self) -> NamedSharding:
-        """The whole on each device."""
-        return self.split(WHOLE)
-
-    @cached_property
     def local(self) -> list[jax.Device]:
-        """This process' devices."""
+        """The devices of this process."""
         return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
 
+    def sharding(self, spec: PartitionSpec = DATA) -> NamedSharding:
+        """The sharding of an array on this mesh; by default its windows are split over `data`."""
+        return NamedSharding(self.mesh, spec)
+
     @cached_property
-    def own(self) -> range:
-        """Which of `data` parts of a block of windows this process has."""
-        places = self.split().addressable_devices_indices_map((self.data,)).values()
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array that is whole on every device."""
+        return self.sharding(WHOLE)
+
+    @cached_property
+    def local_rows(self) -> range:
+        """Which of the `data` equal parts of a block of windows this process holds."""
+        places = self.sharding().addressable_devices_indices_map((self.data,)).values()
         rows = [range(*place[0].indices(self.data)) for place in places if place is not None]
         return range(min(row.start for row in rows), max(row.stop for row in rows))
 
-    def mine(self, windows: Shaped[np.ndarray, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
-        """This process' windows of a block."""
+    def local_windows(self, windows: Shaped[np.ndarray, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
+        """The windows of a block that this process holds."""
         share = len(windows) // self.data
-        return windows[self.own.start * share : self.own.stop * share]
+        return windows[self.local_rows.start * share : self.local_rows.stop * share]
 
-    def to_devices(self, mine: Shaped[np.ndarray, "b ..."]) -> Shaped[Array, "B ..."]:
-        """The block of which these are this process' windows; in memory of its own."""
-        share = len(mine) // len(self.own)
-        first, count = self.own.start * share, self.data * share
+    def put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
+        """A tree of arrays on the devices. Every process must give the same, whole arrays.
+
+        Args:
+            value: the tree.
+            spec: how each array is split; by default it is whole on every device.
+        """
+        if jax.process_count() == 1:
+            return jax.device_put(value, self.sharding(spec))
+
+        def place(leaf: Any) -> Array:
+            whole = np.asarray(leaf)
+            return self.from_slices(whole.shape, spec, lambda index: np.asarray(whole[index]))
+
+        return jax.tree.map(place, value)
+
+    def put_windows(self, local: Shaped[np.ndarray, "b ..."]) -> Shaped[Array, "B ..."]:
+        """A block on the devices, in memory of its own, from the windows of this process."""
+        share = len(local) // len(self.local_rows)
+        first, count = self.local_rows.start * share, self.data * share
 
         def part(index: Any) -> np.ndarray:
             rows = range(*index[0].indices(count))
-            return mine[rows.start - first : rows.stop - first].copy()
+            return local[rows.start - first : rows.stop - first].copy()
 
-        return jax.make_array_from_callback((count, *mine.shape[1:]), self.split(), part)
+        return jax.make_array_from_callback((count, *local.shape[1:]), self.sharding(), part)
 
-    def to_host(self, block: Shaped[AnyArray, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
-        """This process' windows of a block; what is on the host are they."""
-        if isinstance(block, np.ndarray):
-            return block
-        parts = {shard.index[0].start or 0: shard.data for shard in block.addressable_shards}
+    def put_rows(self, rows: Shaped[AnyArray, "R ..."]) -> Shaped[Array, "R ..."]:
+        """A matrix on the devices, its rows split over `model` if that divides their number."""
+        return self.put(rows, PartitionSpec(None if len(rows) % self.model else "model"))
+
+    def fetch(self, array: Shaped[AnyArray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """This process' windows of a block, or the whole of a replicated array, on the host."""
+        if isinstance(array, np.ndarray) or array.is_fully_replicated:
+            return np.asarray(array)
+        parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
-    def place(
+    def from_slices(
         self,
         shape: tuple[int, ...],
         spec: PartitionSpec,
         read: Callable[[tuple[slice, ...]], np.ndarray],
     ) -> Array:
-        """An array of which every process can read any slice; each slice is read once."""
+        """An array of which this process reads only the slices that its devices hold, each of them once.
+
+        Args:
+            shape: the shape of the whole array.
+            spec: how it is split.
+            read: returns the slice of the array at an index.
+        """
         held: dict[str, np.ndarray] = {}
 
         def part(index: Any) -> np.ndarray:
-            # Rows lie together on disk: of whole ones columns are taken.
+            # Whole rows are contiguous on disk: a device's columns are cut out of them in memory.
             rows = (*index[:-1], slice(None)) if len(shape) > 1 else index
             if str(rows) not in held:
                 held[str(rows)] = read(rows)
             return held[str(rows)][..., index[-1]] if len(shape) > 1 else held[str(rows)]
 
-        return jax.make_array_from_callback(shape, self.split(spec), part)
+        return jax.make_array_from_callback(shape, self.sharding(spec), part)
 
-    def put(self, value: Any, spec: PartitionSpec = WHOLE) -> Array:
-        """An array that every process has whole."""
-        if jax.process_count() == 1:
-            return jax.device_put(value, self.split(spec))
-        whole = np.asarray(value)
-        return self.place(whole.shape, spec, lambda index: np.asarray(whole[index]))
+    def layer(self, weights: Weights, index: int) -> nnx.State:
+        """A layer's parameters, split over `model` by `weight_spec`.
 
-    def over(self, spec: PartitionSpec, function: Callable[..., Any], ins: Any, outs: Any) -> Any:
-        """The function on each device's part of the axes that `spec` names; the others are XLA's to split."""
-        axes = {name for axis in spec for name in ((axis,) if isinstance(axis, str) else axis)}
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names=axes, check_vma=False
+        From a checkpoint every process reads only the rows it needs. Other weights are first made whole, on
+        one device of every process.
+        """
+
+        def place(path: Any, shape: tuple[int, ...], read: Callable[..., np.ndarray]) -> Array:
+            return self.from_slices(shape, weight_spec(path, len(shape)), read)
+
+        if isinstance(weights, Checkpoint):
+            return weights.placed_layer(index, place)
+        return _map_with_paths(
+            lambda path, leaf: self.put(leaf, weight_spec(path, leaf.ndim)), weights.layer(index)
         )
+
+    def abstract_layer(self, weights: Weights, index: int) -> nnx.State:
+        """A layer's parameters as shapes, dtypes and shardings."""
+
+        def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = self.sharding(weight_spec(path, len(leaf.shape)))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return _map_with_paths(placed, weights.abstract_layer(index))
+
+    def abstract_windows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """A block of windows as shape, dtype and sharding."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding())
+
+    def shard_map(
+        self, function: Callable[..., Any], inputs: Any, outputs: Any, over: PartitionSpec = DATA
+    ) -> Callable[..., Any]:
+        """The function on each device's part along the axes named by `over`; XLA splits the other axes."""
+        axes = {name for axis in over for name in ((axis,) if isinstance(axis, str) else axis)}
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False
+        )
+
+    def jit(self, function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
+        """The compiled function, whose results lie as `outputs` says."""
+        return jax.jit(function, out_shardings=jax.tree.map(self.sharding, outputs), **options)
+
+
+def _map_with_paths(function: Callable[[Any, Any], Any], layer: nnx.State) -> nnx.State:
+    """The layer with every parameter replaced by `function(path, value)`."""
+    flat = nnx.to_flat_state(layer)
+    return nnx.from_flat_state(
+        [(path, leaf.replace(function(path, leaf.get_value()))) for path, leaf in flat]
+    )
 
 
 def weight_spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
-    """How a layer's weight is split, by its path in the layer, as in ("mlp", "up_proj", "weight")."""
+    """How a layer's weight is split over `model`.
+
+    Args:
+        path: the weight's path in the layer, such as ("mlp", "up_proj", "weight").
+        ndim: its number of axes.
+    """
     projection, kind = path[-2:]
     axis = None
     if projection in _OUT:
@@ -142,7 +220,7 @@ def weight_spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
 
 
 def share(path: tuple[Any, ...], leaf: Any, model: int) -> jax.ShapeDtypeStruct:
-    """What a device has of a layer's weight."""
+    """Shape and dtype of the part of a layer's weight that one of `model` devices holds."""
     spec = weight_spec(path, len(leaf.shape))
     sizes = zip(leaf.shape, spec, strict=True)
     return jax.ShapeDtypeStruct(
@@ -150,21 +228,22 @@ def share(path: tuple[Any, ...], leaf: Any, model: int) -> jax.ShapeDtypeStruct:
     )
 
 
-def make_grid(given: str | None, config: ModelConfig) -> Grid | None:
-    """The devices of a run as a mesh; None where there is but one.
+def make_devices(given: str | None, config: ModelConfig) -> Devices:
+    """The devices of a run: a DeviceMesh, or OneDevice if there is only one to use.
 
     Args:
-        given: as in `data:2,model:4`; by default all devices on `data`. A CPU's devices, unless of several
-            processes, are simulated and share its cores: by default one is used.
+        given: the mesh, such as `data:2,model:4`; by default all devices lie on `data`. Several devices of a
+            CPU are simulated and share its cores, so that by default a single process uses one of them.
         config: the model whose weights are split.
 
     Raises:
-        UsageError: the mesh is none, is not as large as the number of devices, or does not fit the model.
+        UsageError: the mesh cannot be parsed, is not as large as the number of devices, or does not fit the
+            model.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if given is None:
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
-            return None
+            return OneDevice()
         sizes = {"data": len(devices), "model": 1}
     else:
         sizes = parse_mesh(given)
@@ -173,14 +252,16 @@ def make_grid(given: str | None, config: ModelConfig) -> Grid | None:
         count = f"{len(devices)} device{'s' * (len(devices) != 1)}"
         raise UsageError(f"mesh: data:{data},model:{model} has {data * model} places, and there are {count}")
     _check_model(model, config)
-    return Grid(Mesh(np.array(devices).reshape(data, model), AXES)) if len(devices) > 1 else None
+    if len(devices) == 1:
+        return OneDevice()
+    return DeviceMesh(Mesh(np.array(devices).reshape(data, model), AXES))
 
 
 def parse_mesh(given: str) -> dict[str, int]:
-    """The sizes of the axes; an axis that is not named has size 1.
+    """The sizes of a mesh's axes, from text such as `data:2,model:4`; an axis that is not named has size 1.
 
     Raises:
-        UsageError: it names another axis, or one twice, or a size that is no positive integer.
+        UsageError: an axis is unknown or named twice, or a size is not a positive integer.
     """
     sizes: dict[str, int] = {}
     for part in given.split(","):
@@ -194,7 +275,7 @@ def parse_mesh(given: str) -> dict[str, int]:
 
 
 def _check_model(model: int, config: ModelConfig) -> None:
-    """Heads stay whole, and so does a column of an MLP."""
+    """Raises a UsageError unless whole heads and whole columns of the MLPs can be shared out."""
     sizes = {"num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads}
     if config.layers_of(sparse=False):
         sizes["intermediate_size"] = config.intermediate_size
@@ -205,7 +286,7 @@ def _check_model(model: int, config: ModelConfig) -> None:
 
 
 def leads() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process is the one that prints, and writes the results."""
     return jax.process_index() == 0
 
 
@@ -213,13 +294,18 @@ def leads() -> bool:
 def processes(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> Iterator[None]:
-    """This process as one of several; must be entered before any device is touched.
+    """Joins this process to the others of a run; must be entered before any device is used.
 
-    What is not given JAX finds in its environment: SLURM, Open MPI, GKE, a TPU pod. When one process fails,
-    its error is told and the others end too, at once or within half a minute, as soon as they miss it.
+    What is not given JAX takes from its environment: SLURM, Open MPI, GKE, a TPU pod. When one process fails
+    it reports its error, and the others end too, within half a minute.
+
+    Args:
+        coordinator: HOST:PORT of the first process.
+        count: number of processes.
+        index: the number of this one, from 0.
 
     Raises:
-        UsageError: what is given, or found, is not enough or does not fit.
+        UsageError: the arguments, or what JAX found, are incomplete or do not fit.
         JaxDeltaError: the other processes cannot be reached, or one of them has ended.
     """
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
@@ -244,6 +330,6 @@ def processes(
 
 
 def _leave(status: int) -> None:
-    """Ends this process without waiting for the others, who may be waiting for it."""
+    """Ends this process at exit without waiting for the others, which may be waiting for it."""
     sys.stdout.flush()
     atexit.register(partial(os._exit, status))

@@ -1,4 +1,4 @@
-"""The bar that shows how far the pass has come, where standard error is a terminal."""
+"""The progress bar of a pass, shown if standard error is a terminal."""
 
 from collections.abc import Iterator
 
@@ -10,15 +10,20 @@ _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left, {r
 
 
 def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[Wrote]]:
-    """The sweep's layers, their blocks counted as they come: the bar moves within a layer, too.
+    """The sweep's layers, with a bar that moves with every block.
 
-    It counts in `tokens`, those of the text. A block that passes a layer is its share of them, so that the
-    rate is that of the text through the whole model.
+    A block that passes a layer counts as its share of the tokens, so that the rate is that of the text
+    through the whole model.
+
+    Args:
+        sweep: the pass.
+        tokens: number of tokens of the text.
+        progress: whether to show the bar.
     """
     layers = sweep.weights.config.num_layers
     share = tokens / (layers * len(sweep.tokens))
     begun = sweep.start * share * len(sweep.tokens)
-    # None: only where standard error is a terminal.
+    # None: only if standard error is a terminal.
     hidden = None if progress else True
     with tqdm(
         total=tokens, initial=begun, unit=" tokens", bar_format=_FORMAT, leave=False, disable=hidden
@@ -35,6 +40,6 @@ def _counted(blocks: Iterator[Wrote], bar: "tqdm[None]", share: float) -> Iterat
 
 
 def tokens_per_second(sweep: Sweep, tokens: int, seconds: float) -> float:
-    """Of the text through the whole model. A run that goes on from a checkpoint has some layers less."""
+    """Tokens per second through the whole model; a resumed pass counts only the layers it passed itself."""
     layers = sweep.weights.config.num_layers
     return tokens * (1 - sweep.start / layers) / seconds

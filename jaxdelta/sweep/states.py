@@ -1,41 +1,46 @@
-"""Where the residual stream of a text waits between two layers, block by block: on the device as long as it
-fits, else on the host, else in files."""
+"""The residual stream of a text between two layers, block by block: kept on the devices as long as it fits,
+else on the host, else in files."""
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Float, Float32
 
 from jaxdelta.errors import JaxDeltaError
+from jaxdelta.sweep.devices import Devices, OneDevice
 from jaxdelta.utils.arrays import AnyArray
 from jaxdelta.utils.files import locked
 from jaxdelta.utils.read_ahead import read_ahead
 
-PLACES = ("device", "host", "scratch")
+LOCATIONS = ("device", "host", "scratch")
 
 
 class State(NamedTuple):
-    """A block's residual stream, and the sum of all updates it has had."""
+    """A block's residual stream h, and the sum of all updates written into it so far."""
 
     h: Float[AnyArray, "B T D"]
     written: Float32[AnyArray, "B T D"]
 
 
 @contextlib.contextmanager
-def scratch_directory(parent: str | None, place: str) -> Iterator[Path | None]:
-    """A directory of the run's own for states that wait in files, gone when it ends; None where none do.
+def scratch_directory(parent: str | None, location: str) -> Iterator[Path | None]:
+    """A directory for the states of this run, removed when the run ends; None if they are not kept in files.
 
-    Those of runs that were killed are removed: nobody holds them.
+    Directories left by runs that were killed are removed too: no process holds their locks.
+
+    Args:
+        parent: where it is made.
+        location: where the states are kept, one of LOCATIONS.
 
     Raises:
         JaxDeltaError: it cannot be made.
     """
-    if place != "scratch" or parent is None:
+    if location != "scratch" or parent is None:
         yield None
         return
     with contextlib.ExitStack() as stack:
@@ -56,7 +61,7 @@ def _held_directory(parent: Path) -> Iterator[Path]:
                 for file in left.glob("state-*"):
                     file.unlink()
                 left.rmdir()
-    # It has another name until it is held: nobody takes it for one that was left.
+    # Until it is locked it has another name, so that no other run takes it for one left behind.
     with tempfile.TemporaryDirectory(prefix=".jaxdelta-scratch-", dir=parent) as made, locked(Path(made)):
         path = Path(made).rename(parent / Path(made).name.removeprefix("."))
         try:
@@ -65,33 +70,34 @@ def _held_directory(parent: Path) -> Iterator[Path]:
             path.rename(made)
 
 
-def own_copy(part: np.ndarray) -> Array:
-    """On the device, in memory of its own: what is donated may be written over."""
-    return jax.device_put(part, may_alias=False)
-
-
 class States:
-    """The blocks' states: `states[block] = state` keeps one in its place, `in_turn` gives them back.
+    """The states of all blocks: `states[block] = state` stores one, iterating gives them back on the devices.
 
-    `fetch` brings an array to the host, `put` one to the device.
+    On the host and in files a state is this process' windows of a block.
+
+    Args:
+        location: where they are kept, one of LOCATIONS.
+        directory: where the files lie, if they are kept in files.
+        devices: the devices that compute them.
 
     Raises:
-        JaxDeltaError: a file in the scratch directory cannot be written.
+        JaxDeltaError: a file in the directory cannot be written.
     """
 
-    def __init__(self, place: str = "device", directory: Path | None = None):
-        self._place, self._directory = place, directory
-        self.fetch: Callable[[Any], np.ndarray] = np.asarray
-        self.put: Callable[[Any], Array] = own_copy
+    def __init__(
+        self, location: str = "device", directory: Path | None = None, devices: Devices | None = None
+    ):
+        self.location, self._directory = location, directory
+        self._devices = devices or OneDevice()
         self._kept: dict[int, State] = {}
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
 
     def __setitem__(self, block: int, state: State) -> None:
-        if self._place == "device":
-            self._kept[block] = state
+        if self.location == "device":
+            self._kept[block] = self._put(state)
             return
-        state = State(*map(self.fetch, state))
-        if self._place == "host":
+        state = self.fetch(state)
+        if self.location == "host":
             self._kept[block] = state
             return
         self._forms[block] = [(part.shape, part.dtype) for part in state]
@@ -104,22 +110,30 @@ class States:
                 f"{self._directory}: cannot be written ({error.strerror}); it holds the states, see --scratch"
             ) from error
 
-    def in_turn(self, count: int) -> Generator[State, None, None]:
-        """The states of blocks 0 .. count - 1; those that are not on the device arrive there ahead."""
-        if self._place == "device":
-            yield from (self._kept[block] for block in range(count))
+    def __iter__(self) -> Generator[State, None, None]:
+        """The states of all blocks in order; while one is in use, the next one is brought to the devices."""
+        if self.location == "device":
+            yield from (self._kept[block] for block in range(len(self._kept)))
         else:
-            yield from read_ahead(self._load, count)
+            yield from read_ahead(self._load, len(self._kept or self._forms))
 
-    def settle(self) -> None:
-        """Waits until all are computed."""
+    def block_until_ready(self) -> None:
+        """Waits until all states are computed."""
         jax.block_until_ready(list(self._kept.values()))
 
+    def fetch(self, state: State) -> State:
+        """A state on the host: this process' windows."""
+        return State(*map(self._devices.fetch, state))
+
+    def _put(self, state: State) -> State:
+        """The state on the devices; what is there already stays as it is."""
+        return State(*(x if isinstance(x, jax.Array) else self._devices.put_windows(x) for x in state))
+
     def _load(self, block: int) -> State:
-        return State(*map(self.put, self._read(block)))
+        return self._put(self._read(block))
 
     def _read(self, block: int) -> State:
-        if self._place == "host":
+        if self.location == "host":
             return self._kept[block]
         with open(self._file(block), "rb") as file:
             parts = [

@@ -1,7 +1,10 @@
-"""The layer-major pass: all tokens go through one layer, which is measured and forgotten, then the next.
+"""The layer-major pass: all tokens go through one layer, which is measured and dropped, then the next.
 
-Layer L + 1 is read while layer L computes, so a run needs the memory of two layers, and each weight is
-read once. One compiled function serves all layers, or two where some are dense and some have experts.
+Layer L + 1 is read while layer L computes, so that a run needs the memory of two layers, and reads each
+weight once. One compiled program serves all layers, or two if some are dense and some have experts.
+
+Axes: B windows of a block, b of them in this process, T tokens of each, D hidden size; W windows of the
+text, n tokens that count.
 """
 
 import contextlib
@@ -21,37 +24,23 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.attention import Context, query_block
 from jaxdelta.model.decoder import abstract_block, attention_windows, block_context
-from jaxdelta.model.layers import rms_norm
-from jaxdelta.model.loss import PROBED, compile_sliced_loss, sliced_loss, vocabulary_slices
+from jaxdelta.model.loss import PROBED, sliced_loss, vocabulary_slices
+from jaxdelta.sweep.devices import Devices, OneDevice
+from jaxdelta.sweep.programs import Ends, Update, final_norm_program, layer_program
 from jaxdelta.sweep.states import State, States
 from jaxdelta.text.tokens import Tokens
-from jaxdelta.utils.arrays import AnyArray
-from jaxdelta.utils.compiling import QuickJit
 from jaxdelta.utils.read_ahead import read_ahead
 from jaxdelta.utils.timing import Clock
 
-# Called with a layer, a block, and the state after it.
+# Called with a layer, a block, and the block's state after the layer.
 Keep = Callable[[int, int, State], None]
-
-
-class Update(NamedTuple):
-    """What a layer's attention and MLP wrote into the state h that entered it, of n tokens."""
-
-    attention: Float32[Array, "n d"]
-    mlp: Float32[Array, "n d"]
-    h: Float32[Array, "n d"]
-
-    @property
-    def delta(self) -> Float32[AnyArray, "n d"]:
-        """The whole update δ."""
-        return self.attention + self.mlp
 
 
 class Blocks(NamedTuple):
     """How a pass divides its work.
 
-    `windows`: how many windows pass a layer at once; `queries`: how many of a window's queries are compared
-    with its keys at once; `place`: where the states wait between two layers, one of PLACES.
+    `windows`: number of windows that pass a layer at once; `queries`: number of queries of a window that are
+    compared with its keys at once; `place`: where the states are kept between two layers, one of LOCATIONS.
     """
 
     windows: int
@@ -59,78 +48,131 @@ class Blocks(NamedTuple):
     place: str = "device"
 
 
+@dataclasses.dataclass(frozen=True)
+class PassPlan:
+    """How a pass computes.
+
+    Attributes:
+        blocks: how the work is divided; by default all windows pass a layer at once.
+        compute_dtype: dtype of the factors of every product.
+        residual_dtype: dtype of the residual stream.
+        all_tokens: a layer's Update has all tokens of a block, not only those that count.
+    """
+
+    blocks: Blocks | None = None
+    compute_dtype: DTypeLike = jnp.float32
+    residual_dtype: DTypeLike = jnp.float32
+    all_tokens: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Where a pass begins, and what saves its states.
+
+    Attributes:
+        states: the blocks' states after layer `start - 1`; empty if `start` is 0.
+        start: the first layer to pass.
+        keep: called with every new state.
+    """
+
+    states: States
+    start: int = 0
+    keep: Keep | None = None
+
+
 class Wrote(NamedTuple):
-    """What a layer wrote into a block of windows; of the last layer also `normed`, where the last state is
-    taken after the final norm, as the reference takes it (what the norm changes counts as the MLP's)."""
+    """What a layer wrote into a block of windows. For the last layer `normed` is the same with the last state
+    taken after the final norm, whose change is counted as the MLP's."""
 
     update: Update
     normed: Update | None = None
 
 
-class Sweep:
-    """Iterating runs the pass: it yields every layer, and iterating over a layer yields what it Wrote into
-    each block, of the tokens that count. What is known at the end stays here.
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a whole pass found.
 
-    After the last layer: `closure_error` = ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F; and after `finish_loss` the `loss`,
-    of `loss_tokens`.
-    A pass that goes on from another one's `states` begins with layer `start`; `keep` is called with every
-    state that it leaves. The clock's times: read (from disk) and transfer (to the device), both beside the
-    computing; wait (for them), compute (the layers), keep (what is computed), loss.
+    Attributes:
+        closure_error: ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F over all tokens.
+        loss: mean -ln p(next token), in nats per token.
+        loss_tokens: number of tokens in that mean: all of the text, or the first PROBED of a longer one,
+            since the loss only shows whether the weights are those of a trained model.
     """
 
     closure_error: float
     loss: float
     loss_tokens: int
-    _put_context: Any = staticmethod(jax.device_put)  # how a context comes to the device
-    _at_once: int | None = None  # see Context
+
+
+class Sweep:
+    """A pass of a text through all layers.
+
+    Iterating yields the layers, and iterating over a layer yields a Wrote for each block; blocks that the
+    caller leaves out are passed before the next layer. After the last layer `finish` returns the PassResult.
+
+    Args:
+        weights: the model.
+        tokens: the text.
+        plan: how the pass computes.
+        devices: where it computes.
+        resume: the states of a pass to go on with, and what saves those of this one.
+        clock: counts seconds of: read (from disk) and transfer (to the devices), both on another thread; wait
+            (for them), compute (the layers), keep (saving the states) and loss.
+    """
 
     def __init__(
         self,
         weights: Weights,
         tokens: Tokens,
-        compute_dtype: DTypeLike = jnp.float32,
-        residual_dtype: DTypeLike = jnp.float32,
-        blocks: Blocks | None = None,
-        whole: bool = False,
-        states: States | None = None,
-        start: int = 0,
-        keep: Keep | None = None,
+        plan: PassPlan | None = None,
+        devices: Devices | None = None,
+        resume: Resume | None = None,
+        clock: Clock | None = None,
     ):
-        self.weights = weights
-        self.blocks = blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape[1]))
+        self.weights, self._devices = weights, devices or OneDevice()
+        plan = plan or PassPlan()
+        self.blocks = plan.blocks or Blocks(len(tokens.ids), query_block(weights.config, tokens.ids.shape[1]))
+        self._dtypes = jnp.dtype(plan.compute_dtype), jnp.dtype(plan.residual_dtype)
+        self._all_tokens = plan.all_tokens
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
-        positions = self.split(tokens.positions) if tokens.segmented else [None] * len(self.tokens)
-        self._positions: list[Any] = positions
-        self._whole, self.start, self._keep = whole, start, keep
-        self._states = states or States(self.blocks.place)
-        self.dtypes = jnp.dtype(compute_dtype), jnp.dtype(residual_dtype)
-        self.clock = Clock()
+        self._positions: list[Any] = [None] * len(self.tokens)
+        if tokens.segmented:
+            self._positions = [self._put_windows(part) for part in self.split(tokens.positions)]
+        resume = resume or Resume(States(self.blocks.place, devices=self._devices))
+        self._states, self.start, self._keep = resume.states, resume.start, resume.keep
+        self._clock = clock or Clock()
+        self._final: _FinalNorm | None = None  # of the last pass that came to its end
 
-    def split(self, windows: Shaped[np.ndarray, "B ..."]) -> list[Shaped[np.ndarray, "b ..."]]:
-        """What there is of each window, by blocks; the last block is filled up with zeros."""
+    def split(self, windows: Shaped[np.ndarray, "W ..."]) -> list[Shaped[np.ndarray, "B ..."]]:
+        """Splits an array with a row per window of the text into blocks; the last is padded with zeros."""
         size = self.blocks.windows
         filled = [(0, -len(windows) % size)] + [(0, 0)] * (windows.ndim - 1)
         return np.split(np.pad(windows, filled), -(-len(windows) // size))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d) of a layer's update, of the tokens that count."""
+        """(n, D) of a layer's update, for the n tokens that count."""
         return int(sum(block.sum() for block in self.counted)), self.weights.config.hidden_size
 
+    def _put_windows(self, windows: Shaped[np.ndarray, "B ..."]) -> Any:
+        return self._devices.put_windows(self._devices.local_windows(windows))
+
     @cached_property
-    def _taken(self) -> list[Int32[np.ndarray, " m"]]:
-        """The tokens of each block that an Update has: those that count, or the whole block."""
-        chosen = [np.ones_like(block) if self._whole else block for block in self.counted]
+    def _chosen(self) -> list[Int32[np.ndarray, " m"]]:
+        """The tokens of each block that an Update has: those that count, or all."""
+        chosen = [np.ones_like(block) if self._all_tokens else block for block in self.counted]
         return [np.flatnonzero(block).astype(np.int32) for block in chosen]
 
     @cached_property
-    def _rows(self) -> list[Int32[np.ndarray, " m"]]:
-        """The same, as many everywhere; the last ones are to be dropped."""
-        return _filled(self._taken)
+    def _rows(self) -> list[Any]:
+        """The same on the devices, padded; None for all."""
+        if self._all_tokens:
+            return [None] * len(self.tokens)
+        return self._devices.put(_padded(self._chosen))
 
     @cached_property
-    def _probed(self) -> list[Int32[np.ndarray, " p"]]:
-        """The tokens of each block whose next ones' probability is the loss: the first of the text."""
+    def _loss_positions(self) -> list[Int32[np.ndarray, " p"]]:
+        """The tokens of each block whose next token's probability is in the loss: the first of the text."""
         left, found = PROBED, []
         for block in self.counted:
             followed = np.pad(block[:, 1:], [(0, 0), (0, 1)])
@@ -138,152 +180,169 @@ class Sweep:
             left -= len(found[-1])
         return found
 
-    def trace(self) -> None:
-        """Traces the layers' function: before all else that is traced, since everything waits for it."""
-        config, shape = self.weights.config, self.tokens[0].shape
-        given = self.blocks.queries, self._positions[0], self._at_once
-        context = block_context(config, shape, self.dtypes[0], *given)
-        self._context = self._put_context(context)
-        layers = [self.weights.abstract_layer(i) for i in range(config.num_layers)]
-        # A layer's dtypes may differ from the others', too.
-        self._kinds = [(config.is_sparse(i), *jax.tree.leaves(layer)) for i, layer in enumerate(layers)]
-        self._traced = {}
-        for kind, layer in dict(zip(self._kinds, layers, strict=True)).items():
-            graph = nnx.graphdef(abstract_block(config, sparse=kind[0]))
-            self._traced[kind] = self._lower(graph, layer, context)
+    def trace(self) -> dict[Any, jax.stages.Lowered]:
+        """Traces and lowers the layers' program, for every kind of layer.
 
-    def _lower(self, graph: Any, layer: nnx.State, context: Context) -> Any:
-        return _step.lower(graph, layer, *self._abstract_state(), context, self._rows[0])
+        Iterating does so too. Called before anything else is traced it keeps the layers, for which everything
+        waits, from waiting for the rest.
+        """
+        return self._lowered
+
+    @cached_property
+    def _lowered(self) -> dict[Any, jax.stages.Lowered]:
+        abstract = dict(zip(self._kinds, self._abstract_layers, strict=True))
+        context = dataclasses.replace(self._context, positions=self._positions[0])
+        arguments = *self._abstract_state(), context, self._rows[0]
+        lowered = {}
+        for kind, layer in abstract.items():
+            graph = nnx.graphdef(abstract_block(self.weights.config, sparse=kind[0]))
+            program = layer_program(self._devices, graph, self._all_tokens)
+            lowered[kind] = program.lower(layer, *arguments)
+        return lowered
+
+    @cached_property
+    def _context(self) -> Context:
+        """What the layers know of positions and of how to compute, without a block's own positions."""
+        config, shape = self.weights.config, self.tokens[0].shape
+        # A batch that is split over devices cannot be taken apart one by one.
+        at_once = shape[0] * config.num_kv_heads if self._devices.model > 1 else None
+        return self._devices.put(
+            block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once=at_once)
+        )
+
+    @cached_property
+    def _abstract_layers(self) -> list[nnx.State]:
+        count = self.weights.config.num_layers
+        return [self._devices.abstract_layer(self.weights, index) for index in range(count)]
+
+    @cached_property
+    def _kinds(self) -> list[Any]:
+        """What the program of a layer depends on: dense or sparse, and its shapes and dtypes."""
+        sparse = self.weights.config.is_sparse
+        return [(sparse(index), *jax.tree.leaves(layer)) for index, layer in enumerate(self._abstract_layers)]
 
     def _abstract_state(self) -> State:
         shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
-        abstract: Any = jax.ShapeDtypeStruct
-        return State(abstract(shape, self.dtypes[1]), abstract(shape, jnp.float32))
+        abstract: Any = self._devices.abstract_windows
+        return State(abstract(shape, self._dtypes[1]), abstract(shape, jnp.float32))
 
     def __iter__(self) -> Iterator[Iterator[Wrote]]:
-        config = self.weights.config
-        if not hasattr(self, "_traced"):
-            self.trace()
+        config, lowered, final = self.weights.config, self.trace(), None
+        self._final = None
         with (
             contextlib.closing(read_ahead(self._read, config.num_layers, self.start)) as layers,
-            ThreadPoolExecutor(1, "enter") as beside,
+            ThreadPoolExecutor(1, "enter") as pool,
         ):
-            entering = beside.submit(self._fill)
-            steps = {kind: traced.compile() for kind, traced in self._traced.items()}
+            entering = pool.submit(self._enter_all)
+            steps = {kind: program.compile() for kind, program in lowered.items()}
             entering.result()
             windows = attention_windows(config, self.tokens[0].shape[1])
-            last = config.num_layers - 1
-            for index in range(self.start, last):
+            for index in range(self.start, config.num_layers):
+                if index == config.num_layers - 1:
+                    final = self._final_norm()
                 step = self._step(steps[self._kinds[index]], layers, windows[index])
-                yield from _all_of(self._pass(index, step))
-            final = _Final(self.weights, self._probed, self._final_norm)
-            step = self._step(steps[self._kinds[-1]], layers, windows[-1])
-            yield from _all_of(self._pass(last, step, final))
-        self._last_normed, self.closure_error = np.concatenate(final.normed), final.closure_error
+                yield from _all_of(self._pass(index, step, final))
+        self._final = final
 
     def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
-        """The next layer's function of a block and its state."""
-        with self.clock("wait"):
+        """The next layer as a function of a state and the number of its block."""
+        with self._clock("wait"):
             layer = next(layers)
         context = dataclasses.replace(self._context, window=window)
 
         def of_block(state: State, block: int) -> Any:
             own = dataclasses.replace(context, positions=self._positions[block])
-            return step(layer, *map(self._owned, state), own, self._rows[block])
+            return step(layer, *state, own, self._rows[block])
 
         return of_block
 
-    def _pass(self, index: int, step: Callable[..., Any], final: "_Final | None" = None) -> Iterator[Wrote]:
-        """Takes all states through a layer; ends when they are computed, so that the layer can go."""
-        states = self._states
-        with contextlib.closing(states.in_turn(len(self.tokens))) as waiting:
+    def _pass(
+        self, index: int, step: Callable[..., Any], final: "_FinalNorm | None" = None
+    ) -> Iterator[Wrote]:
+        """Takes all blocks through a layer; ends when they are computed, so that the layer can be dropped."""
+        with contextlib.closing(iter(self._states)) as waiting:
             for block, rows in enumerate(self._rows):
                 state = next(waiting)
-                entered = state.h
-                with self.clock("compute"):
+                entered: Any = state.h
+                with self._clock("compute"):
                     h, written, update = step(state, block)
-                    states[block] = state = State(h, written)
+                    self._states[block] = state = State(h, written)
                     if self._keep:
                         jax.block_until_ready(state)
                 if self._keep:
-                    with self.clock("keep"):
+                    with self._clock("keep"):
                         self._keep(index, block, state)
                 normed = None
                 if final:
-                    first = self._enter(self.tokens[block])
-                    normed = final(block, first, entered, state, update.attention, rows)
-                yield Wrote(self._counting(update, block), normed and self._counting(normed, block))
-        with self.clock("compute"):
-            states.settle()
+                    first = self._devices.put_windows(self._enter(self.tokens[block]))
+                    normed = final(block, Ends(first, entered, h, written), update.attention, rows)
+                yield Wrote(self._unpadded(update, block), normed and self._unpadded(normed, block))
+        with self._clock("compute"):
+            self._states.block_until_ready()
 
-    def _counting(self, update: Update, block: int) -> Update:
-        """Without the rows that fill up a block's."""
-        count = len(self._taken[block])
+    def _unpadded(self, update: Update, block: int) -> Update:
+        """Without the rows that pad it."""
+        count = len(self._chosen[block])
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
 
-    def _owned(self, state: AnyArray) -> Array:
-        return state if isinstance(state, jax.Array) else self._states.put(state)
+    def _final_norm(self) -> "_FinalNorm":
+        weight = self._devices.put(self.weights.final_norm())
+        program = final_norm_program(self._devices, self._all_tokens)
+        program = partial(program, eps=self.weights.config.rms_norm_eps)
+        places = self._devices.put(_padded(self._loss_positions))
+        return _FinalNorm(program, weight, places, list(map(len, self._loss_positions)))
 
-    def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
-        return _final_norm(*arguments, eps=eps)
-
-    def _fill(self) -> None:
+    def _enter_all(self) -> None:
         for block, tokens in enumerate(self.tokens if self.start == 0 else ()):
             h = self._enter(tokens)
             self._states[block] = State(h, np.zeros(h.shape, np.float32))
 
-    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
-        """The state that enters the first layer; cast by NumPy, for which nothing need be compiled."""
-        return np.asarray(self.weights.embeddings(tokens)).astype(self.dtypes[1])
+    def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
+        """The state that enters the first layer; cast by NumPy, so that nothing need be compiled."""
+        embeddings = self.weights.embeddings(self._devices.local_windows(tokens))
+        return np.asarray(embeddings).astype(self._dtypes[1])
 
     def _read(self, index: int) -> nnx.State:
-        with self.clock("read"):
-            layer = self.weights.layer(index)
-        with self.clock("transfer"):
+        with self._clock("read"):
+            layer = self._devices.layer(self.weights, index)
+        with self._clock("transfer"):
             return jax.block_until_ready(layer)
 
-    def finish_loss(self) -> None:
-        """Mean -ln p(next token), in nats per token, as `loss`: over the text, or the first PROBED tokens of
-        a longer one (it only says whether the weights are real)."""
-        vocab_size = self.weights.config.vocab_size
+    def finish(self) -> PassResult:
+        """Computes the loss, and returns what the pass found; to be called after the last layer.
+
+        Raises:
+            RuntimeError: layers are left to pass.
+        """
+        if self._final is None:
+            raise RuntimeError("Sweep.finish() must follow the last layer")
+        vocab_size, devices = self.weights.config.vocab_size, self._devices
         bounds = vocabulary_slices(vocab_size)
-        with self.clock("loss"):
-            slices = read_ahead(lambda i: self.weights.head_slice(*bounds[i]), len(bounds))
-            probed = zip(self.tokens, self._probed, strict=True)
-            following = np.concatenate([tokens.ravel()[places + 1] for tokens, places in probed])
-            targets = self.weights.head_rows(following)
-            losses = sliced_loss(vocab_size, slices, targets, self._last_normed, self.dtypes[0])
-            self.loss, self.loss_tokens = float(losses.mean(dtype=np.float64)), len(following)
-
-    def compile_rest(self) -> None:
-        """Compiles what follows the layers, on another thread while they compute."""
-        config, (h, written) = self.weights.config, self._abstract_state()
-        weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
-        rows, probed = self._rows[0], _filled(self._probed)[0]
-        attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
-        _final_norm.lower(
-            h, h, h, written, attention, weight, rows, probed, eps=config.rms_norm_eps
-        ).compile()
-        shape = sum(map(len, self._probed)), config.hidden_size
-        compile_sliced_loss(config.vocab_size, shape, config.dtype, self.dtypes[0])
+        with self._clock("loss"):
+            slices = read_ahead(lambda i: devices.put_rows(self.weights.head_slice(*bounds[i])), len(bounds))
+            blocks = zip(self.tokens, self._loss_positions, strict=True)
+            following = np.concatenate([tokens.ravel()[places + 1] for tokens, places in blocks])
+            targets = devices.put(self.weights.head_rows(following))
+            normed = np.concatenate(self._final.normed)
+            losses = sliced_loss(vocab_size, slices, targets, normed, self._dtypes[0])
+            loss = float(losses.mean(dtype=np.float64))
+        return PassResult(self._final.closure_error, loss, len(following))
 
 
-class _Final:
-    """The final norm, block by block: the `probed` states after it, and the closure of all so far."""
+class _FinalNorm:
+    """Applies the final norm block by block; gathers the normed states of the loss and the closure error."""
 
-    def __init__(self, weights: Weights, probed: list[np.ndarray], norm: Callable[..., Any]):
-        self._weight, self._eps = weights.final_norm(), weights.config.rms_norm_eps
-        self._counts, self._places = list(map(len, probed)), _filled(probed)
-        self._norm = norm
+    def __init__(
+        self, program: Callable[..., Any], weight: Float[Array, " D"], places: list[Any], counts: list[int]
+    ):
+        self._program, self._weight, self._places, self._counts = program, weight, places, counts
         self._missing = self._energy = 0.0
         self.normed: list[Float32[np.ndarray, "_ D"]] = []
 
-    def __call__(
-        self, block: int, first: AnyArray, entered: AnyArray, last: State, attention: Array, rows: Any
-    ) -> Update:
-        """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
-        arguments = first, entered, *last, attention, self._weight, rows, self._places[block]
-        normed, update, missing, energy = self._norm(*arguments, eps=self._eps)
+    def __call__(self, block: int, ends: Ends, attention: Array, rows: Any) -> Update:
+        """The last layer's Update of a block with its state taken after the norm."""
+        found = self._program(ends, attention, self._weight, rows, self._places[block])
+        normed, update, missing, energy = found
         self.normed.append(np.asarray(normed)[: self._counts[block]])
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
         return update
@@ -291,24 +350,24 @@ class _Final:
     @property
     def closure_error(self) -> float:
         """‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F."""
-        with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, and the caller's to find
+        with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, which the caller looks for
             return float(np.sqrt(np.divide(self._missing, self._energy)))
 
 
-def _filled(places: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p"]]:
-    """As many in every block, so that one function serves all: the last ones are to be dropped."""
+def _padded(places: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p"]]:
+    """Places of each block, padded to the same number by repetition, so that one program serves all."""
     return [np.resize(some, max(map(len, places))) for some in places]
 
 
 def _all_of(wrote: Iterator[Wrote]) -> Iterator[Iterator[Wrote]]:
-    """Yields the layer, and passes what is left of it when nobody looks any more."""
+    """Yields the layer's blocks, then runs any blocks that the caller did not ask for."""
     yield wrote
     for _ in wrote:
         pass
 
 
 def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
-    """Every layer's update of all blocks; after the last layer's the same normed, where there is that."""
+    """Every layer's Update of all blocks; after the last layer's also its normed one, if there is one."""
     for blocks in layers:
         updates, normed = map(list, zip(*blocks, strict=True))
         # Handed over without a reference left here, which would keep it in memory.
@@ -319,48 +378,6 @@ def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
             yield _join(normed)
 
 
-@partial(QuickJit, static_argnums=0, donate_argnums=3)
-def _step(
-    graph: Any,
-    layer: nnx.State,
-    h: Float[Array, "B T D"],
-    written: Float32[Array, "B T D"],
-    context: Context,
-    rows: Int32[Array, " m"] | None,
-) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
-    """One layer on a block: the new state, the sum of all updates so far, the layer's own of these rows."""
-    new, attention, mlp = nnx.merge(graph, layer)(h, context)
-    update = Update(*(_tokens(x, rows) for x in (attention, mlp, h.astype(jnp.float32))))
-    return new, written + (attention + mlp), update
-
-
-def _tokens(x: Float32[Array, "B T D"], rows: Int32[Array, " m"] | None) -> Float32[Array, "m D"]:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if rows is None else flat[rows]
-
-
 def _join(blocks: Sequence[Any]) -> Any:
     """The blocks' arrays as one."""
     return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
-
-
-@partial(QuickJit, static_argnames="eps")
-def _final_norm(
-    first: Array,
-    entered: Array,
-    last: Array,
-    written: Array,
-    attention: Array,
-    weight: Array,
-    rows: Array | None,
-    probed: Array,
-    *,
-    eps: float,
-) -> tuple[Array, Update, Array, Array]:
-    """The `probed` of the last states after the final norm; the last layer's Update with it;
-    ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
-    normed = rms_norm(last, weight, eps)
-    first, entered, last = (state.astype(jnp.float32) for state in (first, entered, last))
-    update = Update(attention, _tokens(normed - entered, rows) - attention, _tokens(entered, rows))
-    missing, energy = jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
-    return _tokens(normed, probed), update, missing, energy

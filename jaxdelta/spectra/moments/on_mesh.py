@@ -17,48 +17,53 @@ from jaxtyping import Float64
 from jaxdelta.spectra.moments.kernels import MomentKernels
 from jaxdelta.spectra.moments.sums import BlockTokens, Moments, add_block, find_frame
 from jaxdelta.spectra.token_table import state_products
-from jaxdelta.sweep.mesh import ALL, WHOLE, Grid
+from jaxdelta.sweep.devices import ALL, WHOLE
+from jaxdelta.sweep.mesh import DeviceMesh
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.utils.arrays import AnyArray
 
 
-def mesh_kernels(grid: Grid) -> MomentKernels:
+def mesh_kernels(devices: DeviceMesh) -> MomentKernels:
     """The functions where an update is split over devices; results for the host come to all processes."""
 
     def gathered(function: Any, **options: Any) -> Any:
-        return jax.jit(function, out_shardings=grid.everywhere, **options)
+        return jax.jit(function, out_shardings=devices.replicated, **options)
 
     frame = gathered(find_frame, static_argnums=2)
     turns = itertools.count()
     return MomentKernels(
         lambda *arguments: np.asarray(frame(*arguments)),
-        _add_block(grid),
+        _add_block(devices),
         gathered(state_products),
-        partial(_zeros, grid),
+        partial(_zeros, devices),
         gathered(lambda update, places: jax.tree.map(lambda part: part[places], update)),
-        partial(_in_turn, grid, turns, gathered(_sum_of_devices)),
-        len(grid.local),
+        partial(_in_turn, devices, turns, gathered(_sum_of_devices)),
+        len(devices.local),
     )
 
 
-def _zeros(grid: Grid, *shape: int) -> Moments:
+def _zeros(devices: DeviceMesh, *shape: int) -> Moments:
     def on_each() -> Moments:
-        return jax.tree.map(lambda x: jnp.zeros((grid.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape))
+        return jax.tree.map(
+            lambda x: jnp.zeros((devices.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape)
+        )
 
-    return jax.jit(on_each, out_shardings=grid.split(ALL))()
+    return jax.jit(on_each, out_shardings=devices.sharding(ALL))()
 
 
 def _sum_of_devices(moments: Moments) -> Moments:
     return jax.tree.map(lambda part: part.sum(axis=0), moments)
 
 
-def _in_turn(grid: Grid, turns: Iterator[int], total: Callable[..., Any], moments: Moments) -> Moments:
+def _in_turn(
+    devices: DeviceMesh, turns: Iterator[int], total: Callable[..., Any], moments: Moments
+) -> Moments:
     """The moments of all devices on the device whose turn it is."""
-    place = next(turns) % len(grid.local)
+    place = next(turns) % len(devices.local)
     return jax.tree.map(lambda part: part.addressable_data(place), total(moments))
 
 
-def _add_block(grid: Grid) -> Callable[..., Any]:
+def _add_block(devices: DeviceMesh) -> Callable[..., Any]:
     """`sums.add_block` of the windows of each device, with moments for each along a leading axis."""
 
     def add(
@@ -74,12 +79,12 @@ def _add_block(grid: Grid) -> Callable[..., Any]:
             return jax.tree.map(lambda part: part[None], mine), coordinates
 
         outputs = ALL, PartitionSpec(None, *ALL)
-        return grid.over(ALL, own, (ALL, WHOLE, ALL, ALL), outputs)(moments, frame, update, tokens)
+        return devices.shard_map(own, (ALL, WHOLE, ALL, ALL), outputs, ALL)(moments, frame, update, tokens)
 
-    outputs = grid.split(ALL), grid.everywhere
+    outputs = devices.sharding(ALL), devices.replicated
     compiled = jax.jit(add, static_argnums=4, donate_argnums=0, out_shardings=outputs)
 
     def run(moments: Moments, frame: Any, update: Update, tokens: BlockTokens, parts: tuple[str, ...]) -> Any:
-        return compiled(moments, grid.put(frame), update, jax.tree.map(grid.put, tokens), parts)
+        return compiled(moments, devices.put(frame), update, devices.put(tokens), parts)
 
     return run

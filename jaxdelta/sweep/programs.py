@@ -1,0 +1,146 @@
+"""The two programs of a pass: one layer on a block of windows, and the final norm after the last layer.
+
+`layer_step` and `final_norm_step` are plain functions. `layer_program` and `final_norm_program` compile them
+for the devices of a run; the same devices and the same layer give the same program, so that JAX compiles it
+once in a process.
+
+Axes: B windows of a block, T tokens of each, D hidden size; m tokens chosen among the B·T, p positions whose
+loss is taken.
+"""
+
+import dataclasses
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxdelta.model.attention import Context
+from jaxdelta.model.layers import rms_norm
+from jaxdelta.sweep.devices import DATA, WHOLE, Devices
+from jaxdelta.utils.arrays import AnyArray
+
+
+class Update(NamedTuple):
+    """What a layer's attention and MLP added to the residual stream h that entered it, for n tokens."""
+
+    attention: Float32[Array, "n d"]
+    mlp: Float32[Array, "n d"]
+    h: Float32[Array, "n d"]
+
+    @property
+    def delta(self) -> Float32[AnyArray, "n d"]:
+        """The layer's update δ = attention + mlp."""
+        return self.attention + self.mlp
+
+
+class Ends(NamedTuple):
+    """A block's states at both ends of the pass: those that entered the first and the last layer, the one
+    that left the last, and the sum of all updates."""
+
+    first: Float[Array, "B T D"]
+    entered: Float[Array, "B T D"]
+    last: Float[Array, "B T D"]
+    written: Float32[Array, "B T D"]
+
+
+@cache
+def layer_program(devices: Devices, graph: Any, all_tokens: bool) -> Any:
+    """The compiled `(layer, h, written, context, rows) -> (h, written, Update)`; it consumes `written`.
+
+    Every device passes its own windows, whatever the layer does with them (sorting tokens by expert, too):
+    devices wait for each other only in sums over `model`.
+
+    Args:
+        devices: where it runs.
+        graph: the layer's nnx.GraphDef.
+        all_tokens: the Update has all tokens of the block (`rows` is None) and stays split over the devices;
+            else it has the tokens `rows`, and is whole on every device.
+    """
+
+    def program(layer: nnx.State, h: Array, written: Array, context: Context, rows: Any) -> Any:
+        positions = None if context.positions is None else DATA
+        specs = dataclasses.replace(context, rotary=WHOLE, window=WHOLE, positions=positions)
+        step = devices.shard_map(partial(layer_step, graph), (WHOLE, DATA, DATA, specs), DATA)
+        h, written, update = step(layer, h, written, context)
+        return h, written, jax.tree.map(partial(_select, rows=rows), update)
+
+    return devices.jit(program, (DATA, DATA, _update_spec(all_tokens)), donate_argnums=2)
+
+
+def layer_step(
+    graph: Any,
+    layer: nnx.State,
+    h: Float[Array, "B T D"],
+    written: Float32[Array, "B T D"],
+    context: Context,
+) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
+    """One layer on a block of windows.
+
+    Args:
+        graph: the layer's nnx.GraphDef.
+        layer: its parameters.
+        h: the residual stream that enters it.
+        written: the sum of the updates of all layers before it.
+        context: positions, the attention window and how to compute.
+
+    Returns:
+        The residual stream after the layer, the sum of the updates including this one, and the update of all
+        B·T tokens.
+    """
+    new, attention, mlp = nnx.merge(graph, layer)(h, context)
+    update = Update(*map(_flat, (attention, mlp, h.astype(jnp.float32))))
+    return new, written + (attention + mlp), update
+
+
+@cache
+def final_norm_program(devices: Devices, all_tokens: bool) -> Any:
+    """The compiled `final_norm_step`; `all_tokens` as in `layer_program`."""
+    outputs = WHOLE, _update_spec(all_tokens), WHOLE, WHOLE
+    return devices.jit(final_norm_step, outputs, static_argnames="eps")
+
+
+def final_norm_step(
+    ends: Ends,
+    attention: Float32[Array, "m D"],
+    weight: Float[Array, " D"],
+    rows: Int32[Array, " m"] | None,
+    loss_positions: Int32[Array, " p"],
+    *,
+    eps: float,
+) -> tuple[Float32[Array, "p D"], Update, Float32[Array, ""], Float32[Array, ""]]:
+    """The final norm of a block, and what is left of h_0 + Σδ = h_N.
+
+    Args:
+        ends: the block's states.
+        attention: what the last layer's attention wrote.
+        weight: the final norm's weight.
+        rows: the tokens of the last layer's Update; None for all.
+        loss_positions: the tokens whose normed states are wanted.
+        eps: the final norm's ε.
+
+    Returns:
+        The normed states of `loss_positions`; the last layer's Update if its state is taken after the norm,
+        the norm's change being counted as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
+    """
+    normed = rms_norm(ends.last, weight, eps)
+    first, entered, last = (state.astype(jnp.float32) for state in ends[:3])
+    change = _select(_flat(normed - entered), rows)
+    update = Update(attention, change - attention, _select(_flat(entered), rows))
+    missing, energy = jnp.sum(jnp.square(first + ends.written - last)), jnp.sum(jnp.square(last))
+    return _select(_flat(normed), loss_positions), update, missing, energy
+
+
+def _update_spec(all_tokens: bool) -> Any:
+    return DATA if all_tokens else WHOLE
+
+
+def _flat(x: Float[Array, "B T D"]) -> Float[Array, "n D"]:
+    """One row per token."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _select(flat: Float[Array, "n D"], rows: Int32[Array, " m"] | None) -> Float[Array, "m D"]:
+    return flat if rows is None else flat[rows]
