@@ -14,8 +14,8 @@ from jaxdelta.spectra.moments.accumulate import Pool, Windows
 from jaxdelta.spectra.scheduler import measure
 from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL, MASKED, RAW
-from jaxdelta.statistics import layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.states import PLACES
 from jaxdelta.sweep.sweep import Blocks, Update, Wrote
 from jaxdelta.text import groups as rows_groups
@@ -176,7 +176,8 @@ def test_a_run(
     assert found.run["memory"]["place"] == place
     assert not list(tmp_path.iterdir())
     for row, other in zip(found.per_layer, kept_whole.per_layer, strict=True):
-        for name in (*layer_row.TOKENWISE, "eff_rank", "top1_frac", "n", "mean_share", "sigma1_over_sigma2"):
+        names = [one.name for one in registered("tokens")]
+        for name in (*names, "frob", "eff_rank", "top1_frac", "n", "mean_share", "sigma1_over_sigma2"):
             for one, same in ((row, other), (row["mlp"], other["mlp"])):
                 assert one[name] == pytest.approx(same[name], rel=1e-5)
         assert row["centred"]["frob"] == pytest.approx(other["centred"]["frob"], rel=1e-5)

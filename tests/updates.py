@@ -49,5 +49,5 @@ def update(shape: tuple[int, int], seed: int = 0, sinks: dict[int, float] | None
 def measured(wrote: Update, of: Sample, **design: Any) -> LayerFigures:
     """One layer's figures in every view, on this thread; not what the comparison of layers needs."""
     whole = Design(**{"k": K, "views": tuple(ALL.values()), "groups": of.groups} | design)
-    with jax.enable_x64(True), mock.patch.object(measure, "CROSSED", ()):
+    with jax.enable_x64(True), mock.patch.object(scheduler, "CROSSED", ()):
         return scheduler._measured([wrote], whole, scheduler._one_by_one)[0]
