@@ -19,6 +19,7 @@ from jaxdelta.report.page_parts import (
 )
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import view_of
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.excerpt import context
 
 SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
@@ -194,14 +195,7 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
 
 
 def _layer_table(analysis: Result) -> Element:
-    keys = {
-        "h_norm_mean": "‖h‖",
-        "token_norm_mean": "‖δ‖",
-        "rel_step_mean": "‖δ‖/‖h‖",
-        "cos_delta_h_mean": "cos(δ, h)",
-        "eff_rank": "effective rank",
-        "top1_frac": "along v₁",
-    }
+    keys = {one.name: one.column for one in registered() if one.column}
     masked = {"eff_rank": "masked rank", "top1_frac": "masked v₁"} if has_sinks(analysis) else {}
     rows = [
         [row["L"], row["phase"]]

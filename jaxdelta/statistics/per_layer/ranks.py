@@ -42,7 +42,7 @@ def effective_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.
 @statistic(
     "roy_vetterli_rank",
     needs="spectrum",
-    label="Roy & Vetterli's",
+    label="Roy & Vetterli's rank",
     unit=_DIRECTIONS,
     log=True,
     range=(1, "r"),

@@ -19,7 +19,6 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 # What a statistic is a function of, in the order of the JSON; see `Statistic.needs`.
 NEEDS = ("tokens", "spectrum", "view", "documents", "channels")
 SCALES = ("linear", "log", "unit")  # of an interval, see `t_interval`
-_FIGURES = {"tokens": "norms", "channels": "channels"}  # by needs; elsewhere "ranks"
 _registered: dict[str, "Statistic"] = {}
 
 
@@ -45,7 +44,8 @@ class Statistic:
         range: the lowest and the highest value; the highest may be a symbol, or None.
         trap: what to mind when reading it.
         source: who defined it.
-        figure: the figure whose panels show it; None keeps it out of charts and comparisons.
+        figure: the figure whose panels show it, `norms` (of tokens by default) or `ranks`; None keeps it
+            out of charts, comparisons and the record of a control.
         panel: the title of its panel; statistics with the same one share a panel. By default the label.
         column: its heading in the page's table of layers, which leaves it out without one.
         first_of: for a statistic without a key of its own, the list whose first entry it is.
@@ -106,12 +106,12 @@ def statistic(name: str, *, needs: str, **entry: Any) -> Callable[[AnyFunction],
     Raises:
         ValueError: the name is taken, or the registration makes no sense.
     """
-    shown = {"figure": _FIGURES.get(needs, "ranks")} | entry
+    entry.setdefault("figure", "norms" if needs == "tokens" else "ranks")
 
     def register(function: AnyFunction) -> AnyFunction:
         if name in _registered:
             raise ValueError(f"{name}: is registered already")
-        one = Statistic(name, function, needs, **shown)
+        one = Statistic(name, function, needs, **entry)
         _registered[name] = one if one.panel else dataclasses.replace(one, panel=one.title)
         return function
 
@@ -127,6 +127,7 @@ def _of_kind(kind: str) -> list[Statistic]:
     return [one for one in _registered.values() if one.needs == kind]
 
 
-def shown(figure: str) -> tuple[Statistic, ...]:
-    """The statistics of a figure of the page."""
-    return tuple(one for one in registered() if one.figure == figure)
+def shown(*figures: str) -> tuple[Statistic, ...]:
+    """The statistics of these figures of the page, those of its table of layers first."""
+    found = (one for figure in figures for one in registered() if one.figure == figure)
+    return tuple(sorted(found, key=lambda one: (figures.index(str(one.figure)), not one.column)))

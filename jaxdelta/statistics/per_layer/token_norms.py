@@ -7,7 +7,7 @@ from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
 from jaxdelta.statistics.per_layer.registry import statistic
 
 ByWeighting = Float64[np.ndarray, " B"]
-_NORM = "mean norm (activation units)"
+_NORM = "norm (activation units)"
 _CSORDAS = "Csordás et al. 2025"
 
 
