@@ -56,7 +56,7 @@ def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[
     Over the σ that `numerical_rank` counts: a thousand that are rounding would move the fourth digit.
     """
     values = np.asarray(singular_values, np.float64)
-    return _perplexity(_shares(np.where(_resolved(values), values, 0)), floor=0.0)
+    return _perplexity(_shares(np.where(resolved(values), values, 0)), floor=0.0)
 
 
 @statistic(
@@ -110,9 +110,10 @@ def _inverse(x: Any) -> Any:
 
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
-    """The number of singular values above float32's resolution, σ > ε σ_1."""
-    return int(np.sum(_resolved(np.asarray(singular_values))))
+    """The number of `resolved` singular values."""
+    return int(np.sum(resolved(np.asarray(singular_values))))
 
 
-def _resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
+def resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
+    """Which singular values stand above float32's resolution, σ > ε σ_1."""
     return singular_values > np.finfo(np.float32).eps * singular_values.max(axis=-1, keepdims=True)
