@@ -50,7 +50,7 @@ def summary(analysis: Result) -> str:
 
 
 def _body(analysis: Result, drawn: Sequence[Figure]) -> Iterator[Element]:
-    after = {"owners": _owner_table, "phases": _phase_tables}
+    after = {"ranks": _channel_table, "owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
     for figure in drawn:
         yield figure_section(figure)
@@ -128,6 +128,22 @@ def _not_measured(analysis: Result) -> Iterator[str]:
         yield "intervals (--bootstrap, several documents)"
     if not analysis.run.get("flags", {}).get("null_draws") or not analysis.overlap:
         yield "chance (--null_draws)"
+
+
+def _channel_table(analysis: Result) -> Iterator[Element]:
+    rows = [
+        [row["L"], row["phase"], *(_channels(found[part]) for part in ("update", "state"))]
+        for row in analysis.per_layer
+        if (found := row.get("massive_channels"))
+    ]
+    if rows:
+        yield element("h3", "Channels with the most energy")
+        head = ("layer", "phase", "share of ‖δ‖²", "share of the state after the layer")
+        yield table(head, rows, "Massive channels")
+
+
+def _channels(found: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['channel']}: {number(c['share'], '.3f')} ({c['effect']})" for c in found)
 
 
 def _owner_table(analysis: Result) -> Iterator[Element]:
