@@ -38,7 +38,7 @@ def view_rows(views: Sequence[ViewFigures], sample: Sample, k: int, hidden: int)
     counts = [np.bincount(sample.owners[view.kept], minlength=sample.documents) for view in views]
     alike: dict[Any, list[int]] = {}
     for index, view in enumerate(views):
-        alike.setdefault((counts[index].tobytes(), view.products is None), []).append(index)
+        alike.setdefault((counts[index].tobytes(), view.found.products is None), []).append(index)
     rows: dict[int, dict[str, Any]] = {}
     for indices in alike.values():
         these = _rows([views[index] for index in indices], sample, counts[indices[0]], k, hidden)
@@ -175,8 +175,9 @@ def _notes(view: ViewData, rank: int, documents: int) -> str:
 
 
 class Described(NamedTuple):
-    """A layer's row, empty where a figure is not `finite`; its views that are compared, without what is of
-    tokens or documents; the largest defect of its spectra, and whether NumPy had to do one again."""
+    """A layer kept until the end of the run: its row, empty where a statistic is not `finite`; the views that
+    layers are compared in, without arrays of tokens or documents; the largest defect of its spectra, and
+    whether NumPy computed one again."""
 
     row: dict[str, Any]
     views: dict[View, ViewFigures]
@@ -188,7 +189,7 @@ class Described(NamedTuple):
 def described(
     layers: Iterable[LayerFigures], phases: Phases, sample: Sample, k: int, hidden: int
 ) -> Iterator[Described]:
-    """Every layer, and the last one normed, which has the last one's place."""
+    """Every layer, then the last one with its state normed, which has the same number."""
     last = len(phases.of_layer) - 1
     for number, figures in enumerate(layers):
         index, every = min(number, last), list(figures.views.values())

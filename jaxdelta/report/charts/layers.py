@@ -1,4 +1,5 @@
-"""The figures of a run: which numbers they show, their titles, captions and units. One place for all of it.
+"""The figures of a run: the statistics in each panel, titles and captions; words and units of statistics are
+the registry's.
 
 The page and the pictures draw the same data, see `charts`.
 """

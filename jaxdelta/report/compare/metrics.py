@@ -30,9 +30,9 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A figure; `title` begins its panel, `figure` is the page's figure that it stands in.
+    """A statistic that runs are compared by: the title and axis of its panel, and the page's figure it is in.
 
-    `read` gives its values of a run in a view; it gives none for a run, or a view, without it.
+    `read` yields its values in a view of a run; none where the run or the view lacks it.
     """
 
     title: str

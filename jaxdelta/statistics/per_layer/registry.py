@@ -120,11 +120,8 @@ def statistic(name: str, *, needs: str, **entry: Any) -> Callable[[AnyFunction],
 
 def registered(*needs: str) -> tuple[Statistic, ...]:
     """All statistics, or those that need one of these; in the order of the JSON."""
-    return tuple(one for kind in NEEDS if kind in (needs or NEEDS) for one in _of_kind(kind))
-
-
-def _of_kind(kind: str) -> list[Statistic]:
-    return [one for one in _registered.values() if one.needs == kind]
+    chosen = [one for one in _registered.values() if one.needs in (needs or NEEDS)]
+    return tuple(sorted(chosen, key=lambda one: NEEDS.index(one.needs)))
 
 
 def shown(*figures: str) -> tuple[Statistic, ...]:
