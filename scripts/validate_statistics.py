@@ -33,13 +33,14 @@ from jaxdelta.statistics.across_layers.phases import Phases, default_phases
 from jaxdelta.statistics.across_layers.subspaces import inner_products, shared_subspaces
 from jaxdelta.statistics.across_layers.table import relate, stacked_directions
 from jaxdelta.statistics.intervals import p_value
-from jaxdelta.statistics.layer_row import SCALES, layer_row, view_rows
+from jaxdelta.statistics.layer_row import layer_row, view_rows
 from jaxdelta.statistics.per_layer.ranks import (
     effective_rank,
     participation_ratio,
     roy_vetterli_rank,
     stable_rank,
 )
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.sweep import Update, Wrote
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
@@ -185,7 +186,7 @@ def coverage(quick: bool) -> list[Check]:
     least, most = (0.85, 1.0) if quick else (0.93, 0.97)
     found = [intervals_of(world, seed) for seed in range(sets)]
     lines = []
-    for name in (*SCALES, *ACROSS):
+    for name in (*(one.name for one in registered() if one.interval), *ACROSS):
         values = np.array([[one[key] for key in one if key[0] == name] for one in found])
         target = values[:, :, 0].mean(axis=0)
         covered = float(np.mean((values[:, :, 1] <= target) & (target <= values[:, :, 2])))

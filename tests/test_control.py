@@ -234,7 +234,8 @@ def test_compare_control(real: Analysis, permuted: Analysis, tmp_path: Path) -> 
         "p.json",
     )
     for row, wanted in zip(both.control["per_layer"], permuted.per_layer, strict=True):
-        assert row == {key: wanted[key] for key in ("L", "eff_rank", "top1_frac", "rel_step_mean")}
+        assert row.keys() >= {"L", "eff_rank", "top1_frac", "rel_step_mean", "stable_rank"}
+        assert row == {key: wanted[key] for key in row}
     assert both.control["phase_overlap"] == permuted.phase_overlap
     assert both.control["top1_cos_adjacent"] == permuted.top1_cos_adjacent
     both.save(tmp_path / "a.json")

@@ -11,7 +11,7 @@ import pytest
 from jaxdelta import Analysis, analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.run.merge import merge_runs
-from jaxdelta.statistics import layer_row
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.tokens import Tokens
 
 RNG = np.random.default_rng(0)
@@ -47,7 +47,8 @@ def test_as_one_run(kept: list[Path], tiny_checkpoint: Path) -> None:
             (row["attention"], other["attention"]),
         ):
             for name in (
-                *layer_row.TOKENWISE,
+                *(one.name for one in registered("tokens")),
+                "frob",
                 "eff_rank",
                 "top1_frac",
                 "top10_frac",

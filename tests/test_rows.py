@@ -20,7 +20,7 @@ from jaxdelta.report.analysis import Analysis
 from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.view_summary import LayerFigures
 from jaxdelta.spectra.views import ALL, MASKED, RAW, View
-from jaxdelta.statistics.layer_row import SCALES, layer_row, view_rows
+from jaxdelta.statistics.layer_row import layer_row, view_rows
 from jaxdelta.statistics.per_layer.ranks import (
     effective_rank,
     numerical_rank,
@@ -28,12 +28,14 @@ from jaxdelta.statistics.per_layer.ranks import (
     roy_vetterli_rank,
     stable_rank,
 )
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, Groups, Sample
 from jaxdelta.text.tokens import Tokens
 
 SINKS = {5: 30.0, 40: 100.0}
 DRAWS = 100
+SCALES = {one.name: one.interval for one in registered() if one.interval}
 ARRAYS = {"directions": 3, "singular_values": 2, "top1_cos": 2}  # of an Analysis: their axes
 # How far from an exact bootstrap's the half-widths of the spectrum's figures may be.
 CLOSE = {"eff_rank": 0.15, "top1_frac": 0.02, "top3_frac": 0.05, "top10_frac": 0.2, "gamma": 0.02}
@@ -170,11 +172,12 @@ def test_every_number(shape: tuple[int, int], method: str, windows: int, view: V
         token | {"share": pytest.approx(share, rel=1e-7)} for token, share in zip(named, shares, strict=True)
     ]
     assert found["sigma1_top_share"] == pytest.approx(top, rel=1e-7)
-    others = {"split_half_cos", "sigma1_tokens", "sigma1_top_share", "intervals"}
+    keys = {one.name for one in registered() if one.needs != "channels" and one.first_of is None}
     assert found.keys() - {"L", "phase", "ledger", "centred", "masked", *measure_parts()} == {
-        *wanted,
-        *others,
+        *keys,
+        "intervals",
     }
+    assert wanted.keys() <= keys
 
 
 def measure_parts() -> set[str]:
@@ -204,9 +207,9 @@ def exact_half_widths(x: np.ndarray, h: np.ndarray, membership: np.ndarray) -> d
         rows = np.flatnonzero(document == 0)
         figures = plain_means(x[rows], h[rows]) | plain_spectrum(x[rows])
         figures["gamma"] *= math.sqrt(len(x) / len(rows))
-        for name in SCALES:
+        for name in figures.keys() & SCALES.keys():
             without[name].append(figures[name])
-    return {name: half_width(values, name) for name, values in without.items()}
+    return {name: half_width(values, name) for name, values in without.items() if values}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as hnp
 from jaxdelta.spectra import spectrum
 from jaxdelta.spectra.spectrum import CERTIFIED, METHODS, Spectrum, host_decompose, update_spectrum
 from jaxdelta.spectra.token_table import token_products
+from jaxdelta.statistics.per_layer.inputs import TokenTable
 from jaxdelta.statistics.per_layer.ranks import effective_rank, energy_shares, numerical_rank
-from jaxdelta.statistics.per_layer.token_norms import token_statistics
+from jaxdelta.statistics.per_layer.registry import registered
 
 K = 4
 
@@ -267,9 +268,12 @@ def test_token_statistics_by_the_definitions(case: str) -> None:
     elif case == "one token":
         delta, h = delta[:1], h[:1]
     products = token_products(jnp.asarray(delta), jnp.asarray(h))
-    found = token_statistics(tuple(map(np.asarray, products)), np.arange(len(delta)) % 3, np.ones((1, 3)))
-    for name, value in definitions(delta, h).items():
-        np.testing.assert_allclose(found[name][0], value, rtol=1e-12, atol=1e-14, err_msg=name)
+    table = TokenTable(*map(np.asarray, products), np.arange(len(delta)) % 3, np.ones((1, 3)))
+    wanted = definitions(delta, h)
+    for one in registered("tokens"):
+        found = one.function(table)[0]
+        np.testing.assert_allclose(found, wanted[one.name], rtol=1e-12, atol=1e-14, err_msg=one.name)
+    assert np.sqrt(table.sum(table.update_energy)[0]) == pytest.approx(wanted["frob"], rel=1e-12)
 
 
 def test_ranks_by_hand() -> None:

@@ -19,6 +19,7 @@ from jaxdelta.report.page_parts import (
 )
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import view_of
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.excerpt import context
 
 SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
@@ -49,7 +50,7 @@ def summary(analysis: Result) -> str:
 
 
 def _body(analysis: Result, drawn: Sequence[Figure]) -> Iterator[Element]:
-    after = {"owners": _owner_table, "phases": _phase_tables}
+    after = {"ranks": _channel_table, "owners": _owner_table, "phases": _phase_tables}
     yield from _headline(analysis)
     for figure in drawn:
         yield figure_section(figure)
@@ -129,6 +130,22 @@ def _not_measured(analysis: Result) -> Iterator[str]:
         yield "chance (--null_draws)"
 
 
+def _channel_table(analysis: Result) -> Iterator[Element]:
+    rows = [
+        [row["L"], row["phase"], *(_channels(found[part]) for part in ("update", "state"))]
+        for row in analysis.per_layer
+        if (found := row.get("massive_channels"))
+    ]
+    if rows:
+        yield element("h3", "Channels with the most energy")
+        head = ("layer", "phase", "share of ‖δ‖²", "share of the state after the layer")
+        yield table(head, rows, "Massive channels")
+
+
+def _channels(found: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['channel']}: {number(c['share'], '.3f')} ({c['effect']})" for c in found)
+
+
 def _owner_table(analysis: Result) -> Iterator[Element]:
     views = ["raw", "masked"] if has_sinks(analysis) else ["raw"]
     for view in views:
@@ -194,14 +211,7 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
 
 
 def _layer_table(analysis: Result) -> Element:
-    keys = {
-        "h_norm_mean": "‖h‖",
-        "token_norm_mean": "‖δ‖",
-        "rel_step_mean": "‖δ‖/‖h‖",
-        "cos_delta_h_mean": "cos(δ, h)",
-        "eff_rank": "effective rank",
-        "top1_frac": "along v₁",
-    }
+    keys = {one.name: one.column for one in registered() if one.column}
     masked = {"eff_rank": "masked rank", "top1_frac": "masked v₁"} if has_sinks(analysis) else {}
     rows = [
         [row["L"], row["phase"]]

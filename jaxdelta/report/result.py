@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save
 from jaxdelta.errors import JaxDeltaError, UsageError, extra
 from jaxdelta.report import steering
 from jaxdelta.spectra.views import ALL, view_of
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.utils.files import json_path, write_together
 
 SCHEMA_VERSION = 2
@@ -247,4 +248,5 @@ def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
         for key, interval in figures.get("intervals", {}).items()
         for end, bound in zip(("low", "high"), interval or (None, None), strict=True)
     }
-    return single | {"gamma": figures["top_singvals"][0]} | ledger | bounds
+    inside = {one.name: one.of(figures) for one in registered() if one.first_of}
+    return single | inside | ledger | bounds

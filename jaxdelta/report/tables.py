@@ -18,6 +18,7 @@ def tables(analysis: Result) -> str:
         view_table,
         ledger_table,
         owner_table,
+        channel_table,
         chance_table,
         control_table,
         verdict_table,
@@ -149,6 +150,20 @@ def owner_table(analysis: Result) -> Iterator[str]:
     for row in rows:
         tokens = (f"{t['token']!r} {t['share']:.3f} ({t['position']})" for t in row["sigma1_tokens"][:3])
         yield f" L={row['L']:>2} top 0.1 %: {_number(row['sigma1_top_share'])}   " + ", ".join(tokens)
+
+
+def channel_table(analysis: Result) -> Iterator[str]:
+    """The channels with the largest shares of ‖δ‖² and of the state's energy after the layer."""
+    rows = [row for row in analysis.per_layer if "massive_channels" in row]
+    if not rows:
+        return
+    yield "=== Massive channels: share of ‖δ‖² (+ written, - removed), share of the state after the layer ==="
+    for row in rows:
+        signs = {"writes": "+", "removes": "-", "keeps": "="}
+        update, state = row["massive_channels"]["update"], row["massive_channels"]["state"]
+        written = (f"{signs[c['effect']]}{c['channel']} {c['share']:.3f}" for c in update)
+        held = (f"{c['channel']} {c['share']:.3f}" for c in state)
+        yield f" L={row['L']:>2} " + ", ".join(written) + "   state " + ", ".join(held)
 
 
 def chance_table(analysis: Result) -> Iterator[str]:

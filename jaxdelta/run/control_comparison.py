@@ -8,9 +8,10 @@ from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.run.options import Options
+from jaxdelta.statistics.per_layer.registry import shown
 from jaxdelta.text.tokens import Tokens
 
-FIGURES = ("L", "eff_rank", "top1_frac", "rel_step_mean")
+TABLE = ("eff_rank", "top1_frac", "rel_step_mean")  # of the terminal: a control has them all
 
 
 def load_control(path: str | Path) -> Analysis:
@@ -67,10 +68,16 @@ def _record(control: Analysis, file: str | None) -> dict[str, Any]:
         "seed": flags["seed"],
         "file": file,
         "calibration_loss": control.run["calibration_loss"],
-        "per_layer": [{key: row[key] for key in FIGURES} for row in control.per_layer],
+        "per_layer": [_statistics(row) for row in control.per_layer],
         "top1_cos_adjacent": control.top1_cos_adjacent,
         "phase_overlap": control.phase_overlap,
     }
+
+
+def _statistics(row: dict[str, Any]) -> dict[str, Any]:
+    """What a control's line in the charts needs; an older file may lack some."""
+    names = (one.name for one in shown("norms", "ranks") if one.name in row)
+    return {key: row[key] for key in ("L", *TABLE)} | {name: row[name] for name in names}
 
 
 def _subject(analysis: Analysis) -> dict[str, Any]:

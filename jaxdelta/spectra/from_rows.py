@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
+from jaxdelta.spectra.channels import channel_energies
 from jaxdelta.spectra.group_moments import by_group
 from jaxdelta.spectra.linalg import product
 from jaxdelta.spectra.spectrum import Spectrum, decompose, solve
 from jaxdelta.spectra.token_table import token_products
-from jaxdelta.spectra.view_summary import FACTOR_ROWS, MeasurementPlan, ViewSummary
+from jaxdelta.spectra.view_summary import COMPARED_VIEWS, FACTOR_ROWS, MeasurementPlan, ViewSummary
 from jaxdelta.spectra.views import Selection, View
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import Groups
@@ -27,16 +28,17 @@ Decomposition = tuple[Spectrum, Float64[AnyArray, "n v"]]
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a view: basis size c, solver, and whether its layers are compared."""
+    """What is wanted of a view: basis size c, solver, energies by channel, the comparison of its layers."""
 
     basis: int
     method: str
+    channels: bool
     compared: bool
 
     @classmethod
     def of(cls, plan: MeasurementPlan, view: View, n: int, d: int) -> "Wanted":
         """For a view of an update of shape (n, d)."""
-        return cls(plan.basis_size(n, d), plan.method, plan.compares(view))
+        return cls(plan.basis_size(n, d), plan.method, view in COMPARED_VIEWS, plan.compares(view))
 
     def axes(self, n: int, d: int, resampled: bool) -> int:
         """Number of eigenvectors needed: those of the basis, of the groups' moments and of the factor."""
@@ -97,6 +99,9 @@ def summarise_rows(
         products,
         jnp.square(coordinates[:, 0]) / first,
     )
+    if wanted.channels:
+        counted = jnp.where(jnp.asarray(kept)[:, None] > 0, jnp.asarray(h), 0)
+        summary = summary._replace(channels=channel_energies(x, counted))
     if groups is None:
         return summary
     leading = coordinates[:, :LEADING_AXES]

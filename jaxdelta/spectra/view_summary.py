@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
+from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View
 
 COMPARED_VIEWS = (RAW, MASKED)  # the views whose layers are compared
@@ -56,6 +57,7 @@ class ViewSummary(NamedTuple):
             not compared.
         factor: F with FᵀF = δᵀδ: δ itself, or, where it has more than FACTOR_ROWS rows, its leading
             FACTOR_ROWS directions times their σ.
+        channels: energies by channel; of the whole update alone, not centred.
         kept: the tokens of the view: all, or those that are no sinks; set on the host, as the next two.
         on_host: the spectrum failed its certificate and was computed again by NumPy.
         sinks_left: sinks that a masked view still contains: their rows were not set aside in time.
@@ -71,6 +73,7 @@ class ViewSummary(NamedTuple):
     group_rest: Float64[Any, "*layers G"] | None = None
     coupling: Float32[Any, "*layers G c d"] | None = None
     factor: Float32[Any, "*layers R d"] | None = None
+    channels: ChannelTable | None = None
     kept: Bool[Any, "*layers n"] | None = None
     on_host: bool | None = None
     sinks_left: int | None = None
@@ -91,7 +94,7 @@ class ViewSummary(NamedTuple):
     def for_comparison(self) -> "ViewSummary":
         """The summary without its arrays of tokens and of groups' moments."""
         return self._replace(
-            products=None, sigma1_shares=None, group_moments=None, group_rest=None, kept=None
+            products=None, sigma1_shares=None, group_moments=None, group_rest=None, channels=None, kept=None
         )
 
 

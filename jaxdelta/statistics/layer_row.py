@@ -1,6 +1,7 @@
-"""A layer's row: the figures of each of its views, with intervals, by the names they have in the JSON."""
+"""A layer's row of the JSON: the registered statistics of each of its views, with intervals."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,122 +12,144 @@ from jaxdelta.spectra.view_summary import COMPARED_VIEWS, LayerSummary, ViewSumm
 from jaxdelta.spectra.views import View
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.intervals import t_interval
-from jaxdelta.statistics.per_layer.ranks import (
-    effective_rank,
-    energy_shares,
-    numerical_rank,
-    participation_ratio,
-    roy_vetterli_rank,
-    stable_rank,
-)
-from jaxdelta.statistics.per_layer.sigma1_owners import _owners
-from jaxdelta.statistics.per_layer.token_norms import token_statistics
+from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
+from jaxdelta.statistics.per_layer.ranks import numerical_rank
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.groups import Sample
-
-# What is missing where a token's own figures are.
-TOKENWISE = (
-    "frob",
-    "token_norm_mean",
-    "token_norm_std",
-    "h_norm_mean",
-    "rel_step_mean",
-    "rel_step_std",
-    "parallel_frac",
-    "cos_delta_h_mean",
-)
-
-# The figures with an interval, and the scale on which they are taken to be symmetric about it.
-SCALES = {
-    "token_norm_mean": "log",
-    "h_norm_mean": "log",
-    "rel_step_mean": "log",
-    "cos_delta_h_mean": "linear",
-    "parallel_frac": "unit",
-    "eff_rank": "log",
-    "top1_frac": "unit",
-    "top3_frac": "unit",
-    "top10_frac": "unit",
-    "gamma": "log",
-}
 
 
 def layer_row(
-    layer: int, phase: str, figures: LayerSummary, sample: Sample, k: int, hidden: int
+    index: int, phase: str, layer: LayerSummary, sample: Sample, k: int, hidden: int
 ) -> dict[str, Any]:
-    """The row of a layer: its raw figures, the other views' under their names, and its energy ledger."""
-    row: dict[str, Any] = {"L": layer, "phase": phase}
-    several = {id(found): found for found in figures.views.values()}  # without sinks, masked is unmasked
+    """A layer's row: the raw view's statistics, the other views' under their names, the energy ledger."""
+    row: dict[str, Any] = {"L": index, "phase": phase}
+    several = {id(summary): summary for summary in layer.views.values()}  # without sinks masked is unmasked
     rows = dict(zip(several, view_rows([*several.values()], sample, k, hidden), strict=True))
-    for view, found in figures.views.items():
-        place = row
+    for view, summary in layer.views.items():
+        nested = row
         for name in view.path:
-            place = place.setdefault(name, {})
-        place |= rows[id(found)]
+            nested = nested.setdefault(name, {})
+        nested |= rows[id(summary)]
         if view.masked:
-            place["sinks_left"] = found.sinks_left or 0
-    return row | {"ledger": _ledger(figures.energies)}
+            nested["sinks_left"] = summary.sinks_left or 0
+    return row | {"ledger": _ledger(layer.energies)}
 
 
 def view_rows(views: Sequence[ViewSummary], sample: Sample, k: int, hidden: int) -> list[dict[str, Any]]:
-    """The figures of each view; those of the same tokens together, for each by itself is little work."""
+    """The statistics of each view; views of the same tokens are computed together, which is faster."""
     counts = [np.bincount(sample.owners[view.kept], minlength=sample.documents) for view in views]
     alike: dict[Any, list[int]] = {}
-    for place, view in enumerate(views):
-        alike.setdefault((counts[place].tobytes(), view.products is None), []).append(place)
+    for index, view in enumerate(views):
+        alike.setdefault((counts[index].tobytes(), view.products is None), []).append(index)
     rows: dict[int, dict[str, Any]] = {}
-    for places in alike.values():
-        found = _rows([views[place] for place in places], sample, counts[places[0]], k, hidden)
-        rows |= zip(places, found, strict=True)
-    return [rows[place] for place in range(len(views))]
+    for indices in alike.values():
+        these = _rows([views[index] for index in indices], sample, counts[indices[0]], k, hidden)
+        rows |= zip(indices, these, strict=True)
+    return [rows[index] for index in range(len(views))]
 
 
 def _rows(
     views: Sequence[ViewSummary], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
 ) -> list[dict[str, Any]]:
-    """The figures of views that have so many tokens of each group."""
-    values = np.stack([view.singular_values for view in views])
+    """The statistics of views with these numbers of tokens in each group."""
     drawn = sample.intervals and np.count_nonzero(counts) > 1
-    found = _statistics(views, values, sample, counts if drawn else None)
-    figures = records(
-        {name: of[:, 0] for name, of in found.items() if name != "gamma"}
-        | {
-            "top_singvals": values[:, :k],
-            "roy_vetterli_rank": roy_vetterli_rank(values),
-            "participation_ratio": participation_ratio(values),
-            "stable_rank": stable_rank(values),
-        }
+    left_out = np.flatnonzero(counts) if drawn else np.zeros(0, int)  # groups, one at a time
+    data = [_view_data(view, sample, left_out, k, hidden) for view in views]
+    columns = _columns(data, _spectra(views, counts, left_out))
+    values = records({name: column[:, 0] for name, column in columns.items()})
+    intervals = _intervals(columns) if drawn else [{}] * len(views)
+    documents = int(np.count_nonzero(counts))
+    each = zip(data, values, intervals, strict=True)
+    return [_row(view, computed, bounds, documents) for view, computed, bounds in each]
+
+
+def _view_data(
+    view: ViewSummary, sample: Sample, left_out: Int[np.ndarray, " L"], k: int, hidden: int
+) -> ViewData:
+    """The view as statistics take it: all that they know of how spectra and text keep things."""
+    tokens, half_cosines, kept = None, None, np.asarray(view.kept)
+    if view.group_moments is not None:
+        half_cosines = split_half_cosines(view.group_moments, sample.halves)
+    if (products := view.kept_products) is not None:
+        weights = np.concatenate([np.ones((1, sample.documents)), sample.without[left_out]])
+        tokens = TokenTable(*products, sample.owners[kept], weights)
+    return ViewData(
+        singular_values=view.singular_values,
+        tokens=tokens,
+        channels=view.channels,
+        mean_energy=float(view.mean_energy),
+        n=int(np.count_nonzero(kept)),
+        hidden=hidden,
+        top_k=k,
+        half_cosines=half_cosines,
+        sigma1_shares=view.sigma1_shares,
+        kept=kept,
+        sinks_left=view.sinks_left or 0,
+        token_at=partial(_token_at, sample),
     )
-    intervals = _intervals(found) if drawn else [None] * len(views)
-    each = zip(views, figures, intervals, strict=True)
-    return [_row(view, of, bounds, sample, counts, hidden) for view, of, bounds in each]
+
+
+def _token_at(sample: Sample, row: int) -> dict[str, Any]:
+    position, tokens = int(sample.places[row]), sample.tokens
+    where = divmod(position, tokens.ids.shape[1])
+    return {"token": tokens.text(*where), "position": position, "document": int(tokens.documents[where])}
+
+
+def _spectra(
+    views: Sequence[ViewSummary], counts: Int[np.ndarray, " G"], left_out: Int[np.ndarray, " L"]
+) -> Float64[np.ndarray, "V B r"]:
+    """Singular values of the text, and without each group, energies then scaled to all tokens."""
+    whole = np.stack([view.singular_values for view in views])[:, None]
+    if not left_out.size:
+        return whole
+    scale = (counts.sum() / (counts.sum() - counts[left_out]))[:, None]
+    without = [_without_groups(view)[left_out] * scale for view in views]
+    return np.concatenate([whole, np.sqrt(np.stack(without))], axis=1)
+
+
+def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
+    """σ² of the view without each group."""
+    assert view.group_moments is not None and view.group_rest is not None
+    return leave_one_out(view.singular_values, view.group_moments, view.group_rest)
+
+
+def _columns(
+    data: Sequence[ViewData], spectra: Float64[np.ndarray, "V B r"]
+) -> dict[str, Float64[np.ndarray, "V B"]]:
+    """The statistics of tokens and spectrum in every view: of the text, and without each group."""
+    columns = {
+        one.name: one.function(spectra if one.interval else spectra[:, :1]) for one in registered("spectrum")
+    }
+    tables = [view.tokens for view in data]
+    if None not in tables:
+        for one in registered("tokens"):
+            columns[one.name] = np.stack([one.function(table) for table in tables])
+    return columns
+
+
+def _intervals(columns: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, list[float]]]:
+    """95 % intervals of every view's statistics from their values without each group."""
+    scales = {one.name: one.interval for one in registered() if one.interval and one.name in columns}
+    values = np.stack([columns[name] for name in scales])
+    bounds = t_interval(values[..., 0], values[..., 1:], [*scales.values()])
+    return records(dict(zip(scales, np.stack(bounds, axis=-1), strict=True)))
 
 
 def _row(
-    view: ViewSummary,
-    figures: dict[str, Any],
-    intervals: dict[str, list[float]] | None,
-    sample: Sample,
-    counts: Int[np.ndarray, " G"],
-    hidden: int,
+    view: ViewData, computed: dict[str, float], intervals: dict[str, list[float]], documents: int
 ) -> dict[str, Any]:
-    values, n = view.singular_values, int(counts.sum())
-    rank = numerical_rank(values)
-    row: dict[str, Any] = dict.fromkeys(TOKENWISE)
-    row |= figures
-    row |= {
-        "sigma1_over_sigma2": float(values[0] / values[1]) if rank > 1 else None,
-        "mean_share": _share(float(view.mean_energy), row["frob"] ** 2),
-        "n": n,
-        "n_over_d": n / hidden,
-    }
-    if view.group_moments is not None:
-        halves = split_half_cosines(view.group_moments, sample.halves)
-        halves = halves[np.isfinite(halves)]
-        row["split_half_cos"] = float(halves.mean()) if rank and halves.size else None
-        row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
+    """A view's entry of the JSON; null where tokens are unknown, without what nothing is given for."""
+    row: dict[str, Any] = {}
+    for one in registered():
+        if one.needs in ("tokens", "spectrum"):
+            if one.first_of is None:
+                row[one.name] = computed.get(one.name)
+        elif (given := view.given(one.needs)) is not None:
+            row[one.name] = one.function(given)
+    rank = numerical_rank(view.singular_values)
     if rank and intervals:
         row["intervals"] = intervals
-    if notes := _notes(view, n, rank, int(np.count_nonzero(counts))):
+    if notes := _notes(view, rank, documents):
         row["note"] = notes
     return row
 
@@ -137,73 +160,22 @@ def records(columns: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
-def _statistics(
-    views: Sequence[ViewSummary],
-    values: Float64[np.ndarray, "V r"],
-    sample: Sample,
-    counts: Int[np.ndarray, " G"] | None,
-) -> dict[str, Float64[np.ndarray, "V B"]]:
-    """Everything that has an interval, and the rest of the reference's figures: of the text, and then, where
-    its groups' `counts` of tokens are given, without each group that has any, energies scaled to all tokens.
-    """
-    weights, energies = np.ones((1, sample.documents)), np.square(values)[:, None]
-    if counts is not None:
-        there = counts > 0
-        scale = (counts.sum() / (counts.sum() - counts[there]))[:, None]
-        without = [_without_groups(view)[there] * scale for view in views]
-        weights = np.concatenate([weights, sample.without[there]])
-        energies = np.concatenate([energies, np.stack(without)], axis=1)
-    values = np.sqrt(energies)
-    shares = energy_shares(values)
-    tokenwise = {"frob": np.sqrt(energies.sum(axis=-1))}
-    products = [(of, sample.owners[view.kept]) for view in views if (of := view.kept_products) is not None]
-    if products:
-        each = [token_statistics(of, owners, weights) for of, owners in products]
-        tokenwise = {name: np.stack([of[name] for of in each]) for name in each[0]}
-    return {
-        **tokenwise,
-        "eff_rank": effective_rank(values),
-        **{f"top{m}_frac": shares[..., :m].sum(axis=-1) for m in (1, 3, 10)},
-        "gamma": values[..., 0],
-    }
-
-
-def _intervals(found: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, list[float]]]:
-    """95 % intervals of every view's figures from what they are without each document."""
-    names = [name for name in SCALES if name in found]
-    figures = np.stack([found[name] for name in names])
-    bounds = t_interval(figures[..., 0], figures[..., 1:], [SCALES[name] for name in names])
-    return records(dict(zip(names, np.stack(bounds, axis=-1), strict=True)))
-
-
 def _ledger(energies: dict[str, float]) -> dict[str, float]:
     """‖attention‖_F², ‖mlp‖_F², 2<attention, mlp>, ‖δ‖_F², and how far the first three miss the last."""
     parts = {name: energies[name] for name in ("attention", "mlp", "cross", "update")}
     missing = abs(parts["attention"] + parts["mlp"] + parts["cross"] - parts["update"])
-    return parts | {"closure": _share(missing, parts["update"])}
+    return parts | {"closure": float(missing / parts["update"]) if parts["update"] else 0.0}
 
 
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
-
-
-def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
-    """σ² of the view without each group."""
-    assert view.group_moments is not None and view.group_rest is not None
-    return leave_one_out(view.singular_values, view.group_moments, view.group_rest)
-
-
-def _notes(figures: ViewSummary, n: int, rank: int, documents: int) -> str:
-    """Why figures are missing."""
-    left = figures.sinks_left or 0
+def _notes(view: ViewData, rank: int, documents: int) -> str:
+    """Why statistics are missing, or not what they should be."""
+    left = view.sinks_left
     reasons = {
-        "no token's own figures: the mean is known only when all tokens have passed": figures.products
-        is None,
-        "owners of sigma1 unknown: v_1 differs from that of the text's beginning": figures.sigma1_shares
-        is None,
+        "no token's own figures: the mean is known only when all tokens have passed": view.tokens is None,
+        "owners of sigma1 unknown: v_1 differs from that of the text's beginning": view.sigma1_shares is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,
-        f"only {n} token{'s' * (n != 1)}": n < 3,
+        f"only {view.n} token{'s' * (view.n != 1)}": view.n < 3,
         "one document: no halves, no intervals": documents == 1,
         f"{left} sink{'s' * (left != 1)} left in: not set aside in time": left > 0,
     }

@@ -1,10 +1,11 @@
-"""The figures of a run: which numbers they show, their titles, captions and units. One place for all of it.
+"""The figures of a run: the statistics in each panel, titles and captions; words and units of statistics are
+the registry's.
 
 The page and the pictures draw the same data, see `charts`.
 """
 
-import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,9 +15,9 @@ from jaxdelta.report.charts.chart import (
     GREEN,
     GREY,
     ORANGE,
+    ORDER,
     PURPLE,
     SHARE,
-    YELLOW,
     Axis,
     Figure,
     Panel,
@@ -27,6 +28,7 @@ from jaxdelta.report.charts.chart import (
 )
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import view_of
+from jaxdelta.statistics.per_layer.registry import Number, Statistic, shown
 
 SPECTRUM_POINTS = 48
 
@@ -39,62 +41,81 @@ def figures(analysis: Result) -> list[Figure]:
 
 def norms(analysis: Result) -> Figure:
     """Lengths of states and updates, and the step relative to the state."""
-    lengths = [
-        column(analysis, "h_norm_mean", "state ‖h‖", BLUE),
-        column(analysis, "token_norm_mean", "update ‖δ‖", ORANGE),
-    ]
-    step = [column(analysis, "rel_step_mean", "run", BLUE), _control(analysis, "rel_step_mean")]
-    first = column(analysis, "gamma", "σ₁", BLUE)
-    first = dataclasses.replace(first, y=[row["top_singvals"][0] for row in analysis.per_layer])
-    turn = [column(analysis, "cos_delta_h_mean", "cos(δ, h)", BLUE)]
     return Figure(
         "norms",
         "How much each layer writes",
-        "The update's length beside the state's, their ratio, its size γ_L = σ₁ along the first direction, "
-        "and whether a layer amplifies what is there (cosine above 0) or erases it (below 0); "
+        "The update's length compared with the state's, their ratio, its size γ_L = σ₁ along the first "
+        "direction, and whether a layer amplifies what is there (cosine above 0) or erases it (below 0); "
         f"means over tokens{bars(analysis)}.",
-        (
-            lengths_panel(analysis, lengths),
-            by_layer(analysis, "Relative step", Axis("mean ‖δ‖ / ‖h‖ (ratio)", log=True), step),
-            by_layer(analysis, "Along the first direction", Axis("σ₁ (activation units)", log=True), [first]),
-            by_layer(analysis, "Along the state", Axis("mean cos(δ, h) (no unit)", range=(-1.0, 1.0)), turn),
-        ),
+        _panels(analysis, "norms", {"raw": BLUE}),
     )
 
 
-def lengths_panel(analysis: Result, series: Sequence[Series]) -> Panel:
-    """Mean norms by layer."""
-    return by_layer(analysis, "Norms", Axis("norm (activation units)", log=True), series)
-
-
 def ranks(analysis: Result) -> Figure:
-    """Effective ranks and energy fractions by view, and how steady v_1 is."""
-    names = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {}) | {"centred": GREEN}
-
-    def views(key: str) -> list[Series | None]:
-        found = [column(analysis, key, name, color, view=name) for name, color in names.items()]
-        return [*found, _control(analysis, key)]
-
-    more = [
-        column(analysis, f"top{m}_frac", f"first {m}, {name}", color, view=name, dash=dash)
-        for m, color in ((3, PURPLE), (10, YELLOW))
-        for name, dash in (("raw", "solid"), ("masked", "dash"))
-        if name in names
-    ]
-    directions, share = Axis("effective rank (directions)", log=True), Axis("share of ‖δ‖²", range=SHARE)
-    panels = [
-        by_layer(analysis, "Effective rank", directions, views("eff_rank")),
-        by_layer(analysis, "Energy along the first direction v_L", share, views("top1_frac")),
-        by_layer(analysis, "Energy along the first 3 and 10 directions", share, more),
-        by_layer(analysis, "How steady v_L is", Axis("|cos| (no unit)", range=SHARE), _steadiness(analysis)),
-    ]
+    """How the energy of an update spreads over directions, by view."""
+    views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {}) | {"centred": GREEN}
+    steady = "; v_L is noise where its |cos| with that of another text is low"
+    measured = "split_half_cos" in analysis.per_layer[0]
     return Figure(
         "ranks",
         "How many directions a layer writes",
         "A low rank and much energy along v_L mean that a layer writes one thing for all tokens; "
-        f"{_masking(analysis)}{_steadiness_said(panels[-1])}{bars(analysis)}.",
-        tuple(panel for panel in panels if panel.series),
+        f"{_masking(analysis)}{steady if measured else ''}{bars(analysis)}.",
+        _panels(analysis, "ranks", views),
     )
+
+
+def axis(statistic: Statistic) -> Axis:
+    """The axis of a registered statistic; a linear one shows its whole range, where that is known."""
+    low, high = statistic.range or (None, None)
+    if statistic.log or not (isinstance(low, Number) and isinstance(high, Number)):
+        return Axis(statistic.unit, statistic.log)
+    return Axis(statistic.unit, range=(low, high))
+
+
+def _panels(analysis: Result, figure: str, views: dict[str, str]) -> tuple[Panel, ...]:
+    """A panel for every registered statistic of a figure, one for those that share its title."""
+    sharing: dict[str, list[Statistic]] = {}
+    for statistic in shown(figure):
+        sharing.setdefault(statistic.panel, []).append(statistic)
+    panels = [
+        by_layer(
+            analysis,
+            title,
+            axis(some[0]),
+            _together(analysis, some, views) if some[1:] else _by_view(analysis, some[0], views),
+        )
+        for title, some in sharing.items()
+    ]
+    return tuple(panel for panel in panels if panel.series)
+
+
+def _by_view(analysis: Result, statistic: Statistic, views: dict[str, str]) -> list[Series | None]:
+    """A statistic in several views, and the control's."""
+    names = views if len(views) > 1 else {"run": BLUE}
+    lines = [
+        column(analysis, statistic, name, color, view=view)
+        for (name, color), view in zip(names.items(), views, strict=True)
+    ]
+    more = _steadiness(analysis) if statistic.name == "split_half_cos" else []
+    return [*lines, _control(analysis, statistic), *more]
+
+
+def _together(analysis: Result, some: Sequence[Statistic], views: Iterable[str]) -> list[Series]:
+    """Several statistics, each in a colour: raw, and dashed without sinks."""
+    dashes = {view: dash for view, dash in (("raw", "solid"), ("masked", "dash")) if view in views}
+    return [
+        column(
+            analysis,
+            one,
+            one.label + (f", {view}" if dashes.keys() > {"raw"} else ""),
+            color,
+            view=view,
+            dash=dash,
+        )
+        for one, color in zip(some, itertools.cycle(ORDER), strict=False)
+        for view, dash in dashes.items()
+    ]
 
 
 def spectra(analysis: Result) -> Figure:
@@ -170,9 +191,10 @@ def ledger(analysis: Result) -> Figure:
 def owners(analysis: Result) -> Figure:
     """Whether few tokens make σ_1, and which."""
     title = "Who owns σ₁"
-    shown = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {})
-    top = [column(analysis, "sigma1_top_share", view, color, view=view) for view, color in shown.items()]
-    points = [series for view, color in shown.items() if (series := _owning(analysis, view, color)).x]
+    views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {})
+    (share,) = shown("owners")
+    top = [column(analysis, share, view, color, view=view) for view, color in views.items()]
+    points = [series for view, color in views.items() if (series := _owning(analysis, view, color)).x]
     if not points:
         return Figure("owners", title, "Not measured: it needs --bootstrap or --null_draws.")
     places = Axis("position in the text (tokens)", range=(0.0, float(analysis.n_calib_tokens)))
@@ -182,7 +204,7 @@ def owners(analysis: Result) -> Figure:
         "Near 1, a handful of tokens makes a layer's first direction, and it says little of the others; "
         "dots are the five largest owners, the larger the more of σ₁² they own.",
         (
-            by_layer(analysis, "Owned by the first thousandth", Axis("share of σ₁²", range=SHARE), top),
+            by_layer(analysis, share.title, axis(share), top),
             by_layer(analysis, "Where the owners stand", places, points),
         ),
     )
@@ -197,26 +219,22 @@ def has_sinks(analysis: Result) -> bool:
 
 
 def column(
-    analysis: Result, key: str, name: str, color: str, *, view: str = "raw", dash: str = "solid"
+    analysis: Result, statistic: Statistic, name: str, color: str, *, view: str = "raw", dash: str = "solid"
 ) -> Series:
-    """A figure of all layers in a view, with its intervals where there are any."""
+    """A statistic of all layers in a view, with its intervals where there are any."""
     rows = [view_of(row, view) or {} for row in analysis.per_layer]
     layers = [row["L"] for row in analysis.per_layer]
-    bounds = [row.get("intervals", {}).get(key) for row in rows]
-    return Series(name, layers, [row.get(key) for row in rows], color, dash=dash, bounds=bounds)
+    bounds = [row.get("intervals", {}).get(statistic.name) for row in rows]
+    return Series(name, layers, [statistic.of(row) for row in rows], color, dash=dash, bounds=bounds)
 
 
-def _control(analysis: Result, key: str) -> Series | None:
+def _control(analysis: Result, statistic: Statistic) -> Series | None:
     control = analysis.control
     if control is None:
         return None
     rows = control["per_layer"]
     name = f"control: {control['name']}"
-    return Series(name, [row["L"] for row in rows], [row[key] for row in rows], GREY, dash="dash")
-
-
-def _steadiness_said(panel: Panel) -> str:
-    return "; v_L is noise where its |cos| with that of another text is low" if panel.series else ""
+    return Series(name, [row["L"] for row in rows], [statistic.of(row) for row in rows], GREY, dash="dash")
 
 
 def _masking(analysis: Result) -> str:
@@ -228,17 +246,12 @@ def _masking(analysis: Result) -> str:
 
 
 def _steadiness(analysis: Result) -> list[Series]:
-    halves = column(analysis, "split_half_cos", "between two halves", BLUE)
+    """|cos| of v_L with that of other draws of documents, where it was measured."""
     draws = (analysis.overlap or {}).get("raw", {}).get("v1_stability", [])
     bounds = [(row["low"], row["median"]) for row in draws]
-    middle = Series(
-        "other draws: median, 5 % point",
-        [row["L"] for row in draws],
-        [row["median"] for row in draws],
-        GREEN,
-        bounds=bounds,
-    )
-    return [halves, middle]
+    layers, medians = [row["L"] for row in draws], [row["median"] for row in draws]
+    name = "other draws: median, 5 % point"
+    return [Series(name, layers, medians, PURPLE, bounds=bounds)] if draws else []
 
 
 def _owning(analysis: Result, view: str, color: str) -> Series:

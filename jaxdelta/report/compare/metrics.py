@@ -1,12 +1,14 @@
-"""The figures by which runs are compared: what each is called, its unit and axis, and where a run has it."""
+"""The statistics by which runs are compared: the registered ones, the ledger, and relations of layers."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jaxdelta.report.charts.chart import SHARE, Axis, Number, Numbers
+from jaxdelta.report.charts.layers import axis
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import view_of
+from jaxdelta.statistics.per_layer.registry import Statistic, shown
 
 Bounds = tuple[Number, Number] | None
 Found = tuple[Number, Number | None, Any]  # place in layers, value, interval or None
@@ -28,9 +30,9 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A figure; `title` begins its panel, `figure` is the page's figure that it stands in.
+    """A statistic that runs are compared by: the title and axis of its panel, and the page's figure it is in.
 
-    `read` gives its values of a run in a view; it gives none for a run, or a view, without it.
+    `read` yields its values in a view of a run; none where the run or the view lacks it.
     """
 
     title: str
@@ -53,13 +55,13 @@ class Measure:
         return Curve(places, values, pairs, run.num_layers)
 
 
-def _of_layers(key: str) -> Callable[[Result, str], Iterator[Found]]:
-    """A figure of the layers' rows."""
+def _of_layers(statistic: Statistic) -> Callable[[Result, str], Iterator[Found]]:
+    """A statistic of the layers' rows."""
 
     def read(run: Result, view: str) -> Iterator[Found]:
         for row in run.per_layer:
-            figures = view_of(row, view) or {}
-            yield row["L"], figures.get(key), figures.get("intervals", {}).get(key)
+            values = view_of(row, view) or {}
+            yield row["L"], statistic.of(values), values.get("intervals", {}).get(statistic.name)
 
     return read
 
@@ -88,22 +90,8 @@ def _of_captures(run: Result, view: str) -> Iterator[Found]:
         yield row["L"], found["value"], found.get("interval")
 
 
-_SHARE, _COS = Axis("share of ‖δ‖²", range=SHARE), Axis("|cos| (no unit)", range=SHARE)
-_NORM = "norm (activation units)"
 MEASURES = (
-    Measure("Update ‖δ‖", Axis(f"mean {_NORM}", log=True), "norms", _of_layers("token_norm_mean")),
-    Measure("State ‖h‖", Axis(f"mean {_NORM}", log=True), "norms", _of_layers("h_norm_mean")),
-    Measure("Relative step", Axis("mean ‖δ‖ / ‖h‖ (ratio)", log=True), "norms", _of_layers("rel_step_mean")),
-    Measure(
-        "Along the state",
-        Axis("mean cos(δ, h) (no unit)", range=(-1.0, 1.0)),
-        "norms",
-        _of_layers("cos_delta_h_mean"),
-    ),
-    Measure("Effective rank", Axis("number of directions", log=True), "ranks", _of_layers("eff_rank")),
-    Measure("Energy along the first direction v_L", _SHARE, "ranks", _of_layers("top1_frac")),
-    Measure("Energy of the mean update", _SHARE, "ranks", _of_layers("mean_share")),
-    Measure("How steady v_L is, between two halves", _COS, "ranks", _of_layers("split_half_cos")),
+    *(Measure(one.title, axis(one), str(one.figure), _of_layers(one)) for one in shown("norms", "ranks")),
     Measure("Attention's energy", Axis("share of ‖δ‖²"), "ledger", _of_ledger("attention")),
     Measure("The MLP's energy", Axis("share of ‖δ‖²"), "ledger", _of_ledger("mlp")),
     Measure("Neighbouring layers", Axis("|cos| of L and L+1", range=SHARE), "across", _of_neighbours),

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int
+from jaxtyping import Bool, Float64, Int
 
 from jaxdelta.spectra.moments.kernels import MomentKernels, one_device_kernels
 from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
@@ -153,17 +153,18 @@ class MomentAccumulator:
             counted, chosen = np.flatnonzero(tokens.counted), np.flatnonzero(aside)
             self._coordinates.append(np.asarray(coordinates)[:, counted])
             if len(chosen):
-                rows = self._rows(update, counted[chosen])
                 owners = np.asarray(tokens.owners).ravel()[counted[chosen]]
-                self._aside.append(SetAsideTokens(self._n + chosen, owners, rows))
+                rows = self._rows(update, counted[chosen])
+                self._aside.append(SetAsideTokens(self._n + chosen, owners, *rows))
             self._n += len(counted)
         self._waiting.clear()
 
-    def _rows(self, update: Update, places: Int[np.ndarray, " s"]) -> Float32[np.ndarray, "P s d"]:
-        """The rows of these tokens; as many as a power of two are taken: few programs serve all."""
+    def _rows(self, update: Update, places: Int[np.ndarray, " s"]) -> tuple[np.ndarray, ...]:
+        """Parts, updates and states of these tokens; a power of two are taken: few programs serve all."""
         padded = np.resize(places, 1 << (len(places) - 1).bit_length())
         taken = self._kernels.take(update, padded)
-        return np.asarray(parts_of(taken, self._parts))[:, : len(places)]
+        parts = np.asarray(parts_of(taken, self._parts))[:, : len(places)]
+        return parts, *(np.asarray(rows)[: len(places)] for rows in (taken.delta, taken.h))
 
     def add_up(self) -> None:
         """Sums over devices, which must all do that in one order, and so on one thread."""
@@ -178,13 +179,15 @@ class MomentAccumulator:
             self._take()
             squares = assembled(*self._moments[:3], self._frame)
         nothing = np.zeros(0, int)
-        rows = np.zeros((len(self._parts), 0, self._moments.sums.shape[2]), np.float32)
+        hidden = self._moments.sums.shape[2]
+        rows, flat = np.zeros((len(self._parts), 0, hidden), np.float32), np.zeros((0, hidden), np.float32)
         return LayerMoments(
             self._parts,
             squares,
             np.asarray(self._moments.sums),
             np.asarray(self._moments.counts),
             {name: self._column(name) for name in self._tables[0]},
-            SetAsideTokens.of([SetAsideTokens(nothing, nothing, rows), *self._aside]),
+            SetAsideTokens.of([SetAsideTokens(nothing, nothing, rows, flat, flat), *self._aside]),
             (FrameCoordinates(np.asarray(self._frame), np.concatenate(self._coordinates, axis=1)),),
+            jax.tree.map(np.asarray, self._moments.channels),
         )

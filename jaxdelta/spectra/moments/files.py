@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxdelta.errors import JaxDeltaError
+from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
@@ -50,6 +51,7 @@ def keep_layer(directory: Path, index: int, layer: LayerMoments) -> None:
     arrays = {"squares": np.asarray(layer.squares), "sums": layer.sums, "counts": layer.counts}
     arrays |= {f"table.{name}": column for name, column in layer.table.items()}
     arrays |= {f"aside.{name}": part for name, part in layer.aside._asdict().items()}
+    arrays |= {f"channels.{name}": part for name, part in layer.channels._asdict().items()}
     (located,) = layer.located
     arrays |= {f"located.{name}": part for name, part in located._asdict().items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -60,17 +62,22 @@ def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> LayerMome
     """Reads it back.
 
     Raises:
-        JaxDeltaError: the file is missing or damaged.
+        JaxDeltaError: the file is missing, damaged, or of another version.
     """
-    arrays = _load(layer_file(directory, index))
+    path = layer_file(directory, index)
+    arrays = _load(path)
 
     def named(prefix: str) -> dict[str, np.ndarray]:
         start = f"{prefix}."
         return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
-    aside, located = SetAsideTokens(**named("aside")), FrameCoordinates(**named("located"))
-    sums = arrays["squares"], arrays["sums"], arrays["counts"]
-    return LayerMoments(parts, *sums, named("table"), aside, (located,))
+    try:
+        aside, located = SetAsideTokens(**named("aside")), FrameCoordinates(**named("located"))
+        sums = arrays["squares"], arrays["sums"], arrays["counts"]
+        channels = ChannelTable(**named("channels"))
+    except (TypeError, KeyError) as error:
+        raise JaxDeltaError(f"{path}: was kept by another version of jaxdelta; run it again") from error
+    return LayerMoments(parts, *sums, named("table"), aside, (located,), channels)
 
 
 def keep_text(directory: Path, sample: Sample) -> None:

@@ -14,10 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
+from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.linalg import eigh, product
 from jaxdelta.spectra.moments.sums import add_rows
 from jaxdelta.spectra.spectrum import CERTIFIED, defect, orient
-from jaxdelta.spectra.view_summary import FACTOR_ROWS, LayerSummary, MeasurementPlan, ViewSummary
+from jaxdelta.spectra.view_summary import (
+    COMPARED_VIEWS,
+    FACTOR_ROWS,
+    LayerSummary,
+    MeasurementPlan,
+    ViewSummary,
+)
 from jaxdelta.spectra.views import View, without_sinks
 from jaxdelta.utils.arrays import AnyArray
 
@@ -41,21 +48,26 @@ class ViewMoments(NamedTuple):
 
 
 class SetAsideTokens(NamedTuple):
-    """Tokens whose rows are kept: their places among those that count, their groups, their rows."""
+    """Tokens whose rows are kept: their places among those that count, their groups, what the layer wrote
+    (parts, and the whole update) and the states that it entered."""
 
     places: Int[np.ndarray, " s"]
     groups: Int[np.ndarray, " s"]
     rows: Float32[np.ndarray, "P s d"]
+    updates: Float32[np.ndarray, "s d"]
+    states: Float32[np.ndarray, "s d"]
 
     @classmethod
     def of(cls, parts: Sequence["SetAsideTokens"]) -> "SetAsideTokens":
         """All of these."""
-        places, groups, rows = zip(*parts, strict=True)
-        return cls(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1))
+        places, groups, rows, updates, states = zip(*parts, strict=True)
+        flat = (np.concatenate(part) for part in (updates, states))
+        return cls(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1), *flat)
 
     def take(self, chosen: Bool[np.ndarray, " s"]) -> "SetAsideTokens":
         """The chosen ones."""
-        return SetAsideTokens(self.places[chosen], self.groups[chosen], self.rows[:, chosen])
+        places, groups, rows, *flat = self
+        return SetAsideTokens(places[chosen], groups[chosen], rows[:, chosen], *(x[chosen] for x in flat))
 
 
 class FrameCoordinates(NamedTuple):
@@ -68,7 +80,8 @@ class FrameCoordinates(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LayerMoments:
     """The moments of a layer: of each part and group Σxxᵀ, Σx and the number of tokens, without those set
-    aside; `state_products` of every token; the tokens set aside; all tokens' coordinates, by run.
+    aside; `state_products` of every token; the tokens set aside; all tokens' coordinates, by run; energies by
+    channel, without the tokens set aside.
 
     Compared with rows, per-token statistics of a centred view are missing, since the mean is known only when
     the tokens have passed, and so are shares of σ_1² where the frame does not hold v_1.
@@ -81,6 +94,7 @@ class LayerMoments:
     table: dict[str, Float64[np.ndarray, " n"]]
     aside: SetAsideTokens
     located: tuple[FrameCoordinates, ...]
+    channels: ChannelTable
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +118,7 @@ class LayerMoments:
     ) -> dict[View, ViewSummary]:
         """First the masked views: what is added to the moments is not taken out again."""
         squares, sums, counts = jnp.asarray(self.squares), self.sums.copy(), self.counts.copy()
+        channels = self.channels
         found: dict[View, ViewSummary] = {}
         for masked in (True, False):
             added = self.aside.take(kept[self.aside.places] == masked)
@@ -111,6 +126,7 @@ class LayerMoments:
             for part, rows in zip(sums, added.rows, strict=True):
                 np.add.at(part, added.groups, rows.astype(np.float64))
             np.add.at(counts, added.groups, 1)
+            channels = channels.plus(added.updates, added.states)
             chosen = kept if masked else np.ones_like(kept)
             for view in (view for view in plan.views if view.masked == masked):
                 same = found.get(view._replace(masked=True))
@@ -120,7 +136,11 @@ class LayerMoments:
                 part = self.parts.index(view.part)
                 moments = ViewMoments(squares[part], sums[part], counts, np.asarray(float(view.centred)))
                 summary = self._view(view, moments, plan, chosen)
-                found[view] = summary._replace(kept=chosen, sinks_left=sinks_left if masked else 0)
+                found[view] = summary._replace(
+                    channels=channels if view in COMPARED_VIEWS else None,
+                    kept=chosen,
+                    sinks_left=sinks_left if masked else 0,
+                )
         return found
 
     def _view(
@@ -153,7 +173,7 @@ def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
     tokens = np.cumsum([0, *(layer.shape[0] for layer in layers[:-1])])
     groups = np.cumsum([0, *(len(layer.counts) for layer in layers[:-1])])
     aside = [
-        SetAsideTokens(layer.aside.places + n, layer.aside.groups + g, layer.aside.rows)
+        layer.aside._replace(places=layer.aside.places + n, groups=layer.aside.groups + g)
         for layer, n, g in zip(layers, tokens, groups, strict=True)
     ]
     return LayerMoments(
@@ -164,6 +184,7 @@ def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
         {name: np.concatenate([layer.table[name] for layer in layers]) for name in first.table},
         SetAsideTokens.of(aside),
         tuple(run for layer in layers for run in layer.located),
+        ChannelTable(*map(sum, zip(*(layer.channels for layer in layers), strict=True))),
     )
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
+from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.linalg import product
 from jaxdelta.sweep.sweep import Update
 from jaxdelta.utils.arrays import AnyArray
@@ -33,13 +34,14 @@ _CHUNK = 32  # set-aside rows that are added at once, all of one group
 
 class Moments(NamedTuple):
     """Of each part and group: the sums of rrᵀ (of which only what is on and below the diagonal counts), arᵀ,
-    aaᵀ and x; of each group the number of tokens."""
+    aaᵀ and x; of each group the number of tokens; of all tokens the energies by channel."""
 
     rest: Float64[AnyArray, "P G d d"]
     cross: Float64[AnyArray, "P G p d"]
     lead: Float64[AnyArray, "P G p p"]
     sums: Float64[AnyArray, "P G d"]
     counts: Float64[AnyArray, " G"]
+    channels: ChannelTable
 
     @classmethod
     def zeros(cls, parts: int, groups: int, hidden: int) -> "Moments":
@@ -49,7 +51,8 @@ class Moments(NamedTuple):
             return jnp.zeros((parts, groups, *shape), jnp.float64)
 
         squares = zeros(hidden, hidden), zeros(FRAME, hidden), zeros(FRAME, FRAME)
-        return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64))
+        channels = ChannelTable(*(jnp.zeros(hidden, jnp.float64) for _ in range(3)))
+        return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64), channels)
 
 
 def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
@@ -105,6 +108,9 @@ def add_block(
         update, tokens = window
         x = parts_of(update, parts)
         coordinates = _coordinates(x, frame)
+        counted = jnp.asarray(tokens.counted)[:, None]
+        delta, h = (jnp.where(counted, part, 0) for part in (update.delta, update.h))
+        moments = moments._replace(channels=moments.channels.plus(delta, h))
 
         def visit(moments: Moments, group: Array) -> tuple[Moments, None]:
             weight = jnp.asarray(tokens.counted & (tokens.owners == group)).astype(jnp.float32)[:, None]
@@ -140,13 +146,15 @@ def _add_group(
     sums_of_rest = jnp.concatenate(summed, axis=2).astype(jnp.float64)
     a = a.astype(jnp.float64)
     along_sums = product(jnp.sum(a, axis=1, keepdims=True), jnp.asarray(frame))[:, 0]
-    squares, cross, lead, sums, counts = map(jnp.asarray, moments)
+    *arrays, channels = moments
+    squares, cross, lead, sums, counts = map(jnp.asarray, arrays)
     return Moments(
         _add_squares(squares, rest, group),
         cross.at[:, group].add(sums_of_rest[:, :-1]),
         lead.at[:, group].add(product(jnp.swapaxes(a, 1, 2), a)),
         sums.at[:, group].add(sums_of_rest[:, -1] + along_sums),
         counts.at[group].add(weight.sum().astype(jnp.float64)),
+        channels,
     )
 
 

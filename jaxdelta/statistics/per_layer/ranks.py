@@ -1,9 +1,16 @@
-"""Effective ranks of a spectrum, by several definitions."""
+"""Effective ranks of a spectrum, by several definitions: p = λ/Σλ, λ = σ².
+
+On one spectrum stable rank ≤ participation ratio ≤ eff_rank ≤ Roy & Vetterli's ≤ number of values above 0.
+"""
 
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
+
+from jaxdelta.statistics.per_layer.registry import statistic
+
+_DIRECTIONS, _OTHERS = "number of directions", "Rank by other definitions"
 
 
 def energy_shares(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets r"]:
@@ -12,30 +19,79 @@ def energy_shares(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.n
     return _shares(energy)
 
 
+@statistic(
+    "eff_rank",
+    needs="spectrum",
+    interval="log",
+    label="effective rank",
+    unit=_DIRECTIONS,
+    log=True,
+    range=(1, "r"),
+    trap="not Roy & Vetterli's; grows with n",
+    source="Giraldo et al. 2014; Skean et al. 2025 (arXiv 2502.02013)",
+    column="effective rank",
+)
 def effective_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
-    """exp(-Σ p ln p) over p > 1e-12, p = σ²/Σσ²: the matrix-based entropy rank; 0 for a zero spectrum.
+    """exp(−Σ p ln p) over p > 1e-12, p = λ/Σλ.
 
-    Giraldo et al. 2014; Skean et al. 2025 (arXiv 2502.02013). Not Roy & Vetterli's, whose p is σ/Σσ.
+    The matrix-based entropy rank; 0 for a zero spectrum. Not Roy & Vetterli's, whose p is σ/Σσ.
     """
     return _perplexity(energy_shares(singular_values))
 
 
+@statistic(
+    "roy_vetterli_rank",
+    needs="spectrum",
+    label="Roy & Vetterli's rank",
+    unit=_DIRECTIONS,
+    log=True,
+    range=(1, "r"),
+    trap="on one spectrum 791 where `eff_rank` is 178",
+    source="Roy & Vetterli 2007; RankMe (arXiv 2210.02885)",
+    panel=_OTHERS,
+)
 def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
-    """exp(-Σ p ln p), p = σ/Σσ: Roy & Vetterli's effective rank (EUSIPCO 2007; RankMe, arXiv 2210.02885).
+    """exp(−Σ p ln p), p = σ/Σσ.
 
     Over the σ that `numerical_rank` counts: a thousand that are rounding would move the fourth digit.
     """
     values = np.asarray(singular_values, np.float64)
-    return _perplexity(_shares(np.where(_resolved(values), values, 0)), floor=0.0)
+    return _perplexity(_shares(np.where(resolved(values), values, 0)), floor=0.0)
 
 
+@statistic(
+    "participation_ratio",
+    needs="spectrum",
+    label="participation ratio",
+    unit=_DIRECTIONS,
+    log=True,
+    range=(1, "r"),
+    source="Gao et al. 2017",
+    panel=_OTHERS,
+)
 def participation_ratio(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
-    """(Σσ²)²/Σσ⁴ (Gao et al. 2017); 0 for a zero spectrum."""
+    """(Σλ)²/Σλ².
+
+    0 for a zero spectrum.
+    """
     return _inverse(np.square(energy_shares(singular_values)).sum(axis=-1))
 
 
+@statistic(
+    "stable_rank",
+    needs="spectrum",
+    label="stable rank",
+    unit=_DIRECTIONS,
+    log=True,
+    range=(1, "r"),
+    source="Rudelson & Vershynin 2007",
+    panel=_OTHERS,
+)
 def stable_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
-    """‖δ‖_F²/‖δ‖_2² (Rudelson & Vershynin 2007); 0 for a zero spectrum."""
+    """‖δ‖_F²/σ_1².
+
+    0 for a zero spectrum.
+    """
     return _inverse(energy_shares(singular_values).max(axis=-1))
 
 
@@ -54,9 +110,10 @@ def _inverse(x: Any) -> Any:
 
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
-    """How many singular values stand above float32's resolution, σ > ε σ_1."""
-    return int(np.sum(_resolved(np.asarray(singular_values))))
+    """The number of `resolved` singular values."""
+    return int(np.sum(resolved(np.asarray(singular_values))))
 
 
-def _resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
+def resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
+    """Which singular values stand above float32's resolution, σ > ε σ_1."""
     return singular_values > np.finfo(np.float32).eps * singular_values.max(axis=-1, keepdims=True)

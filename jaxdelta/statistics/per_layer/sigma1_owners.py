@@ -1,31 +1,41 @@
-"""The tokens that hold most of the first singular value."""
+"""The tokens that hold most of σ_1²."""
 
 from typing import Any
 
 import numpy as np
 
-from jaxdelta.spectra.view_summary import ViewSummary
-from jaxdelta.text.groups import Sample
+from jaxdelta.statistics.per_layer.inputs import ViewData
+from jaxdelta.statistics.per_layer.ranks import numerical_rank
+from jaxdelta.statistics.per_layer.registry import statistic
 
-OWNERS = 5  # tokens named of those that own σ_1
-OWNING_SHARE = 1e-3  # of all tokens: how much of σ_1² they own together
-
-
-def _owners(figures: ViewSummary, sample: Sample) -> dict[str, Any]:
-    """The tokens with the largest shares u_i1² of σ_1², and the share of the top thousandth together."""
-    if figures.sigma1_shares is None:
-        return {"sigma1_tokens": None, "sigma1_top_share": None}
-    shares, kept = np.asarray(figures.sigma1_shares), np.flatnonzero(np.asarray(figures.kept))
-    order = kept[np.argsort(-shares[kept], kind="stable")]
-    together = shares[order[: int(np.ceil(OWNING_SHARE * len(kept)))]].sum()
-    return {
-        "sigma1_tokens": [_token(sample, int(i)) | {"share": float(shares[i])} for i in order[:OWNERS]],
-        "sigma1_top_share": float(together),
-    }
+NAMED = 5  # tokens
+TOP_SHARE = 1e-3  # of all tokens
 
 
-def _token(sample: Sample, row: int) -> dict[str, Any]:
-    """The token in this row of an update."""
-    position, tokens = int(sample.places[row]), sample.tokens
-    where = divmod(position, tokens.ids.shape[1])
-    return {"token": tokens.text(*where), "position": position, "document": int(tokens.documents[where])}
+@statistic("sigma1_tokens", needs="documents", label="tokens that own σ₁", unit="", range=(0, 1), figure=None)
+def sigma1_tokens(view: ViewData) -> list[dict[str, Any]] | None:
+    """The five tokens with the largest u_i1², their share of σ_1²: text, position, document."""
+    if not numerical_rank(view.singular_values):
+        return []
+    if view.sigma1_shares is None:
+        return None
+    shares, kept = view.sigma1_shares, np.flatnonzero(view.kept)
+    largest = kept[np.argsort(-shares[kept], kind="stable")[:NAMED]]
+    return [view.token_at(int(i)) | {"share": float(shares[i])} for i in largest]
+
+
+@statistic(
+    "sigma1_top_share",
+    needs="documents",
+    label="owned by the first thousandth",
+    unit="share of σ₁²",
+    range=(0, 1),
+    figure="owners",
+)
+def sigma1_top_share(view: ViewData) -> float | None:
+    """Σ u_i1² over the first thousandth of the tokens, at least one."""
+    if view.sigma1_shares is None or not numerical_rank(view.singular_values):
+        return None
+    shares = view.sigma1_shares[view.kept]
+    count = int(np.ceil(TOP_SHARE * len(shares)))
+    return float(np.partition(shares, -count)[-count:].sum()) if count else 0.0

@@ -1,46 +1,147 @@
-"""Means and deviations of token norms, relative steps and cosines."""
-
-from typing import Any
+"""Norms of updates and states, relative steps and cosines: means and deviations over tokens."""
 
 import numpy as np
-from jaxtyping import Float64, Int
+from jaxtyping import Float64
+
+from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
+from jaxdelta.statistics.per_layer.registry import statistic
+
+ByWeighting = Float64[np.ndarray, " B"]
+_NORM = "norm (activation units)"
+_CSORDAS = "Csordás et al. 2025"
 
 
-def token_statistics(
-    products: tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]],
-    groups: Int[np.ndarray, " n"],
-    weights: Float64[np.ndarray, "draws G"],
-) -> dict[str, Float64[np.ndarray, " draws"]]:
-    """The reference's statistics of tokens with these `token_products`, each counted as often as its group.
+@statistic(
+    "h_norm_mean",
+    needs="tokens",
+    interval="log",
+    label="state ‖h‖",
+    unit=_NORM,
+    log=True,
+    range=(0, None),
+    panel="Norms",
+    column="‖h‖",
+)
+def h_norm_mean(tokens: TokenTable) -> ByWeighting:
+    """Mean ‖h_i‖."""
+    return tokens.mean(tokens.state_norm)
 
-    frob: √Σ w_i‖δ_i‖². Means, and population deviations, of token_norm ‖δ_i‖; h_norm ‖h_i‖; rel_step
-    ‖δ_i‖/max(‖h_i‖, 1e-8); cos_delta_h c_i = <δ_i, h_i>/max(‖δ_i‖‖h_i‖, 1e-8); parallel_frac |c_i|. On the
-    host: three numbers a token are nothing, and compiling this took longer than all other figures.
-    """
-    delta_delta, h_h, delta_h = products
-    delta_norm, h_norm = np.sqrt(delta_delta), np.sqrt(h_h)
-    step = delta_norm / np.maximum(h_norm, 1e-8)
-    cosine = delta_h / np.maximum(delta_norm * h_norm, 1e-8)
 
-    def sums(figure: np.ndarray | None = None) -> Any:
-        return weights @ np.bincount(groups, figure, weights.shape[1])
+@statistic(
+    "token_norm_mean",
+    needs="tokens",
+    interval="log",
+    label="update ‖δ‖",
+    unit=_NORM,
+    log=True,
+    range=(0, None),
+    trap="norms grow up to 2,700 times over the layers",
+    panel="Norms",
+    column="‖δ‖",
+)
+def token_norm_mean(tokens: TokenTable) -> ByWeighting:
+    """Mean ‖δ_i‖."""
+    return tokens.mean(tokens.norm)
 
-    total = sums()
 
-    def mean(figure: np.ndarray) -> Any:
-        return sums(figure) / total
+@statistic(
+    "token_norm_std",
+    needs="tokens",
+    label="deviation of ‖δ‖",
+    unit="activation units",
+    range=(0, None),
+    figure=None,
+)
+def token_norm_std(tokens: TokenTable) -> ByWeighting:
+    """Population deviation of ‖δ_i‖."""
+    return tokens.deviation(tokens.norm)
 
-    def deviation(figure: np.ndarray) -> Any:
-        middle = figure.mean()  # near the mean, so that nothing cancels
-        return np.sqrt(np.maximum(mean(np.square(figure - middle)) - np.square(mean(figure - middle)), 0))
 
-    return {
-        "frob": np.sqrt(sums(delta_delta)),
-        "token_norm_mean": mean(delta_norm),
-        "token_norm_std": deviation(delta_norm),
-        "h_norm_mean": mean(h_norm),
-        "rel_step_mean": mean(step),
-        "rel_step_std": deviation(step),
-        "parallel_frac": mean(np.abs(cosine)),
-        "cos_delta_h_mean": mean(cosine),
-    }
+@statistic(
+    "rel_step_mean",
+    needs="tokens",
+    interval="log",
+    label="relative step",
+    unit="mean ‖δ‖ / ‖h‖ (ratio)",
+    log=True,
+    range=(0, None),
+    source=_CSORDAS,
+    column="‖δ‖/‖h‖",
+)
+def rel_step_mean(tokens: TokenTable) -> ByWeighting:
+    """Mean ‖δ_i‖ / max(‖h_i‖, 1e-8)."""
+    return tokens.mean(tokens.step)
+
+
+@statistic(
+    "rel_step_std",
+    needs="tokens",
+    label="deviation of the relative step",
+    unit="ratio",
+    range=(0, None),
+    source=_CSORDAS,
+    figure=None,
+)
+def rel_step_std(tokens: TokenTable) -> ByWeighting:
+    """Population deviation of ‖δ_i‖ / max(‖h_i‖, 1e-8)."""
+    return tokens.deviation(tokens.step)
+
+
+@statistic(
+    "cos_delta_h_mean",
+    needs="tokens",
+    interval="linear",
+    label="along the state",
+    unit="mean cos(δ, h) (no unit)",
+    range=(-1, 1),
+    trap="below 0 a layer erases, above 0 it amplifies",
+    source=_CSORDAS,
+    column="cos(δ, h)",
+)
+def cos_delta_h_mean(tokens: TokenTable) -> ByWeighting:
+    """Mean c_i = ⟨δ_i, h_i⟩ / max(‖δ_i‖‖h_i‖, 1e-8)."""
+    return tokens.mean(tokens.cosine)
+
+
+@statistic(
+    "parallel_frac",
+    needs="tokens",
+    interval="unit",
+    label="parallel to the state",
+    unit="mean |cos(δ, h)| (no unit)",
+    range=(0, 1),
+    figure=None,
+)
+def parallel_frac(tokens: TokenTable) -> ByWeighting:
+    """Mean |c_i|."""
+    return tokens.mean(np.abs(tokens.cosine))
+
+
+@statistic(
+    "frob",
+    needs="view",
+    label="size of the whole update",
+    unit="‖δ‖_F (activation units)",
+    log=True,
+    range=(0, None),
+    figure=None,
+)
+def frob(view: ViewData) -> float:
+    """‖δ‖_F = √Σ ‖δ_i‖² = √Σ σ_i²."""
+    if view.tokens is None:
+        return float(np.sqrt(np.square(view.singular_values).sum()))
+    return float(np.sqrt(view.tokens.sum(view.tokens.update_energy)[0]))
+
+
+@statistic(
+    "mean_share",
+    needs="view",
+    label="energy of the mean update",
+    unit="share of ‖δ‖²",
+    range=(0, 1),
+    trap="near 1, v_1 is the mean update: see `centred`",
+)
+def mean_share(view: ViewData) -> float:
+    """‖mean δ‖² / mean ‖δ‖²."""
+    whole = frob(view) ** 2
+    return view.mean_energy / whole if whole else 0.0

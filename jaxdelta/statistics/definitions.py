@@ -1,0 +1,58 @@
+"""The table of registered statistics in docs/definitions.md.
+
+    python -m jaxdelta.statistics.definitions docs/definitions.md
+
+writes it anew.
+"""
+
+import sys
+from pathlib import Path
+
+from jaxdelta.statistics.per_layer.registry import Statistic, registered
+
+BEGIN = "<!-- statistics: written by python -m jaxdelta.statistics.definitions docs/definitions.md -->"
+END = "<!-- end of statistics -->"
+HEAD = ("JSON", "definition", "range", "interval", "read it with care because", "source")
+
+
+def table() -> str:
+    """A row for each statistic, in the order of the JSON."""
+    rows = [HEAD, ("---",) * len(HEAD), *map(_cells, registered())]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def with_table(page: str) -> str:
+    """The page with the table between its two marks.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+def _cells(statistic: Statistic) -> tuple[str, ...]:
+    texts = (
+        statistic.definition,
+        _range(statistic),
+        statistic.interval or "",
+        statistic.trap,
+        statistic.source,
+    )
+    return (f"`{statistic.name}`", *(text.replace("|", r"\|") for text in texts))
+
+
+def _range(statistic: Statistic) -> str:
+    low, high = statistic.range or (None, None)
+    if low is None:
+        return ""
+    least = str(low).replace("-", "−")
+    return f"≥ {least}" if high is None else f"{least} … {high}"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
