@@ -101,8 +101,7 @@ def test_interrupted_when_all_is_done(tmp_path: Path) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_the_end_of_a_run_that_went_well(tmp_path: Path) -> None:
-    """The interpreter is not taken apart, but nothing that waits for the end is left out."""
+def test_what_is_registered_for_the_end_is_called(tmp_path: Path) -> None:
     start = "import atexit; atexit.register(print, 'registered')"
     found = run(tmp_path, "print('done')", start=start)
     assert (found.returncode, found.stdout, found.stderr) == (0, "done\nregistered\n", "")

@@ -4,7 +4,6 @@ Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted
 library is imported before the frame is installed, so that Ctrl-C finds it there.
 """
 
-import atexit
 import contextlib
 import ctypes
 import gc
@@ -24,7 +23,6 @@ INTERRUPTED = 130
 TERMINATED = 143
 BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # its threads' time in a loop: 2 to that power, in cycles; 26 by itself
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
-_done: list[bool] = []  # filled when main has ended well
 
 
 def install() -> None:
@@ -36,7 +34,6 @@ def install() -> None:
     """
     gc.disable()
     os.environ.setdefault(BLAS_WAIT, "4")
-    atexit.register(_leave)  # Before all others, and so called after them.
     keep_memory()
     _on_interrupt(lambda signum, frame: _end_interrupted())
     sys.unraisablehook = _unraisablehook
@@ -123,11 +120,12 @@ def _guarded(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, strike)
         keep_compiled()
         main()
-        _flush()
+        # Not `print`, which writes even nothing: a full device that was told nothing is no error.
+        if sys.stdout is not None:
+            sys.stdout.flush()
         # And from here on there is not: everything is written.
         _on_interrupt(signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _done.append(True)
     except BaseException as error:
         if signal.SIGINT in received:
             _end_interrupted()
@@ -135,20 +133,6 @@ def _guarded(main: Callable[[], None]) -> None:
             os._exit(TERMINATED)
         _explain(error)
         raise
-
-
-def _leave() -> None:
-    """Ends a run that went well as soon as nothing is left to do: to take the interpreter apart, object by
-    object, is a fiftieth of a short one."""
-    if _done:
-        _flush()
-        os._exit(0)
-
-
-def _flush() -> None:
-    """Not by `print`, which writes even nothing, and fails where a full device is written nothing to."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
 
 
 def _explain(error: BaseException) -> None:
