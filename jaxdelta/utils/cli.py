@@ -6,7 +6,6 @@ library is imported before the frame is installed, so that Ctrl-C finds it there
 
 import contextlib
 import ctypes
-import gc
 import io
 import logging
 import os
@@ -28,11 +27,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 def install() -> None:
     """Makes Ctrl-C during the imports end in a line, and lets no signal be lost after them.
 
-    Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time. Memory
-    is kept from here on: once threads have begun, it is too late for some of that. OpenBLAS' threads, which
-    after each product wait for the next one in a loop, sleep at once instead: others want their cores.
+    Memory is kept from here on: once threads have begun, it is too late for some of that. OpenBLAS' threads,
+    which after each product wait for the next one in a loop, sleep at once instead: others want their cores.
     """
-    gc.disable()
     os.environ.setdefault(BLAS_WAIT, "4")
     keep_memory()
     _on_interrupt(lambda signum, frame: _end_interrupted())
@@ -113,8 +110,6 @@ def _guarded(main: Callable[[], None]) -> None:
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
 
     try:
-        gc.freeze()
-        gc.enable()
         # From here on there may be something to tidy up.
         _on_interrupt(strike)
         signal.signal(signal.SIGTERM, strike)
