@@ -30,7 +30,7 @@ def main():
     {main}
 
 {start}
-cli._guarded(main)
+cli.guarded(main)
 {end}
 """
 
