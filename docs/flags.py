@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxdelta.utils.command_line import Option
+from jaxdelta.utils.command import Option
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from absl import flags
 
 import jaxdelta
 from jaxdelta.errors import UsageError
-from jaxdelta.utils.command_line import Command, parse
+from jaxdelta.utils.command import Command, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]

@@ -27,7 +27,7 @@ from jaxdelta.spectra.spectrum import METHODS
 from jaxdelta.sweep import mesh
 from jaxdelta.text.windows import LAYOUTS
 from jaxdelta.utils import cli, files
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 
 DEFAULTS = Options()
 OPTIONS = tuple(vars(DEFAULTS))

@@ -14,7 +14,7 @@ from absl import flags
 from jaxdelta.commands import _flags
 from jaxdelta.errors import UsageError
 from jaxdelta.utils import cli
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 from jaxdelta.utils.files import check_writable, write_together
 
 

@@ -12,7 +12,7 @@ from absl import flags
 from jaxdelta.checkpoint import convert
 from jaxdelta.commands import _flags
 from jaxdelta.utils import cli
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from jaxdelta.report import write
 from jaxdelta.report.tables import tables
 from jaxdelta.run.merge import merge_runs
 from jaxdelta.utils import cli, files
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from jaxdelta.commands import _flags
 from jaxdelta.errors import JaxDeltaError, UsageError, extra
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.utils import cli
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 
 FORMATS = (".png", ".pdf", ".svg")
 

@@ -9,7 +9,7 @@ from jaxdelta.commands import _flags
 from jaxdelta.report import write
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.utils import cli
-from jaxdelta.utils.command_line import Command
+from jaxdelta.utils.command import Command
 from jaxdelta.utils.files import write_together
 
 

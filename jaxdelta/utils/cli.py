@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.utils.command_line import Command, answer, parse, program_name
+from jaxdelta.utils.command import Command, answer, parse, program_name
 
 INTERRUPTED = 130
 TERMINATED = 143

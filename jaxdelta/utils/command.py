@@ -1,6 +1,6 @@
 """A command's flags: defined under headings, parsed, and described by --help.
 
-absl-py holds them, next to JAX's own. Only the standard library is imported before a function needs more.
+absl-py holds the flags, JAX's own among them. It and JAX are imported where they are used, after cli.install.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ class Command:
     """A command that a user types.
 
     Attributes:
-        action: what it does when the flags are parsed; called with the arguments that are no flags.
-        about: the beginning of its help: what it does, an example, the time it takes.
-        options: a heading -> the function that defines the flags under it, in the order of the help. None:
-            the flags that the script defined when it was imported.
-        required: a flag that must be given -> what it is, with an example.
-        arguments: the help's name for arguments that are no flags; empty: there are none.
-        choices: what the one argument may be, if it is one of several.
+        action: called with the positional arguments once the flags are parsed.
+        about: the beginning of the help: purpose, example, running time.
+        options: heading -> function that defines the flags under it, in the order of the help; None for the
+            flags that a script defined when it was imported.
+        required: name of a required flag -> what it is, with an example.
+        arguments: positional arguments as the help shows them; empty if there are none.
+        choices: possible values of the only positional argument, if it is one of several.
     """
 
     action: Callable[..., None]
@@ -94,13 +94,13 @@ class Option:
 
 
 def program_name() -> str:
-    """What the running program is called: `jaxdelta` or `delta_svd.py`."""
+    """Name of the running program: `jaxdelta`, or `delta_svd.py` for a script."""
     path = sys.argv[0]
     return os.path.basename(os.path.dirname(path) if path.endswith("__main__.py") else path)
 
 
 def answer(command: Command, argv: Sequence[str]) -> str | None:
-    """The text that --help, --helpfull or --version ask for; None where none of them is given."""
+    """The text that --help, --helpfull or --version asks for; None if none of them is given."""
     before = itertools.takewhile(lambda argument: argument != "--", argv[1:])
     given = {argument.lstrip("-") for argument in before if argument.startswith("-")}
     if "version" in given:
@@ -144,11 +144,11 @@ def parse(command: Command, argv: Sequence[str]) -> list[str]:
     """Defines and parses the flags, JAX's own among them.
 
     Returns:
-        The program's name, then the arguments that are no flags.
+        The program's name, then the positional arguments.
 
     Raises:
-        UsageError: a flag that is unknown, missing or has an impossible value; an argument that is not asked
-            for. In one sentence, without the name of the program.
+        UsageError: an unknown flag, a missing one, an impossible value, an unexpected argument; in one
+            sentence.
     """
     import jax
     from absl import flags
