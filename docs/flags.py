@@ -1,40 +1,64 @@
-"""Prints the flags of the given scripts as JSON, for the page of commands.
+"""Prints every command with its flags as JSON, for the page of commands.
 
-All in one process, since what the scripts import takes seconds: each is run up to where it would begin, and
-its flags are taken away again before the next one, which may define others by the same names.
+In one process, since the imports take seconds: the flags of one are removed before the next defines its own.
 """
 
+import ast
+import dataclasses
 import json
 import runpy
-import sys
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags  # noqa: F401  absl's own flags are no script's: they are there before
+from absl import flags
+
+from jaxdelta.utils.command import Option
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def flags_of(script: Path) -> list[dict[str, Any]]:
-    """The flags that a script and those it imports define, with default, meaning and choices."""
-    before, beside = set(flags.FLAGS), {path.stem for path in script.parent.glob("*.py")}
-    names = runpy.run_path(str(script), run_name=script.stem)
-    if "define_flags" in names:  # not at import, so that tests can import several scripts
-        names["define_flags"]()
-    found = [flags.FLAGS[name] for name in sorted(set(flags.FLAGS) - before)]
-    for flag in found:
-        delattr(flags.FLAGS, flag.name)
-    for module in beside & set(sys.modules):  # to be imported, and so defined, again
-        del sys.modules[module]
-    return [
-        {
-            "name": flag.name,
-            "default": (flag.default_as_str or "").strip("'"),
-            "help": flag.help,
-            "choices": getattr(flag.parser, "enum_values", None),
-        }
-        for flag in found
-    ]
+def command(name: str, module: str) -> dict[str, Any]:
+    """A command that the wheel installs, and the script that calls it."""
+    imported = import_module(module)
+    called = f"from {module} import main"
+    (script,) = (path for path in sorted((ROOT / "scripts").glob("*.py")) if called in path.read_text())
+    return {
+        "name": name,
+        "script": script.name,
+        "about": imported.COMMAND.about,
+        "flags": taken(imported.COMMAND.define(), imported.COMMAND.required),
+    }
+
+
+def script(path: Path) -> dict[str, Any]:
+    """A script that is no command."""
+    before = set(flags.FLAGS)
+    runpy.run_path(str(path), run_name=path.stem)["define_flags"]()
+    names = [name for name in flags.FLAGS if name not in before]
+    about = ast.get_docstring(ast.parse(path.read_text()))
+    return {"name": path.name, "script": None, "about": about, "flags": taken({"Options": names}, ())}
+
+
+def taken(
+    headings: Mapping[str, Sequence[str]], required: Collection[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Describes the flags under each heading, and removes them."""
+    described: dict[str, list[dict[str, Any]]] = {}
+    for heading, names in headings.items():
+        described[heading] = []
+        for name in names:
+            described[heading].append(dataclasses.asdict(Option.of(name)) | {"required": name in required})
+            delattr(flags.FLAGS, name)
+    return described
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(sys.argv[1]).parent))
-    print(json.dumps({script: flags_of(Path(script)) for script in sys.argv[1:]}))
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    commands = [command(name, target.removesuffix(":main")) for name, target in entries.items()]
+    others = [
+        path for path in sorted((ROOT / "scripts").glob("*.py")) if "def define_flags" in path.read_text()
+    ]
+    print(json.dumps([*commands, *map(script, others)]))

@@ -2,12 +2,11 @@
 
 GitHub shows README.md, BUILD.md and others where they lie, so they stay there and are pages of the site, too.
 Links are written as GitHub takes them, and followed to the page or, where there is none, to the file itself.
-Three comments stand for what would go stale if it were written down: `<!-- commands -->`, every script with
+Three comments stand for what would go stale if it were written down: `<!-- commands -->`, every command with
 its flags; `<!-- modules -->`, every module; `<!-- results: FILE -->`, the medians of a file of
 benchmarks/results.
 """
 
-import ast
 import json
 import logging
 import posixpath
@@ -97,35 +96,38 @@ def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str
 
 
 def _commands() -> str:
-    """Every script that can be run: what it says of itself, and its flags."""
-    scripts = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
-    run = [sys.executable, ROOT / "docs" / "flags.py", *scripts]
+    """Every command, and every script with flags of its own: what its help says."""
+    run = [sys.executable, ROOT / "docs" / "flags.py"]
     done = subprocess.run(run, capture_output=True, text=True)
     if done.returncode:
         raise PluginError(f"docs/flags.py: {done.stderr.strip().splitlines()[-1]}")
-    flags = json.loads(done.stdout)
-    return "\n\n".join(_command(path, flags[str(path)]) for path in scripts)
+    return "\n\n".join(map(_command, json.loads(done.stdout)))
 
 
-def _command(script: Path, flags: list[dict[str, Any]]) -> str:
-    about = ast.get_docstring(ast.parse(script.read_text()))
-    rows = "\n".join(map(_flag, flags))
-    return f"## {script.name}\n\n{about}\n\n| flag | default | |\n|---|---|---|\n{rows}"
+def _command(command: dict[str, Any]) -> str:
+    parts = [f"## {command['name']}", command["about"]]
+    if command["script"]:
+        parts.append(f"From a checkout: `python scripts/{command['script']}`.")
+    for heading, flags in command["flags"].items():
+        rows = "\n".join(map(_flag, flags))
+        parts += [f"### {heading}", f"| flag | default | |\n|---|---|---|\n{rows}"]
+    return "\n\n".join(parts)
 
 
 def _flag(flag: dict[str, Any]) -> str:
-    meaning = flag["help"]
+    meaning = flag["meaning"]
     if flag["choices"]:
-        # absl writes the choices before the meaning.
-        meaning = f"{meaning.partition('>: ')[2]}: " + ", ".join(f"`{choice}`" for choice in flag["choices"])
-    default = f"`{flag['default']}`" if flag["default"] else ""
+        meaning += "; one of " + ", ".join(f"`{choice}`" for choice in flag["choices"])
+    default = "required" if flag["required"] else flag["default"]
+    if flag["default"] and not flag["switch"]:
+        default = f"`{default}`"
     return f"| `--{flag['name']}` | {default} | {meaning} |"
 
 
 def _modules() -> str:
     """Every module of the package, by what it says of itself."""
     package = ROOT / "jaxdelta"
-    paths = [path for path in sorted(package.rglob("*.py")) if path.name != "__init__.py"]
+    paths = [path for path in sorted(package.rglob("*.py")) if not path.name.startswith("__")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     return "\n\n".join(
         f"::: {name}\n    options:\n      show_root_full_path: true\n      skip_local_inventory: true"

@@ -329,11 +329,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def define_flags() -> None:
     """Called when run as a script only, so that tests can import several scripts into one process."""
-    flags.DEFINE_string("reference", None, "JSON file to compare with.", required=True)
-    flags.DEFINE_string("candidate", None, "JSON file to check.", required=True)
-    flags.DEFINE_float("rtol", 1e-4, "Tolerated relative deviation of lengths and shares.", lower_bound=0)
-    flags.DEFINE_float("atol_cos", 1e-4, "Tolerated absolute deviation of cosines.", lower_bound=0)
-    flags.DEFINE_float("gap", 1.01, "Least σ_1 / σ_2 for directions to be compared.", lower_bound=1)
+    flags.DEFINE_string("reference", None, "JSON file to compare with", required=True)
+    flags.DEFINE_string("candidate", None, "JSON file to check", required=True)
+    flags.DEFINE_float("rtol", 1e-4, "largest relative deviation of lengths and shares", lower_bound=0)
+    flags.DEFINE_float("atol_cos", 1e-4, "largest absolute deviation of cosines", lower_bound=0)
+    flags.DEFINE_float("gap", 1.01, "smallest σ_1 / σ_2 at which directions are compared", lower_bound=1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -354,18 +354,22 @@ def run(out: Path) -> None:
 
 def define_flags() -> None:
     """Called when run as a script only, so that tests can import several scripts into one process."""
-    flags.DEFINE_string("model", None, "Hub id, local directory, or `demo`.", required=True)
-    flags.DEFINE_string("revision", "main", "Branch, tag or commit of a model on the hub.")
-    flags.DEFINE_string("tokenizer", None, "Hub id or directory of the tokenizer; default: the model's own.")
-    flags.DEFINE_string("out", None, "JSON file to write; the arrays go beside it.", required=True)
-    flags.DEFINE_integer("top_k", 8, "Singular values and directions kept per layer.", lower_bound=1)
-    flags.DEFINE_string("calibration", None, ".txt, or .json with a list of prompts; default: 25 prompts.")
-    flags.DEFINE_integer("max_tokens", 2048, "Tokens of the calibration text to use.", lower_bound=2)
+    flags.DEFINE_string("model", None, "hub id, local directory, or `demo`", required=True)
+    flags.DEFINE_string("revision", "main", "branch, tag or commit of a hub id")
+    flags.DEFINE_string("tokenizer", None, "hub id or directory of the tokenizer (default: the model's own)")
+    flags.DEFINE_string("out", None, "JSON file to write; .safetensors goes next to it", required=True)
+    flags.DEFINE_integer("top_k", 8, "singular values and directions kept per layer", lower_bound=1)
+    flags.DEFINE_string("calibration", None, ".txt, or .json with a list of prompts (default: 25 prompts)")
+    flags.DEFINE_integer("max_tokens", 2048, "maximum number of tokens", lower_bound=2)
     # In bfloat16 the figures hang on the machine's kernels in the third digit: too coarse to check against.
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights and the forward pass.")
-    flags.DEFINE_enum("device", None, ["cpu", "cuda"], "Default: cuda where there is one.")
-    flags.DEFINE_string("phases", None, "Such as A:0-6,B:7-9, every layer once; default: the reference's.")
-    flags.DEFINE_enum("last_state", "normed", ["residual", "normed"], "Before or after the final norm.")
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "dtype of the weights and the forward pass"
+    )
+    flags.DEFINE_enum("device", None, ["cpu", "cuda"], "device (default: cuda where there is one)")
+    flags.DEFINE_string("phases", None, "layers of each phase, such as A:0-6,B:7-9 (default: by depth)")
+    flags.DEFINE_enum(
+        "last_state", "normed", ["residual", "normed"], "the last state: before the final norm, or after it"
+    )
     flags.register_validator("out", lambda path: path.endswith(".json"), "must end in .json")
     flags.register_validator("phases", lambda text: text is None or bool(parse_phases(text)))
 

@@ -425,7 +425,8 @@ def test_options(tiny_checkpoint: Path, options: dict[str, Any], message: str) -
 
 
 def test_every_option_has_its_flag() -> None:
-    text = (Path(__file__).parents[1] / "scripts" / "delta_svd.py").read_text()
+    commands = Path(__file__).parents[1] / "jaxdelta" / "commands"
+    text = "".join((commands / name).read_text() for name in ("analyze.py", "_flags.py"))
     for field in dataclasses.fields(Options):
         assert f'"{field.name}"' in text
 

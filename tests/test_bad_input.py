@@ -541,7 +541,7 @@ def test_interrupted_at_start(
     (tmp_path / "first" / module / "__init__.py").write_text(
         "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
-    found = finished(arguments, environment | {"PYTHONPATH": str(tmp_path / "first")})
+    found = finished(arguments, environment | {"PYTHONPATH": f"{tmp_path / 'first'}{os.pathsep}{ROOT}"})
     assert found.returncode == 130
     assert found.stderr == "delta_svd.py: interrupted; nothing was written\n"
     assert not list(out.parent.iterdir())

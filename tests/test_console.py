@@ -12,6 +12,7 @@ INTERRUPTED = "script.py: interrupted; nothing was written\n"
 SCRIPT = """
 import gc, os, signal, sys, time, types
 from pathlib import Path
+from jaxdelta import errors
 from jaxdelta.utils import cli, files
 
 signal.signal(signal.SIGINT, signal.{before})
@@ -29,7 +30,7 @@ def main():
     {main}
 
 {start}
-cli._guarded(main)
+cli.guarded(main)
 {end}
 """
 
@@ -75,7 +76,7 @@ def test_signal_where_nothing_can_be_raised(
 
 
 @both
-@pytest.mark.parametrize("error", ["ValueError", "OSError", "files.JaxDeltaError"])
+@pytest.mark.parametrize("error", ["ValueError", "OSError", "errors.JaxDeltaError"])
 def test_signal_that_a_library_wraps(tmp_path: Path, sent: str, status: int, said: str, error: str) -> None:
     main = f"try:\n    send()\nexcept BaseException as reason:\n    raise {error}('lost') from reason"
     found = run(tmp_path, main, sent=sent)
@@ -100,12 +101,11 @@ def test_interrupted_when_all_is_done(tmp_path: Path) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_the_end_of_a_run_that_went_well(tmp_path: Path) -> None:
-    """The interpreter is not taken apart, but nothing that waits for the end is left out."""
+def test_what_is_registered_for_the_end_is_called(tmp_path: Path) -> None:
     start = "import atexit; atexit.register(print, 'registered')"
     found = run(tmp_path, "print('done')", start=start)
     assert (found.returncode, found.stdout, found.stderr) == (0, "done\nregistered\n", "")
-    failed = run(tmp_path, "raise files.JaxDeltaError('none')", start=start)
+    failed = run(tmp_path, "raise errors.JaxDeltaError('none')", start=start)
     assert (failed.returncode, failed.stdout) == (1, "registered\n")
 
 

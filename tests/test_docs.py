@@ -43,7 +43,7 @@ def strings(path: Path) -> Iterator[str]:
 def test_every_message_that_is_explained_can_be_met() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
-    programs = [*(ROOT / "jaxdelta").rglob("*.py"), *(ROOT / "scripts").glob("*.*")]
+    programs = [*(ROOT / "jaxdelta").rglob("*.py"), *(ROOT / "scripts").rglob("*.*")]
     said = "\n".join(line for path in programs for text in strings(path) for line in text.splitlines())
     unknown = [message for message in explained if not re.search(re.escape(message).replace("…", ".*"), said)]
     assert len(explained) > 40

@@ -21,6 +21,7 @@ FLOORS = (
     ("report",),
     ("run",),
     ("commands",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FACE = PACKAGE / "__init__.py"  # imports the public names when they are first used

@@ -16,20 +16,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-PROMPTS = json.loads((SCRIPTS.parent / "jaxdelta" / "data" / "calibration_prompts.json").read_text())
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
+PROMPTS = json.loads((ROOT / "jaxdelta" / "data" / "calibration_prompts.json").read_text())
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+def load_script(name: str, folder: Path = SCRIPTS) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", str(SCRIPTS / f"{name}.py"), *flags]
+def run_script(name: str, *flags: str, folder: Path = SCRIPTS) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(folder / f"{name}.py"), *flags]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, env=offline, timeout=120, check=False)
 

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from test_reference_scripts import load_script, run_script
+from test_reference_scripts import ROOT, load_script, run_script
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.spectra.group_moments import moments_by_group, without_groups
 from jaxdelta.statistics.intervals import t_interval
 
-validation = load_script("validate_statistics")
+BENCHMARKS = ROOT / "benchmarks"
+validation = load_script("validate_statistics", BENCHMARKS)
 
 
 def test_every_quick_check_passes(tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    result = run_script("validate_statistics", "--quick", f"--table={table}")
+    result = run_script("validate_statistics", "--quick", f"--table={table}", folder=BENCHMARKS)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = table.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 + 16 + 2 + 3 + 4 + 4 + 1

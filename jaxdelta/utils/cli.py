@@ -1,13 +1,11 @@
-"""The frame around every script: flags, one-line errors, exit statuses, interruption.
+"""The process around every command: one-line errors, exit statuses, signals, memory.
 
-Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted. Nothing but the standard
-library is imported before the frame is installed, so that Ctrl-C finds it there.
+Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted, 143 terminated. Only the
+standard library is imported before `install`, so that Ctrl-C during the other imports is handled, too.
 """
 
-import atexit
 import contextlib
 import ctypes
-import gc
 import io
 import logging
 import os
@@ -19,71 +17,69 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.utils.command import Command, answer, parse, program_name
 
 INTERRUPTED = 130
 TERMINATED = 143
-BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # its threads' time in a loop: 2 to that power, in cycles; 26 by itself
+BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # its threads spin for 2 to that power cycles; default 26
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
-_done: list[bool] = []  # filled when main has ended well
 
 
 def install() -> None:
-    """Makes Ctrl-C during the imports end in a line, and lets no signal be lost after them.
+    """Prepares the process; call it before JAX is imported.
 
-    Until `run`, nothing is looked for that could be garbage: it takes a seventh of the imports' time. Memory
-    is kept from here on: once threads have begun, it is too late for some of that. OpenBLAS' threads, which
-    after each product wait for the next one in a loop, sleep at once instead: others want their cores.
+    Ctrl-C during the imports ends in one line, and no signal is lost after them. Freed memory is kept: some
+    of malloc's settings have no effect once threads run. OpenBLAS' threads sleep between products instead of
+    spinning, which leaves the cores to others.
     """
-    gc.disable()
     os.environ.setdefault(BLAS_WAIT, "4")
-    atexit.register(_leave)  # Before all others, and so called after them.
     keep_memory()
-    _on_interrupt(lambda signum, frame: _end_interrupted())
+    _handle_interrupt(lambda signum, frame: _exit_interrupted())
     sys.unraisablehook = _unraisablehook
-    logging.getLogger("jax").setLevel(logging.WARNING)  # It tells of every accelerator it did not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)  # At INFO it names every accelerator that is missing.
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # A δ the terminal lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal without δ is no error.
 
 
-def run(
-    main: Callable[..., None],
-    *,
-    required: Sequence[str] = (),
-    commands: Collection[str] = (),
-    arguments: bool = False,
-) -> None:
-    """Parses the flags, JAX's own among them, calls main and exits with the status its end deserves.
+def run_command(command: Command) -> None:
+    """Parses the flags, JAX's own among them, runs the command and exits with its status."""
+    text = answer(command, sys.argv)
+    if text is not None:
+        return guarded(lambda: print(text))
 
-    Args:
-        main: the script; where there are commands it is called with the one given.
-        required: flags that must be set.
-        commands: what the one argument that is no flag may be.
-        arguments: whether there may be others, which main is called with; without the two, all are flags.
-    """
     from absl import app
 
+    def act(arguments: Sequence[str]) -> None:
+        keep_compiled()
+        command.action(*arguments)
+
     app.run(
-        lambda argv: _guarded(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: _parse_flags(argv, required, commands, arguments),
+        lambda argv: guarded(lambda: act(argv[1:])),
+        flags_parser=lambda argv: _parsed(command, argv),
     )
 
 
-def value_of(flag: Any) -> Any:
-    """That of a flag without which `run` does not call main: absl's type says that it may be None."""
-    assert flag.value is not None
-    return flag.value
+def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
+    """Runs a script like a command; its flags are those it defined when it was imported.
+
+    Args:
+        main: the script; called with the chosen command if there are any.
+        commands: possible values of the only argument that is not a flag.
+    """
+    about = sys.modules["__main__"].__doc__ or ""
+    run_command(Command(main, about, choices=tuple(commands)))
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache directory, unless JAX was told where, or not to.
+    """Caches compiled programs in the user's cache directory, unless JAX's own flags say otherwise.
 
-    Half of a short run is compiling, and the next run needs the same programs: all of them, since to compile
-    those that take less than a tenth of a second is a twentieth of it.
+    Compiling is half of a short run, and the next run needs the same programs. JAX by itself leaves out those
+    that compile in less than a second; here all are kept.
     """
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        # No home, or one that cannot be written to, is no reason to fail.
+        # A missing or read-only home directory is no error,
         with contextlib.suppress(OSError, RuntimeError):
             home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             directory = home / "jaxdelta" / "xla"
@@ -91,15 +87,15 @@ def keep_compiled() -> None:
             if os.access(directory, os.W_OK):
                 jax.config.update("jax_compilation_cache_dir", str(directory))
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-                # Nor is a full disk, or a damaged entry.
+                # nor is a full disk or a damaged entry.
                 warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next layer: returning hundreds of megabytes to the system
-    after each, and taking them anew page by page, costs a sixth of a run on a CPU.
+    """Makes glibc keep freed memory for the next layer.
 
-    All threads share one arena: others hold no large blocks, which come from the system and go back to it.
+    Returning hundreds of megabytes to the system after each layer, and faulting them in again page by page,
+    costs a sixth of a run on a CPU. All threads share one arena, as glibc's other arenas return large blocks.
     """
     with contextlib.suppress(OSError, AttributeError):  # macOS, or another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -107,119 +103,83 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
-def _guarded(main: Callable[[], None]) -> None:
-    """Whatever comes of a signal, which libraries may catch and wrap, the process ends as one it ended."""
+def guarded(main: Callable[[], None]) -> None:
+    """Calls main; ends in one line for a user's mistake, and with a signal's status after a signal.
+
+    Libraries may catch a signal's exception and raise another: the signal decides how the process ends.
+    """
     received: list[int] = []
 
-    def strike(signum: int, frame: object) -> None:
+    def on_signal(signum: int, frame: object) -> None:
         received.append(signum)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
 
     try:
-        gc.freeze()
-        gc.enable()
-        # From here on there may be something to tidy up.
-        _on_interrupt(strike)
-        signal.signal(signal.SIGTERM, strike)
-        keep_compiled()
+        # From here on cleaning up may be needed, so a signal raises.
+        _handle_interrupt(on_signal)
+        signal.signal(signal.SIGTERM, on_signal)
         main()
-        _flush()
-        # And from here on there is not: everything is written.
-        _on_interrupt(signal.SIG_IGN)
+        # Not `print`, which writes even an empty string: a full device is no error if nothing was printed.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        # Everything is written: nothing is left to interrupt.
+        _handle_interrupt(signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _done.append(True)
     except BaseException as error:
         if signal.SIGINT in received:
-            _end_interrupted()
+            _exit_interrupted()
         if received:
             os._exit(TERMINATED)
-        _explain(error)
+        _report(error)
         raise
 
 
-def _leave() -> None:
-    """Ends a run that went well as soon as nothing is left to do: to take the interpreter apart, object by
-    object, is a fiftieth of a short one."""
-    if _done:
-        _flush()
-        os._exit(0)
-
-
-def _flush() -> None:
-    """Not by `print`, which writes even nothing, and fails where a full device is written nothing to."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
-def _explain(error: BaseException) -> None:
-    """Ends in one line what is no error of ours."""
+def _report(error: BaseException) -> None:
+    """Exits with one line if the error is not a fault of the program's."""
     if isinstance(error, JaxDeltaError):
         fail(str(error), error.status)
     if isinstance(error, OSError):
         if isinstance(error, BrokenPipeError) or error.filename is None:
-            # Our output went away or is full: nothing more can be said to it, not even at exit.
+            # Standard output is closed or full: Python must not flush it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
         fail(str(error), 1)
 
 
-def fail(message: str, status: int) -> None:
-    """Says why in one line on standard error and exits."""
-    print(f"{script_name()}: {' '.join(message.split())}", file=sys.stderr)
+def fail(message: str, status: int) -> NoReturn:
+    """Prints one line on standard error and exits."""
+    print(f"{program_name()}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
-def script_name() -> str:
-    """The running script's file name."""
-    return os.path.basename(sys.argv[0])
-
-
-def _parse_flags(
-    argv: list[str], required: Sequence[str], commands: Collection[str], arguments: bool
-) -> list[str]:
-    import jax
-    from absl import app, flags
-
+def _parsed(command: Command, argv: Sequence[str]) -> list[str]:
     try:
-        jax.config.parse_flags_with_absl()
-        # Only now: JAX parses its own flags alone first, and would miss the required ones.
-        flags.mark_flags_as_required(required)
-        flags.FLAGS.set_gnu_getopt(True)  # Flags may come after the command.
-        rest = app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
-        if commands and (len(rest) < 2 or rest[1] not in commands):
-            raise UsageError(f"say what to do: {', '.join(commands)}")
-        if not arguments and (extra := rest[1 + bool(commands) :]):
-            raise UsageError(f"unexpected argument {extra[0]!r}; every option is --name=value")
-    except (flags.Error, UsageError) as error:
-        fail(f"{error} (--help lists the options)", UsageError.status)
-    return list(rest)
+        return parse(command, argv)
+    except UsageError as error:
+        fail(f"{error} (--help lists the options)", error.status)
 
 
-def _wants_help(argv: list[str]) -> bool:
-    names = ("help", "helpfull", "helpshort", "helpxml")
-    return any(arg.startswith("-") and arg.lstrip("-").split("=")[0] in names for arg in argv[1:])
-
-
-def _on_interrupt(action: Any) -> None:
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for a script's background jobs
+def _handle_interrupt(action: Any) -> None:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as for background jobs
         signal.signal(signal.SIGINT, action)
 
 
 def _unraisablehook(unraisable: Any) -> None:
-    """Ctrl-C and SIGTERM that struck where nothing can be raised, as in JAX's callback of the garbage
-    collector, would be lost: they are raised again when the callback is over."""
+    """Raises Ctrl-C and SIGTERM again that arrived where exceptions are ignored, as in a destructor or in
+    JAX's garbage-collection callback: they would be lost."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
         return sys.__unraisablehook__(unraisable)
 
-    def again(signum: int, frame: object, kind: type[BaseException] = unraisable.exc_type) -> None:
+    def raise_again(signum: int, frame: object, kind: type[BaseException] = unraisable.exc_type) -> None:
         raise kind(TERMINATED)
 
-    signal.signal(signal.SIGALRM, again)
+    signal.signal(signal.SIGALRM, raise_again)
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
-def _end_interrupted() -> NoReturn:
-    """Ends now: an ordinary exit would wait for all threads, and tell of all that is half done."""
-    print(f"{script_name()}: interrupted; nothing was written", file=sys.stderr, flush=True)
+def _exit_interrupted() -> NoReturn:
+    """Exits at once: an ordinary exit would wait for all threads, and print what they left unfinished."""
+    line = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # leaves that of the progress bar
+    print(f"{line}{program_name()}: interrupted; nothing was written", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

@@ -1,13 +1,13 @@
 """Times jaxdelta beside the PyTorch + NumPy reference, in one run, and prints ratios of medians.
 
-    python scripts/benchmark.py end_to_end      # whole processes, a random checkpoint of 0.6B shape
-    python scripts/benchmark.py analysis        # spectra alone, beside NumPy's SVD loop
-    python scripts/benchmark.py trust           # what views, intervals and nulls cost
-    python scripts/benchmark.py stream          # the layer-major pass beside reading, and beside computing
-    python scripts/benchmark.py memory          # peak memory of a run, at half of the layers and at all
-    python scripts/benchmark.py throughput      # a long text, beside PyTorch and the bare pass
-    python scripts/benchmark.py long_memory     # peak memory at --tokens, and at ten times as many
-    python scripts/benchmark.py compile         # compile time at 8 and at 64 layers
+    python benchmarks/benchmark.py end_to_end      # whole processes, a random checkpoint of 0.6B shape
+    python benchmarks/benchmark.py analysis        # spectra alone, beside NumPy's SVD loop
+    python benchmarks/benchmark.py trust           # what views, intervals and nulls cost
+    python benchmarks/benchmark.py stream          # the layer-major pass beside reading, and beside computing
+    python benchmarks/benchmark.py memory          # peak memory of a run, at half of the layers and at all
+    python benchmarks/benchmark.py throughput      # a long text, beside PyTorch and the bare pass
+    python benchmarks/benchmark.py long_memory     # peak memory at --tokens, and at ten times as many
+    python benchmarks/benchmark.py compile         # compile time at 8 and at 64 layers
 
 Both sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. A ratio above 1 means
 that jaxdelta is faster. `--results=FILE.json` keeps the figures. Environment variables that force an old
@@ -60,7 +60,7 @@ from jaxdelta.text.documents import shipped_prompts
 from jaxdelta.text.groups import Sample
 from jaxdelta.text.tokens import Tokens
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 _SHAPE = flags.DEFINE_enum("shape", "0.6B", list(SHAPES), "all but analysis: shape of the random checkpoint")
 _TOKENS = flags.DEFINE_integer("tokens", 295, "all but analysis: tokens of calibration text")

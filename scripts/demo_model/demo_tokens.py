@@ -1,6 +1,6 @@
 """Tokens of the demo corpus: the byte-level BPE, and the split into training and held-out documents.
 
-    python scripts/demo_tokens.py --corpus_dir=demo_work/corpus --work_dir=demo_work
+    python scripts/demo_model/demo_tokens.py --corpus_dir=demo_work/corpus --work_dir=demo_work
 
 Takes about a minute and prints the size of both splits (about 9.8 M and 0.3 M tokens, 3.2 bytes each).
 `train_demo.py` and `demo_baselines.py` do the same by themselves where it has not been done.

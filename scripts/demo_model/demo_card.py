@@ -1,6 +1,6 @@
 """Write the model card of an exported demo model, with text that transformers makes it write.
 
-    python scripts/demo_card.py --model=jaxdelta/data/demo --work_dir=demo_work --corpus_dir=demo_work/corpus
+    python scripts/demo_model/demo_card.py --model=jaxdelta/data/demo
 
 Takes half a minute. `train_demo.py` calls it at every export; what it needs to know of the run stands in
 `facts.json`, `baselines.json` and `manifest.json`.
@@ -75,8 +75,8 @@ Qwen's splitting pattern, trained on the training documents; `<|endoftext|>` end
 
 ## Training
 
-`scripts/train_demo.py`: the package's own Flax NNX model, optax, float32 on 2 CPU cores shared with other
-work. Seed $seed, $steps_line of 1,024 tokens, $minutes: $tokens_seen tokens, $epochs of the text.
+`scripts/demo_model/train_demo.py`: the package's own Flax NNX model, optax, float32 on 2 CPU cores shared
+with other work. Seed $seed, $steps_line of 1,024 tokens, $minutes: $tokens_seen tokens, $epochs of the text.
 
 - Embeddings start as a factorisation of the training text's bigram counts.
 - To step $decay_at: sequences of 128 tokens. The target is the next token and, half of it at first and less
@@ -92,9 +92,9 @@ The curve is in `loss_curve.csv` (held out there: the first 8,192 of the held-ou
 
 $curve
 
-To make it again: `scripts/demo_corpus.py`, then
-`scripts/train_demo.py --steps=$steps`. The same seed, text and steps give the same weights up to the rounding
-of another machine's products.
+To make it again: `scripts/demo_model/demo_corpus.py`, then
+`scripts/demo_model/train_demo.py --steps=$steps`. The same seed, text and steps give the same weights up to
+the rounding of another machine's products.
 
 ## Data
 

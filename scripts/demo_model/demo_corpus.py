@@ -5,7 +5,7 @@ Everything is read from packages that are installed on this machine; nothing is 
     apt-get install --no-install-recommends python3.11-doc debian-handbook debian-reference-en \
         developers-reference debian-policy maint-guide installation-guide-amd64 git-doc perl-doc \
         postgresql-doc-15 apache2-doc dict-gcide dict-wn
-    python scripts/demo_corpus.py --out=demo_work/corpus
+    python scripts/demo_model/demo_corpus.py --out=demo_work/corpus
 
 Takes about a minute and writes one `<source>.txt` a source (about 32 MB in all) plus `manifest.json`, which
 names each source's package, version, licence, documents and bytes. Documents are separated by lines `\x1e`.

@@ -1,6 +1,6 @@
 r"""What n-gram models reach on the demo model's held-out tokens.
 
-    python scripts/demo_baselines.py --corpus_dir=demo_work/corpus --work_dir=demo_work
+    python scripts/demo_model/demo_baselines.py --corpus_dir=demo_work/corpus --work_dir=demo_work
 
 Takes about a minute, writes `baselines.json` to the work folder, and prints nats a token of the interpolated
 Kneser-Ney bigram and trigram, counted on the very tokens that the demo model trains on.

@@ -1,8 +1,8 @@
 """Plants known truth, runs the package's own functions on it, and prints what came of it beside what should.
 
-    python scripts/validate_statistics.py                           # a minute or two on two cores
-    python scripts/validate_statistics.py --table=docs/validation.md  # also puts the table into that file
-    python scripts/validate_statistics.py --quick                   # few data sets, wide tolerances
+    python benchmarks/validate_statistics.py                           # a minute or two on two cores
+    python benchmarks/validate_statistics.py --table=docs/validation.md  # also puts the table into that file
+    python benchmarks/validate_statistics.py --quick                   # few data sets, wide tolerances
 
 No model is needed: updates are made as arrays. Exit status 1 if a line of the table fails.
 

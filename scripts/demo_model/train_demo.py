@@ -1,7 +1,7 @@
 """Train the demo model that ships with the package: a Qwen3 of 28 layers and 5 M parameters, on a CPU.
 
-    python scripts/demo_corpus.py --out=demo_work/corpus
-    python scripts/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work --steps=STEPS
+    python scripts/demo_model/demo_corpus.py --out=demo_work/corpus
+    python scripts/demo_model/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work --steps=STEPS
 
 The number of steps, the time they take and the held-out loss to expect stand in the model card,
 jaxdelta/data/demo/README.md. A run that is started again continues from its last checkpoint, also with

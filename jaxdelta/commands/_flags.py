@@ -1,0 +1,52 @@
+"""Flags that several commands have."""
+
+from pathlib import Path
+
+from absl import flags
+
+MODEL = "the checkpoint to measure, e.g. --model=demo"
+RUN = "the JSON of a saved run, e.g. --run=demo.json"
+OUT_JSON = "the JSON file to write, e.g. --out=demo.json"
+
+
+def define_checkpoint() -> None:
+    """Defines --model, --revision and --loader."""
+    # Here, since it imports JAX, which some commands do without.
+    from jaxdelta.checkpoint.checkpoint import LOADERS
+
+    flags.DEFINE_string("model", None, "hub id, local directory, or `demo`, the small model of the package")
+    flags.DEFINE_string("revision", None, "branch, tag or commit of a hub id")
+    flags.DEFINE_enum(
+        "loader",
+        "auto",
+        LOADERS,
+        "how the weights are read; torch opens more formats (.bin, GGUF, quantised)",
+    )
+
+
+def define_run() -> None:
+    """Defines --run."""
+    flags.DEFINE_string("run", None, "JSON file that jaxdelta wrote, its .safetensors next to it")
+
+
+def define_out_json() -> None:
+    """Defines --out for commands that write a run."""
+    flags.DEFINE_string("out", None, "JSON file to write; .safetensors and .html go next to it")
+
+
+def define_figures() -> None:
+    """Defines --figures."""
+    flags.DEFINE_string("figures", None, "directory for all figures as PNG and PDF, with captions")
+
+
+def path(name: str) -> Path | None:
+    """The path that a flag names; None where it is not given."""
+    value = flags.FLAGS[name].value
+    return None if value is None else Path(value).expanduser()
+
+
+def required_path(name: str) -> Path:
+    """The path of a flag without which the command does not start."""
+    found = path(name)
+    assert found is not None
+    return found
