@@ -1,9 +1,10 @@
-"""Whether two runs have the same statistics: everything in their JSON files but `run`, which says how they were made.
+"""Whether two runs have the same statistics: all of their JSON files but `run`, which describes the run.
 
     python tests/same_statistics.py EXPECTED.json FOUND.json --tolerance=1e-5
 
-Numbers differ by |found - expected| / max(1, |expected|). The ends of an interval, which are quantiles of random
-draws, may differ ten times as much. The exit status is 1 where something differs by more than the tolerance.
+Numbers differ by |found - expected| / max(1, |expected|). The ends of an interval, which are quantiles of
+random draws, may differ ten times as much. The exit status is 1 where something differs by
+more than the tolerance.
 """
 
 import argparse
