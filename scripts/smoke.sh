@@ -39,7 +39,7 @@ demo=($venv/bin/python -W error scripts/delta_svd.py --model=demo --noreport)
 start_and_kill() {
   JAX_ENABLE_COMPILATION_CACHE=false "${demo[@]}" --quiet "$@" &
   running=$!
-  until compgen -G "$scratch/kept/jaxdelta-run/figures-*" >/dev/null; do
+  until compgen -G "$scratch/kept/jaxdelta-run/step-??????.json" >/dev/null; do
     kill -0 "$running" 2>/dev/null || die "the run ended before it kept a layer"
     sleep 0.02
   done
