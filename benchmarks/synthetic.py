@@ -1,4 +1,4 @@
-"""Checkpoints with random weights of real shapes, for the benchmarks."""
+"""Checkpoints with random weights of real shapes, and texts of any length, for the benchmarks."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -14,6 +15,7 @@ from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import save_model
 from jaxdelta.model.config import ModelConfig, Rope
 from jaxdelta.model.decoder import Qwen3
+from jaxdelta.text.documents import shipped_prompts
 
 # layers, hidden, heads, key/value heads, head size, MLP
 SHAPES = {
@@ -70,3 +72,12 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
     (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
     (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
+
+
+def text_of(tokens: int, path: Path) -> Path:
+    """Writes documents of at least as many tokens: the shipped prompts, then their words in random orders."""
+    documents, generator = shipped_prompts(), np.random.default_rng(0)
+    words = " ".join(documents).split()
+    documents += [" ".join(generator.permutation(words)) for _ in range(tokens // len(words))]
+    path.write_text(json.dumps(documents), encoding="utf-8")
+    return path

@@ -6,15 +6,17 @@
 #   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, train, figures, frames,
 #                               steering, corpora, docs
 #
-# PYTHON=/path/to/python3 chooses the Python. What was once asked for stays: a run does not undo `test`.
+# PYTHON=/path/to/python3 chooses the Python. VENV=NAME makes another environment than .venv, at the root, too.
+# What was once asked for stays: a run does not undo `test`.
 set -euo pipefail
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-venv=$root/.venv
+name=${VENV:-.venv}
+venv=$root/$name
 python=$venv/bin/python
 log=$venv/setup.log
-stamp=$venv/.stamp                # a checksum of what .venv was made from, then its extras
-unfinished=$root/.venv.unfinished # is there while pip writes: a .venv found with it is half of one
+stamp=$venv/.stamp          # a checksum of what the environment was made from, then its extras
+unfinished=$venv.unfinished # is there while pip writes: an environment found with it is half of one
 
 say() { printf 'setup.sh: %s\n' "$*" >&2; }
 die() {
@@ -45,11 +47,11 @@ wanted_extras() {
   grep -qE '^(cuda|tpu)' <<<"$wanted" || wanted+=$'\n'$(cuda_extra)
   wanted=$(sort -u <<<"$wanted" | sed '/^$/d')
   [ "$(grep -cE '^(cuda|tpu)' <<<"$wanted")" -le 1 ] ||
-    die "one of cuda12, cuda13 and tpu at a time; remove .venv to change from one to another"
+    die "one of cuda12, cuda13 and tpu at a time; remove $name to change from one to another"
   paste -sd, - <<<"$wanted"
 }
 
-# Whatever .venv depends on. The root is part of it: the editable install points there.
+# Whatever the environment depends on. The root is part of it: the editable install points there.
 fingerprint() {
   {
     printf '%s\n' "$root" "$extras"
@@ -62,14 +64,14 @@ current() {
   [ -f "$stamp" ] && [ ! -e "$unfinished" ] && chosen_python && [ "$(sed -n 1p "$stamp")" = "$(fingerprint)" ]
 }
 
-# .venv has the Python that was asked for, if one was.
+# The environment has the Python that was asked for, if one was.
 chosen_python() { [ -z "${PYTHON:-}" ] || [ "$("$PYTHON" -V 2>&1)" = "$("$python" -V 2>&1)" ]; }
 
 # By running it: a pyenv shim can be there for a Python that is not.
 runs() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 has_venv() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
-# The Python to make .venv from: python3 where it will do, else the newest that does.
+# The Python to make the environment from: python3 where it will do, else the newest that does.
 find_python() {
   local candidate without=''
   if [ -n "${PYTHON:-}" ]; then
@@ -96,9 +98,9 @@ usable() { [ ! -e "$unfinished" ] && runs "$python" && chosen_python && "$python
 # Only one at a time; who comes second finds the work done. Without flock (macOS), don't start two.
 lock() {
   command -v flock >/dev/null || return 0
-  exec 9>"$root/.venv.lock"
+  exec 9>"$venv.lock"
   flock -n 9 && return
-  say "waiting for another set-up of .venv to finish"
+  say "waiting for another set-up of $name to finish"
   flock 9
 }
 
@@ -124,7 +126,7 @@ install() {
   fi
   # Up to here pip only looks and downloads: what was there still works.
   grep -q '^Installing collected packages' "$log" || rm "$unfinished"
-  die "pip could not install the packages: $(reason) (all it said: .venv/setup.log)"
+  die "pip could not install the packages: $(reason) (all it said: $name/setup.log)"
 }
 
 for extra in "$@"; do
@@ -143,14 +145,14 @@ if current; then exit; fi
 
 trap 'exit 130' INT TERM # leaves $unfinished: the next set-up starts afresh
 if usable; then
-  say "bringing .venv up to date${extras:+ [$extras]}..."
+  say "bringing $name up to date${extras:+ [$extras]}..."
 else
   base=$(find_python)
   case $extras in
     *cuda*) takes='several minutes the first time: CUDA is a download of 3 GB' ;;
     *) takes='about 2 minutes the first time' ;;
   esac
-  say "setting up .venv with $("$base" -V 2>&1)${extras:+ [$extras]} ($takes)..."
+  say "setting up $name with $("$base" -V 2>&1)${extras:+ [$extras]} ($takes)..."
   : >"$unfinished"
   "$base" -m venv --clear "$venv" || die "$base could not make $venv"
 fi

@@ -29,12 +29,13 @@ class Result:
     Of N layers of hidden size d, with k = `top_k` directions kept; every key is defined in
     docs/definitions.md. What a file of an older version lacks is None.
 
-    >>> run
-    <Analysis of 'demo': 28 layers, hidden size 128, 100 tokens>
-    >>> run.directions.shape  # (N, k, d)
-    (28, 8, 128)
-    >>> round(run.per_layer[2]["eff_rank"], 2), round(run.per_layer[2]["mlp"]["eff_rank"], 2)
-    (7.09, 2.49)
+    Examples:
+        >>> run
+        <Analysis of 'demo': 28 layers, hidden size 128, 100 tokens>
+        >>> run.directions.shape  # (N, k, d)
+        (28, 8, 128)
+        >>> round(run.per_layer[2]["eff_rank"], 2), round(run.per_layer[2]["mlp"]["eff_rank"], 2)
+        (7.09, 2.49)
 
     Attributes:
         model: what the run was told to measure.

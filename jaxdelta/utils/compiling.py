@@ -36,11 +36,16 @@ class QuickJit:
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """What XLA is told; nothing where this is not a CPU, or its XLA knows these options no more."""
+    """The XLA options for a quick compilation on a CPU: of `_QUICK` those that this version of XLA has."""
     if jax.default_backend() != "cpu":
         return {}
+    return {name: value for name, value in _QUICK.items() if _known(name, value)}
+
+
+def _known(name: str, value: Any) -> bool:
+    """Whether XLA accepts the option: version 0.12 of jaxlib has no `xla_cpu_use_fusion_emitters`."""
     try:
-        jax.jit(lambda: 0, compiler_options=_QUICK).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
-        return {}
-    return _QUICK
+        return False
+    return True

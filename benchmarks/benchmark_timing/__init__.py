@@ -1,0 +1,1 @@
+"""How benchmarks time: sides in turn, whole processes, an older commit's tree."""
