@@ -117,19 +117,8 @@ def test_biases_are_counted() -> None:
     assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
 
 
-def test_layer_flops_are_those_of_the_products() -> None:
-    config = ModelConfig.from_dict(SMALL)
-    weights = 48 * 16 * (4 + 2 + 2 + 4) + 3 * 48 * 80
-    assert config.layer_flops(10) == 2 * 10 * weights + 2 * 2 * 4 * 16 * 10 * 10
-
-
-def test_flops_of_experts_are_those_a_token_meets() -> None:
+def test_parameters_of_experts_are_counted() -> None:
     config = ModelConfig.from_dict(SMALL_EXPERTS | {"moe_intermediate_size": 24, "mlp_only_layers": [1]})
-    attention = 48 * 16 * (4 + 2 + 2 + 4)
-    dense, sparse = attention + 3 * 48 * 80, attention + 48 * 8 + 3 * 3 * 48 * 24
-    squares = 2 * 2 * 4 * 16 * 10 * 10
-    assert config.layer_flops(10, 1) == 2 * 10 * dense + squares
-    assert config.layer_flops(10, 2) == 2 * 10 * sparse + squares
     assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
 
 

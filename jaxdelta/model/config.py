@@ -239,14 +239,12 @@ class ModelConfig:
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * self.hidden_size * (q_size + kv_size) + 2 * self.head_dim
         biases = (q_size + 2 * kv_size + self.hidden_size) * self.attention_bias
-        return attention + biases + self._mlp_parameters(layer, active=False) + 2 * self.hidden_size
+        return attention + biases + self._mlp_parameters(layer) + 2 * self.hidden_size
 
-    def _mlp_parameters(self, layer: int, *, active: bool) -> int:
-        """Of one layer's MLP; of its experts either all or, `active`, as many as a token meets."""
+    def _mlp_parameters(self, layer: int) -> int:
         if self.experts is None or not self.is_sparse(layer):
             return 3 * self.hidden_size * self.intermediate_size
-        met = self.experts.per_token if active else self.experts.count
-        return self.hidden_size * (self.experts.count + 3 * met * self.experts.intermediate_size)
+        return self.hidden_size * self.experts.count * (1 + 3 * self.experts.intermediate_size)
 
     @property
     def parameters(self) -> int:
@@ -259,16 +257,6 @@ class ModelConfig:
     def weight_bytes(self) -> int:
         """Size of all weights in the configuration's dtype, in bytes."""
         return self.parameters * DTYPE_BYTES[self.dtype]
-
-    def layer_flops(self, length: int, layer: int = 0) -> int:
-        """Floating-point operations of one layer on one stream of `length` tokens (2 per multiply-add).
-
-        Scores and weighted values are counted over the full square, as they are computed.
-        """
-        idle = self._mlp_parameters(layer, active=False) - self._mlp_parameters(layer, active=True)
-        weights = self.layer_parameters(layer) - 2 * (self.hidden_size + self.head_dim) - idle
-        attention = 2 * self.num_heads * self.head_dim * length
-        return 2 * length * (weights + attention)
 
 
 def _check_architecture(raw: Mapping[str, Any]) -> None:
