@@ -14,6 +14,7 @@ from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import save_model
 from jaxdelta.model.config import ModelConfig, Rope
 from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.families.registry import config_to_dict
 
 # layers, hidden, heads, key/value heads, head size, MLP
 SHAPES = {
@@ -28,6 +29,7 @@ def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConf
     """A Qwen3 configuration with tied embeddings."""
     layers, hidden, heads, kv_heads, head_dim, mlp = shape
     return ModelConfig(
+        model_type="qwen3",
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -38,6 +40,7 @@ def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConf
         rms_norm_eps=1e-6,
         rope=Rope(theta=1e6),
         windows=(None,) * layers,
+        qk_norm="per_head",
         tie_embeddings=True,
         dtype="bfloat16",
     )
@@ -67,6 +70,6 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
         files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
     for name in hub.TOKENIZER_FILES:
         shutil.copy(hub.resolve(hub.DEMO) / name, directory)
-    (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
+    (directory / hub.CONFIG).write_text(json.dumps(config_to_dict(config)))
     (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory

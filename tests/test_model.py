@@ -29,6 +29,7 @@ from jaxdelta.model.decoder import (
     logits,
     residual_stream,
 )
+from jaxdelta.model.families.registry import config_from_dict, config_to_dict
 from jaxdelta.model.loss import next_token_loss
 from jaxdelta.model.rotary import rotary_frequencies, rotary_tables
 
@@ -216,7 +217,7 @@ def test_rotation_of_long_texts(case: dict[str, Any]) -> None:
     config = Qwen3Config(head_dim=128, **case)
     embedding = Qwen3RotaryEmbedding(config)
     theirs = embedding(torch.zeros(1), torch.arange(4096)[None])
-    rope = ModelConfig.from_dict(config.to_dict()).rope
+    rope = config_from_dict(config.to_dict()).rope
     frequencies, wanted = rotary_frequencies(rope, 128), embedding.inv_freq.numpy()
     np.testing.assert_array_max_ulp(frequencies, wanted, maxulp=2)
     assert np.mean(frequencies != wanted) <= 0.25  # computed in another precision, half of them would differ
@@ -281,8 +282,8 @@ def test_a_token_outside_all_windows_has_no_influence(model: Qwen3) -> None:
     window, layers = 8, model.config.num_layers
     graph, weights = nnx.split(model)
     narrow = nnx.merge(graph, weights)
-    narrow.config = ModelConfig.from_dict(
-        model.config.to_dict()
+    narrow.config = config_from_dict(
+        config_to_dict(model.config)
         | {
             "use_sliding_window": True,
             "sliding_window": window,
@@ -384,7 +385,7 @@ def test_one_layer_is_traced_whatever_the_depth(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Block, "__call__", lambda self, *args: (calls.append(1), call(self, *args))[1])
 
     def count(layers: int) -> int:
-        config = ModelConfig(256, 48, 80, layers, 4, 2, 16, 1e-6, Rope(), (None,) * layers)
+        config = ModelConfig("qwen3", 256, 48, 80, layers, 4, 2, 16, 1e-6, Rope(), (None,) * layers)
         graph, weights = nnx.split(abstract_model(config))
         tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
         return equations(jax.make_jaxpr(lambda w, t: logits(nnx.merge(graph, w), t))(weights, tokens).jaxpr)

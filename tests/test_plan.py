@@ -15,6 +15,7 @@ from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import Experts, ModelConfig
 from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.families.registry import config_from_dict
 from jaxdelta.run import memory_plan
 from jaxdelta.run.memory_plan import Work, device_limit
 from jaxdelta.sweep.sweep import Blocks, Sweep
@@ -24,7 +25,7 @@ GB = 10**9
 
 
 def config(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int) -> ModelConfig:
-    return ModelConfig.from_dict(
+    return config_from_dict(
         {
             "model_type": "qwen3",
             "vocab_size": 151_936,

@@ -26,6 +26,7 @@ from jaxdelta.checkpoint.source import Part, Shape, Source, Spec, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Qwen3, abstract_block, abstract_model
+from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -177,14 +178,14 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.checkpoint.orbax_files import open_orbax
 
-        config = ModelConfig.from_file(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG)
         source = open_orbax(directory / hub.ORBAX)
     elif loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
         config, source = torch_source(directory)
     else:
-        config = ModelConfig.from_file(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG)
         source = open_safetensors(files)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
@@ -225,7 +226,7 @@ def save_model(model: Qwen3, directory: Path) -> None:
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
     config = dataclasses.replace(model.config, dtype=str(dtype))
-    config.to_file(directory / hub.CONFIG)
+    write_config(config, directory / hub.CONFIG)
 
 
 @cache

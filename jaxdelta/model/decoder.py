@@ -33,21 +33,23 @@ from jaxdelta.utils.arrays import AnyArray
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RMS-normalised queries and keys, rotated by position."""
+    """Grouped-query attention; queries and keys are normalised where the model does that, and rotated."""
 
     def __init__(self, config: ModelConfig, **options: Any):
         hidden, head = config.hidden_size, config.head_dim
 
-        def linear(size_in: int, size_out: int) -> Linear:
-            return Linear(size_in, size_out, bias=config.attention_bias, **options)
+        def linear(size_in: int, size_out: int, bias: bool) -> Linear:
+            return Linear(size_in, size_out, bias=bias, **options)
 
-        def norm() -> RMSNorm:
+        def norm() -> RMSNorm | None:
+            if config.qk_norm is None:
+                return None
             return RMSNorm(head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
 
-        self.q_proj = linear(hidden, config.num_heads * head)
-        self.k_proj = linear(hidden, config.num_kv_heads * head)
-        self.v_proj = linear(hidden, config.num_kv_heads * head)
-        self.o_proj = linear(config.num_heads * head, hidden)
+        self.q_proj = linear(hidden, config.num_heads * head, config.qkv_bias)
+        self.k_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
+        self.v_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
+        self.o_proj = linear(config.num_heads * head, hidden, config.o_bias)
         self.q_norm, self.k_norm = norm(), norm()
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
@@ -59,10 +61,15 @@ class Attention(nnx.Module):
             project(x).reshape(heads).transpose(0, 2, 3, 1, 4)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q), context.rotary, context.positions).astype(x.dtype)
-        k = rotate(self.k_norm(k[:, :, 0]), context.rotary, context.positions)
-        mixed = attend(q, k, v[:, :, 0], context)
+        q, k, v = _normed(self.q_norm, q), _normed(self.k_norm, k[:, :, 0]), v[:, :, 0]
+        q = rotate(q, context.rotary, context.positions).astype(x.dtype)
+        k = rotate(k, context.rotary, context.positions)
+        mixed = attend(q, k, v, context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+def _normed(norm: RMSNorm | None, x: Float32[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+    return x if norm is None else norm(x)
 
 
 class Block(nnx.Module):
