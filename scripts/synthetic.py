@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import save_model
 from jaxdelta.model.config import ModelConfig, Rope
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
 from jaxdelta.model.families.registry import config_to_dict
 
 # layers, hidden, heads, key/value heads, head size, MLP
@@ -59,7 +59,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
         # The first file has the embeddings, too.
         part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
         with tempfile.TemporaryDirectory() as scratch:
-            save_model(Qwen3(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
+            save_model(Decoder(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
             tensors = load_file(Path(scratch) / hub.WEIGHTS)
         chosen = {
             name.replace("layers.0.", f"layers.{i}."): tensor

@@ -32,7 +32,7 @@ from flax import nnx
 from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint, save_model
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
 from jaxdelta.model.families.registry import config_from_dict, config_to_dict
 
 
@@ -227,7 +227,7 @@ def test_save_of_a_new_model(tmp_path: Path) -> None:
         }
     )
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # Compiles in a tenth of the default's time.
-    model = Qwen3(config, dtype=jnp.bfloat16, rngs=rngs)
+    model = Decoder(config, dtype=jnp.bfloat16, rngs=rngs)
     save_model(model, tmp_path / "new" / "model")
     again = load_model(str(tmp_path / "new" / "model"))
     assert_same(parameters(again), parameters(model))

@@ -25,7 +25,7 @@ from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_
 from jaxdelta.checkpoint.source import Part, Shape, Source, Spec, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3, abstract_block, abstract_model
+from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
 from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
@@ -42,7 +42,7 @@ _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.mas
 class Checkpoint:
     """An opened checkpoint: names and shapes are checked, and weights are read when asked for.
 
-    It serves the layer-major pass as `Weights`, and loads whole as a `Qwen3`.
+    It serves the layer-major pass as `Weights`, and loads whole as a `Decoder`.
     """
 
     directory: Path
@@ -103,7 +103,7 @@ class Checkpoint:
                 return name
         return None
 
-    def load(self, sharding: Placement | None = None) -> Qwen3:
+    def load(self, sharding: Placement | None = None) -> Decoder:
         """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
 
         Args:
@@ -157,7 +157,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
-    """Opens a Qwen3 checkpoint and checks that its tensors are those its configuration needs.
+    """Opens a checkpoint and checks that its tensors are those its configuration needs.
 
     Args:
         model: `demo`, a local directory, or a hub id.
@@ -203,8 +203,8 @@ def load_model(
     revision: str | None = None,
     loader: str = "auto",
     sharding: Placement | None = None,
-) -> Qwen3:
-    """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
+) -> Decoder:
+    """Loads a whole checkpoint; the weights keep the dtype they have on disk.
 
     >>> model = jaxdelta.load_model("demo")
     >>> model.config.num_layers, model.config.hidden_size
@@ -215,7 +215,7 @@ def load_model(
     return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
 
 
-def save_model(model: Qwen3, directory: Path) -> None:
+def save_model(model: Decoder, directory: Path) -> None:
     """Writes config.json and model.safetensors in Hugging Face's layout, in the weights' own dtype."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}

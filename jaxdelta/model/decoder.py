@@ -1,6 +1,9 @@
-"""Qwen3 in Flax NNX: a block takes the residual stream and returns it with what each sublayer wrote.
+"""A decoder in Flax NNX: a block takes the residual stream and returns it with what each sublayer wrote.
 
-    h' = h + attention(norm(h));   h'' = h' + mlp(norm(h'))
+    a = attention(norm(h));   b = mlp(norm(h + a));   h' = h + a + b
+
+What a family has and another has not (norms of queries and keys, biases, windows) is a field of ModelConfig;
+no family is known here by its name.
 
 Axes: B batch, T position (S where a position is attended to), D hidden size, K key/value heads, G query
 heads per key/value head, H head size, F MLP size, V vocabulary, L layers. Linear weights lie as Hugging
@@ -27,7 +30,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxdelta.model.attention import Context, attend, pairs_at_once, query_block
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.experts import SparseMLP
-from jaxdelta.model.layers import MLP, Embedding, Linear, RMSNorm, contract
+from jaxdelta.model.layers import MLP, Embedding, Linear, RMSNorm, contract, rms_norm
 from jaxdelta.model.rotary import rotary_tables, rotate
 from jaxdelta.utils.arrays import AnyArray
 
@@ -108,8 +111,8 @@ def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Ar
     return (h.astype(jnp.float32) + written).astype(h.dtype)
 
 
-class Qwen3(nnx.Module):
-    """A Qwen3 causal language model, its layers' weights stacked along a leading axis.
+class Decoder(nnx.Module):
+    """A causal language model, its layers' weights stacked along a leading axis.
 
     `layers` are the dense layers, `sparse_layers` those with experts, None where there are none. Initial
     weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where it is
@@ -134,6 +137,10 @@ class Qwen3(nnx.Module):
         """The output embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
+    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """What the head is applied to, from the last state."""
+        return final_norm(self.config, self.norm.weight[...], h)
+
     def layer(self, index: int) -> tuple[Any, nnx.State, int]:
         """The stack that layer `index` belongs to, split, and the layer's place in it."""
         sparse = self.config.is_sparse(index)
@@ -141,9 +148,22 @@ class Qwen3(nnx.Module):
         return graph, weights, self.config.layers_of(sparse=sparse).index(index)
 
 
-def abstract_model(config: ModelConfig) -> Qwen3:
+def embed(config: ModelConfig, rows: Float[AnyArray, "*batch D"], dtype: DTypeLike) -> Any:
+    """h_0, the state that enters the first layer, from the tokens' rows of the embedding; on the host or on
+    the device, as they are."""
+    return rows.astype(dtype)
+
+
+def final_norm(
+    config: ModelConfig, weight: Float[Array, " D"], h: Float[Array, "*batch D"]
+) -> Float32[Array, "*batch D"]:
+    """What the head is applied to, from the last state and the final norm's weight."""
+    return rms_norm(h, weight, config.rms_norm_eps)
+
+
+def abstract_model(config: ModelConfig) -> Decoder:
     """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Qwen3(config, rngs=None))
+    return nnx.eval_shape(lambda: Decoder(config, rngs=None))
 
 
 @cache
@@ -172,7 +192,7 @@ class ResidualStream:
 
 
 def residual_stream(
-    model: Qwen3,
+    model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
     positions: Int[Array | np.ndarray, "B T"] | None = None,
     *,
@@ -202,45 +222,45 @@ def residual_stream(
     graph, weights = nnx.split(model)
     dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
     placed = None if positions is None else jnp.asarray(positions)
-    return _residual_stream(graph, weights, jnp.asarray(tokens), *dtypes, final_norm, placed)
+    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, final_norm, placed)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def _residual_stream(
     graph: Any,
     weights: Any,
     tokens: Array,
-    compute_dtype: Any,
-    residual_dtype: Any,
-    final_norm: bool,
-    positions: Array | None = None,
+    dtypes: tuple[Any, Any],
+    with_norm: bool,
+    positions: Array | None,
 ) -> ResidualStream:
     model = nnx.merge(graph, weights)
-    first = model.embed_tokens(tokens).astype(residual_dtype)
+    compute_dtype, residual_dtype = dtypes
+    first = embed(model.config, model.embed_tokens(tokens), residual_dtype)
 
     def step(h: Array, attention: Array, mlp: Array) -> tuple[Array, Array, Array]:
         return h, attention, mlp
 
     last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step, positions=positions)
     states = jnp.concatenate([first[None], states])
-    return ResidualStream(states, attention, mlp, model.norm(last) if final_norm else None)
+    return ResidualStream(states, attention, mlp, model.final_norm(last) if with_norm else None)
 
 
 def logits(
-    model: Qwen3,
+    model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
     *,
     compute_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
 ) -> Float32[Array, "B T V"]:
     """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
-    first = model.embed_tokens(jnp.asarray(tokens)).astype(jnp.float32)
+    first = embed(model.config, model.embed_tokens(jnp.asarray(tokens)), jnp.float32)
     last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None, remat=remat)
-    return contract("BTD,VD->BTV", model.norm(last).astype(compute_dtype), model.head)
+    return contract("BTD,VD->BTV", model.final_norm(last).astype(compute_dtype), model.head)
 
 
 def _scan_layers(
-    model: Qwen3,
+    model: Decoder,
     h: Float[Array, "B T D"],
     compute_dtype: DTypeLike,
     keep: Callable[[Array, Array, Array], Any],

@@ -147,12 +147,12 @@ class SplitSweep(Sweep):
     def _norm(self) -> Callable[..., Any]:
         split, everywhere = self._grid.split(), self._grid.everywhere
         outputs = everywhere, split if self._whole else everywhere, everywhere, everywhere
-        return jax.jit(inspect.unwrap(sweep._final_norm), static_argnames="eps", out_shardings=outputs)
+        return jax.jit(inspect.unwrap(sweep._final_norm), static_argnames="config", out_shardings=outputs)
 
-    def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
+    def _final_norm(self, *arguments: Any, config: ModelConfig) -> tuple[Array, Update, Array, Array]:
         first, entered, *others, rows, probed = arguments
         placed = jax.tree.map(self._grid.put, (rows, probed))
-        return self._norm(self._owned(first), self._owned(entered), *others, *placed, eps=eps)
+        return self._norm(self._owned(first), self._owned(entered), *others, *placed, config=config)
 
     def compile_rest(self) -> None:
         """Nothing: a run on several devices is long."""

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.attention import Context, query_block
-from jaxdelta.model.decoder import abstract_block, attention_windows, block_context
-from jaxdelta.model.layers import rms_norm
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.decoder import abstract_block, attention_windows, block_context, embed, final_norm
 from jaxdelta.model.loss import PROBED, compile_sliced_loss, sliced_loss, vocabulary_slices
 from jaxdelta.sweep.states import State, States
 from jaxdelta.text.tokens import Tokens
@@ -224,8 +224,8 @@ class Sweep:
     def _owned(self, state: AnyArray) -> Array:
         return state if isinstance(state, jax.Array) else self._states.put(state)
 
-    def _final_norm(self, *arguments: Any, eps: float) -> tuple[Array, Update, Array, Array]:
-        return _final_norm(*arguments, eps=eps)
+    def _final_norm(self, *arguments: Any, config: ModelConfig) -> tuple[Array, Update, Array, Array]:
+        return _final_norm(*arguments, config=config)
 
     def _fill(self) -> None:
         for block, tokens in enumerate(self.tokens if self.start == 0 else ()):
@@ -234,7 +234,7 @@ class Sweep:
 
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T D"]:
         """The state that enters the first layer; cast by NumPy, for which nothing need be compiled."""
-        return np.asarray(self.weights.embeddings(tokens)).astype(self.dtypes[1])
+        return embed(self.weights.config, np.asarray(self.weights.embeddings(tokens)), self.dtypes[1])
 
     def _read(self, index: int) -> nnx.State:
         with self.clock("read"):
@@ -261,9 +261,7 @@ class Sweep:
         weight = jax.ShapeDtypeStruct((config.hidden_size,), config.dtype)
         rows, probed = self._rows[0], _filled(self._probed)[0]
         attention = jax.ShapeDtypeStruct((len(rows), config.hidden_size), jnp.float32)
-        _final_norm.lower(
-            h, h, h, written, attention, weight, rows, probed, eps=config.rms_norm_eps
-        ).compile()
+        _final_norm.lower(h, h, h, written, attention, weight, rows, probed, config=config).compile()
         shape = sum(map(len, self._probed)), config.hidden_size
         compile_sliced_loss(config.vocab_size, shape, config.dtype, self.dtypes[0])
 
@@ -272,7 +270,7 @@ class _Final:
     """The final norm, block by block: the `probed` states after it, and the closure of all so far."""
 
     def __init__(self, weights: Weights, probed: list[np.ndarray], norm: Callable[..., Any]):
-        self._weight, self._eps = weights.final_norm(), weights.config.rms_norm_eps
+        self._weight, self._config = weights.final_norm(), weights.config
         self._counts, self._places = list(map(len, probed)), _filled(probed)
         self._norm = norm
         self._missing = self._energy = 0.0
@@ -283,7 +281,7 @@ class _Final:
     ) -> Update:
         """The last layer's Update of a block with what the norm changes, counted as the MLP's."""
         arguments = first, entered, *last, attention, self._weight, rows, self._places[block]
-        normed, update, missing, energy = self._norm(*arguments, eps=self._eps)
+        normed, update, missing, energy = self._norm(*arguments, config=self._config)
         self.normed.append(np.asarray(normed)[: self._counts[block]])
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
         return update
@@ -344,7 +342,7 @@ def _join(blocks: Sequence[Any]) -> Any:
     return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)
 
 
-@partial(QuickJit, static_argnames="eps")
+@partial(QuickJit, static_argnames="config")
 def _final_norm(
     first: Array,
     entered: Array,
@@ -355,11 +353,11 @@ def _final_norm(
     rows: Array | None,
     probed: Array,
     *,
-    eps: float,
+    config: ModelConfig,
 ) -> tuple[Array, Update, Array, Array]:
     """The `probed` of the last states after the final norm; the last layer's Update with it;
     ‖h_0 + Σδ - h_N‖²; ‖h_N‖²."""
-    normed = rms_norm(last, weight, eps)
+    normed = final_norm(config, weight, last)
     first, entered, last = (state.astype(jnp.float32) for state in (first, entered, last))
     update = Update(attention, _tokens(normed - entered, rows) - attention, _tokens(entered, rows))
     missing, energy = jnp.sum(jnp.square(first + written - last)), jnp.sum(jnp.square(last))
