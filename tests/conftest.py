@@ -61,7 +61,7 @@ EXPERTS = {
 
 
 def torch_model(seed: int = 0, **overrides: Any) -> Any:
-    """transformers' own model with random weights, norms and biases among them; a Qwen3 unless `model_type` is
+    """transformers' own model, all its weights random, norms and biases too; a Qwen3 if no `model_type` is
     given."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

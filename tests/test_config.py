@@ -275,7 +275,8 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "'llama'"),
+        ({"model_type": "gpt2"}, "'gpt2'"),
+        ({"model_type": ["qwen3"]}, "qwen3"),
         ({"model_type": None}, "None"),
         ({"is_causal": False}, "is_causal"),
         ({"num_experts": 8, "mlp_bias": True}, "keys in config.json: mlp_bias, num_experts"),

@@ -8,12 +8,15 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: Su et al. 2021; YaRN: Peng et al. 2023 (arXiv 2309.00071)."""
+    """Rotary position embedding: Su et al. 2021; yarn: Peng et al. 2023 (arXiv 2309.00071); llama3:
+    Grattafiori et al. 2024 (arXiv 2407.21783)."""
 
     theta: float = 10_000.0
-    kind: str = "default"
+    kind: Literal["default", "linear", "yarn", "llama3"] = "default"
     factor: float = 1.0
     original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
@@ -42,10 +45,10 @@ class ModelConfig:
     `model_type`: transformers' name of the family, for files and reports; nothing is computed by it.
     `windows[i]` is the number of positions layer i attends to (its own included), None for all of them.
     `qk_norm`: RMSNorm of each head's queries and keys before rotation, None for no norm. `qkv_bias` and
-    `o_bias`: biases of attention's projections out of the stream and back into it. `experts` is None where
-    all layers are dense. `weight_block`: rows and columns of the blocks of float8 weights that have a scale
-    each; None where weights are stored as they are. `initializer_range`: the standard deviation of weights
-    before training.
+    `o_bias`: biases of attention's projections out of the stream and back into it; `mlp_bias`: biases of all
+    projections of a dense MLP. `experts` is None where all layers are dense. `weight_block`: rows and columns
+    of the blocks of float8 weights that have a scale each; None where weights are stored as they are.
+    `initializer_range`: the standard deviation of the weights before training.
     """
 
     model_type: str
@@ -62,6 +65,7 @@ class ModelConfig:
     qk_norm: Literal["per_head"] | None = None
     qkv_bias: bool = False
     o_bias: bool = False
+    mlp_bias: bool = False
     tie_embeddings: bool = False
     max_positions: int = 32_768
     dtype: str = "float32"
@@ -87,7 +91,8 @@ class ModelConfig:
 
     def _mlp_parameters(self, layer: int) -> int:
         if self.experts is None or not self.is_sparse(layer):
-            return 3 * self.hidden_size * self.intermediate_size
+            biases = self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+            return 3 * self.hidden_size * self.intermediate_size + biases
         return self.hidden_size * self.experts.count * (1 + 3 * self.experts.intermediate_size)
 
     @property

@@ -95,7 +95,7 @@ class Block(nnx.Module):
         if sparse and config.experts:
             self.mlp = SparseMLP(config.hidden_size, config.experts, **options)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, **options)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **options)
 
     def __call__(
         self, h: Float[Array, "B T D"], context: Context

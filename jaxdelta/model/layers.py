@@ -83,12 +83,12 @@ def rms_norm(
 
 
 class MLP(nnx.Module):
-    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020)."""
+    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020); with `bias`, each product has one added."""
 
-    def __init__(self, hidden: int, inner: int, **options: Any):
-        self.gate_proj = Linear(hidden, inner, bias=False, **options)
-        self.up_proj = Linear(hidden, inner, bias=False, **options)
-        self.down_proj = Linear(inner, hidden, bias=False, **options)
+    def __init__(self, hidden: int, inner: int, *, bias: bool = False, **options: Any):
+        self.gate_proj = Linear(hidden, inner, bias=bias, **options)
+        self.up_proj = Linear(hidden, inner, bias=bias, **options)
+        self.down_proj = Linear(inner, hidden, bias=bias, **options)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
         """W_down (silu(W_gate x) ∘ W_up x); what enters W_down is rounded to x's dtype."""

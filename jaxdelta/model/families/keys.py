@@ -32,7 +32,11 @@ ROPE_KEYS = frozenset(
     """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
     partial_rotary_factor rope_theta rope_type truncate type""".split()  # noqa: SIM905
 )
-ROPE_TYPES = ("default", "linear", "yarn")
+LLAMA3_KEYS = frozenset(
+    """factor high_freq_factor low_freq_factor original_max_position_embeddings partial_rotary_factor
+    rope_theta rope_type type""".split()  # noqa: SIM905
+)
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 FLOAT8_SCHEME = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 FLOAT8_KEYS = frozenset({*FLOAT8_SCHEME, "weight_block_size", "modules_to_not_convert", "dequantize"})
 
@@ -223,30 +227,40 @@ def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise JaxDeltaError(f"rope_parameters must be an object, not {given!r}")
-    check_keys("rope parameters", given, ROPE_KEYS)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind: Any = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise JaxDeltaError(f"rope_type={kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
+    check_keys("rope parameters", given, LLAMA3_KEYS if kind == "llama3" else ROPE_KEYS)
     if given.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise JaxDeltaError("partial_rotary_factor other than 1 is not supported")
     theta = number(given, "rope_theta", number(raw, "rope_theta", Rope.theta))
     if kind == "default":
         return Rope(theta=theta)
-    if given.get("factor") is None:
-        raise JaxDeltaError(f"rope_type={kind!r} needs a factor")
-    factor = number(given, "factor")
+    for key in ("factor", "low_freq_factor", "high_freq_factor")[: 3 if kind == "llama3" else 1]:
+        if given.get(key) is None:
+            raise JaxDeltaError(f"rope_type={kind!r} needs a {key}")
+    rope = Rope(theta=theta, kind=kind, factor=number(given, "factor"))
     if kind == "linear":
-        return Rope(theta=theta, kind=kind, factor=factor)
-    return Rope(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        original_max_positions=positive(given, "original_max_position_embeddings", default=max_positions),
-        beta_fast=number(given, "beta_fast", Rope.beta_fast),
-        beta_slow=number(given, "beta_slow", Rope.beta_slow),
-        attention_factor=_yarn_attention_factor(given, factor),
-        truncate=flag(given, "truncate", True),
-    )
+        return rope
+    original = positive(given, "original_max_position_embeddings", default=max_positions)
+    scaling = _llama3_fields(given) if kind == "llama3" else _yarn_fields(given, rope.factor)
+    return dataclasses.replace(rope, original_max_positions=original, **scaling)
+
+
+def _llama3_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
+    if low >= high:
+        raise JaxDeltaError(f"high_freq_factor={high:g} must be greater than low_freq_factor={low:g}")
+    return {"low_freq_factor": low, "high_freq_factor": high}
+
+
+def _yarn_fields(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {
+        "beta_fast": number(given, "beta_fast", Rope.beta_fast),
+        "beta_slow": number(given, "beta_slow", Rope.beta_slow),
+        "attention_factor": _yarn_attention_factor(given, factor),
+        "truncate": flag(given, "truncate", True),
+    }
 
 
 def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
@@ -267,9 +281,12 @@ def _rope_dict(rope: Rope) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
     if rope.kind != "default":
         found["factor"] = rope.factor
+    if rope.kind in ("yarn", "llama3"):
+        found["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        found |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
         found |= {
-            "original_max_position_embeddings": rope.original_max_positions,
             "beta_fast": rope.beta_fast,
             "beta_slow": rope.beta_slow,
             "attention_factor": rope.attention_factor,
