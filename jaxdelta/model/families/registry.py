@@ -16,6 +16,7 @@ from jaxdelta.model.families.keys import Family, check_fixed, check_keys, check_
 # model_type -> the module beside this one whose FAMILIES has it.
 MODULES = {
     "llama": "llama",
+    "mistral": "mistral",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3",
 }
