@@ -17,6 +17,7 @@ from jaxdelta.model.families.keys import Family, check_fixed, check_keys, check_
 MODULES = {
     "llama": "llama",
     "mistral": "mistral",
+    "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3",
 }
