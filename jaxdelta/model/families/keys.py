@@ -26,6 +26,9 @@ DECODER_KEYS = frozenset(
     num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size""".split()  # noqa: SIM905
 )
+# What `sliding_window` reads, and with it `layer_windows`.
+WINDOW_KEYS = frozenset({"max_window_layers", "sliding_window", "use_sliding_window"})
+LAYER_WINDOW_KEYS = WINDOW_KEYS | {"layer_types"}
 # Keys of which one value is computed.
 FIXED = {"hidden_act": "silu"}
 ROPE_KEYS = frozenset(
@@ -204,6 +207,12 @@ def window_dict(config: ModelConfig) -> dict[str, Any]:
     """The keys that `sliding_window` reads."""
     window = next((window for window in config.windows if window is not None), None)
     return {"use_sliding_window": window is not None, "sliding_window": window}
+
+
+def layer_windows_dict(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `layer_windows` reads."""
+    types = ["sliding_attention" if window else "full_attention" for window in config.windows]
+    return {**window_dict(config), "layer_types": types}
 
 
 def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -6,11 +6,12 @@ from typing import Any
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.families.keys import (
     FIXED,
+    LAYER_WINDOW_KEYS,
     Family,
     decoder_dict,
     decoder_fields,
     layer_windows,
-    window_dict,
+    layer_windows_dict,
 )
 
 _DEFAULTS = {"max_position_embeddings": 32_768, "num_key_value_heads": 32}
@@ -23,14 +24,13 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict[str, Any]:
     """The keys of a config.json."""
-    types = ["sliding_attention" if window else "full_attention" for window in config.windows]
-    return {**decoder_dict(config), **window_dict(config), "layer_types": types}
+    return {**decoder_dict(config), **layer_windows_dict(config)}
 
 
 FAMILIES = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        keys=frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}),
+        keys=LAYER_WINDOW_KEYS,
         fixed={**FIXED, "use_mrope": False},
         read=read,
         write=write,

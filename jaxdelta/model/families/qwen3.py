@@ -6,17 +6,19 @@ from typing import Any
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import Experts, ModelConfig
 from jaxdelta.model.families.keys import (
+    LAYER_WINDOW_KEYS,
+    WINDOW_KEYS,
     Family,
     decoder_dict,
     decoder_fields,
     flag,
     layer_windows,
+    layer_windows_dict,
     positive,
     sliding_window,
     window_dict,
 )
 
-_ATTENTION_KEYS = frozenset({"attention_bias", "max_window_layers", "sliding_window", "use_sliding_window"})
 # The two last are about the router's auxiliary loss, which changes nothing in a forward pass.
 _EXPERT_KEYS = frozenset(
     """decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
@@ -46,12 +48,12 @@ def read_experts(raw: Mapping[str, Any]) -> ModelConfig:
 
 def write(config: ModelConfig) -> dict[str, Any]:
     """The keys of a config.json, with experts or without."""
-    shared = {**decoder_dict(config), "attention_bias": config.qkv_bias, **window_dict(config)}
+    shared = {**decoder_dict(config), "attention_bias": config.qkv_bias}
     if config.experts is None:
-        types = ["sliding_attention" if window else "full_attention" for window in config.windows]
-        return {**shared, "layer_types": types}
+        return {**shared, **layer_windows_dict(config)}
     return {
         **shared,
+        **window_dict(config),
         "num_experts": config.experts.count,
         "num_experts_per_tok": config.experts.per_token,
         "moe_intermediate_size": config.experts.intermediate_size,
@@ -89,13 +91,13 @@ def _experts(raw: Mapping[str, Any]) -> Experts | None:
 FAMILIES = {
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        keys=_ATTENTION_KEYS | {"layer_types"},
+        keys=LAYER_WINDOW_KEYS | {"attention_bias"},
         read=read_dense,
         write=write,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        keys=_ATTENTION_KEYS | _EXPERT_KEYS,
+        keys=WINDOW_KEYS | _EXPERT_KEYS | {"attention_bias"},
         read=read_experts,
         write=write,
     ),
