@@ -47,7 +47,7 @@ from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint, text_of
 from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.checkpoint.weights import Resident, Weights
 from jaxdelta.errors import UsageError
-from jaxdelta.model.decoder import Qwen3, residual_stream
+from jaxdelta.model.decoder import Decoder, residual_stream
 from jaxdelta.spectra.scheduler import measure
 from jaxdelta.spectra.scheduler import measured as measured_in_turn
 from jaxdelta.spectra.view_summary import Design, LayerFigures
@@ -349,7 +349,7 @@ def compile_time() -> list[Comparison]:
     """Tracing and compiling the scanned forward pass of a small model of 8 and of 64 layers."""
 
     def compiling(layers: int) -> Callable[[], float]:
-        model = Qwen3(config_of((layers, 64, 4, 2, 32, 128), vocabulary=256), rngs=nnx.Rngs(0))
+        model = Decoder(config_of((layers, 64, 4, 2, 32, 128), vocabulary=256), rngs=nnx.Rngs(0))
         tokens = np.zeros((1, 64), np.int32)
 
         def run() -> float:

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import save_model
 from jaxdelta.model.config import ModelConfig, Rope
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
+from jaxdelta.model.families.registry import config_to_dict
 from jaxdelta.text.documents import shipped_prompts
 
 # layers, hidden, heads, key/value heads, head size, MLP
@@ -30,6 +31,7 @@ def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConf
     """A Qwen3 configuration with tied embeddings."""
     layers, hidden, heads, kv_heads, head_dim, mlp = shape
     return ModelConfig(
+        model_type="qwen3",
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -40,6 +42,7 @@ def config_of(shape: tuple[int, ...], vocabulary: int = VOCABULARY) -> ModelConf
         rms_norm_eps=1e-6,
         rope=Rope(theta=1e6),
         windows=(None,) * layers,
+        qk_norm="per_head",
         tie_embeddings=True,
         dtype="bfloat16",
     )
@@ -58,7 +61,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
         # The first file has the embeddings, too.
         part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
         with tempfile.TemporaryDirectory() as scratch:
-            save_model(Qwen3(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
+            save_model(Decoder(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
             tensors = load_file(Path(scratch) / hub.WEIGHTS)
         chosen = {
             name.replace("layers.0.", f"layers.{i}."): tensor
@@ -69,7 +72,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
         files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
     for name in hub.TOKENIZER_FILES:
         shutil.copy(hub.resolve(hub.DEMO) / name, directory)
-    (directory / hub.CONFIG).write_text(json.dumps(config.to_dict()))
+    (directory / hub.CONFIG).write_text(json.dumps(config_to_dict(config)))
     (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
 

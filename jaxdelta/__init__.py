@@ -1,4 +1,4 @@
-"""jaxdelta: what each layer of a Qwen3 model writes into its residual stream."""
+"""jaxdelta: what each layer of a language model writes into its residual stream."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What every layer of a Qwen3 model writes into its residual stream, by PyTorch and NumPy.
+"""What every layer of a decoder writes into its residual stream, by PyTorch and NumPy.
 
 A second opinion on jaxdelta, none of whose code is used here: the forward pass is Hugging Face's with eager
 attention, every figure a line of NumPy in float32. With h_L (n, d) the state entering layer L of N, and the
@@ -43,7 +43,6 @@ LEAST_SHARE = 1e-12  # shares of the energy below this do not count towards the 
 BLOCK_RANK = 8  # size of the basis that the layers of a phase share
 PHASES_OF_64 = "A:0-6,B:7-9,C:10-31,D:32-46,E:47-58,tail:59-63"
 PHASE_ENDS = (("A", 0.11), ("B", 0.15), ("C", 0.5), ("D", 0.75), ("E", 0.92), ("tail", 1.0))
-
 
 Report = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -109,6 +108,8 @@ def load_model(source: str, revision: str, dtype: str, device: str | None) -> "P
     # A weight of another shape is to be reported, by name, along with the others.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     model, report = pretrained("AutoModelForCausalLM", source, revision, **options)
+    if not (hasattr(model, "model") and hasattr(model.model, "layers") and hasattr(model.model, "norm")):
+        raise UserError(f"{source}: a {model.config.model_type!r} model has no model.layers and model.norm")
     for kind in ("missing", "mismatched", "unexpected"):
         if found := sorted(map(str, report[f"{kind}_keys"])):
             raise UserError(f"{source}: {len(found)} {kind} weights, the first is {found[0]}")
@@ -302,8 +303,6 @@ def load() -> tuple["PreTrainedModel", list[int], list[str]]:
         transformers.logging.disable_progress_bar()
     source = str(DATA / "demo") if FLAGS.model == "demo" else FLAGS.model
     config = pretrained("AutoConfig", source, FLAGS.revision)
-    if config.model_type != "qwen3":
-        raise UserError(f"{source} is a {config.model_type!r} model, not a 'qwen3' one")
     phases = phase_names(FLAGS.phases, config.num_hidden_layers)
     # A revision is the model's; a tokenizer from elsewhere has its own history.
     origin = (FLAGS.tokenizer, "main") if FLAGS.tokenizer else (source, FLAGS.revision)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -36,7 +36,7 @@ def change_config(directory: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def parameters(model: Qwen3) -> dict[str, np.ndarray]:
+def parameters(model: Decoder) -> dict[str, np.ndarray]:
     """The model's parameters under the names they have on disk."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):

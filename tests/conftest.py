@@ -40,9 +40,6 @@ TINY = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
     "tie_word_embeddings": False,
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "layer_types": None,
     "bos_token_id": None,
     "eos_token_id": None,
 }
@@ -67,17 +64,15 @@ EXPERTS = {
 
 
 def torch_model(seed: int = 0, **overrides: Any) -> Any:
-    """transformers' own Qwen3 with random weights, the norms' and the biases' among them."""
+    """transformers' own model, all its weights random, norms and biases too; a Qwen3 if no `model_type` is
+    given."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = TINY | overrides | {"attn_implementation": "eager"}
+    kind = {"model_type": "qwen3_moe" if "num_experts" in overrides else "qwen3"}
     torch.manual_seed(seed)
-    if "num_experts" in options:
-        del options["layer_types"]
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**options)).eval()
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**options)).eval()
+    config = AutoConfig.for_model(**kind | TINY | overrides, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -103,10 +98,10 @@ def write_tokenizer(directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Path]:
-    """make_checkpoint(directory, **config_overrides): a random Qwen3 saved by transformers, a tokenizer.
+    """make_checkpoint(directory, **config_overrides): a random model saved by transformers, a tokenizer.
 
-    `dtype` among the overrides is the weights' dtype, `seed` another draw of them; `max_shard_size` splits
-    the file; `EXPERTS` make it a mixture of experts.
+    A Qwen3, unless `model_type` is among the overrides; `EXPERTS` make it a mixture of experts. `dtype` among
+    them is the weights' dtype, `seed` another draw of them; `max_shard_size` splits the file.
     """
 
     def make(

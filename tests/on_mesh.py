@@ -12,6 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxdelta.utils import cli
+
+if __name__ == "__main__":
+    cli.install()  # before JAX is imported, as in the scripts: at the end JAX waits for the other process
+
 from jaxdelta.sweep.sweep import Blocks
 
 LAYOUT = {"layout": "packed", "seq_len": 32, "max_tokens": 700, "top_k": 4}

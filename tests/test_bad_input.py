@@ -241,9 +241,9 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "empty config": (write("config.json", ""), "config.json: is not JSON"),
     "binary config": (write("config.json", b"\xff\xfe\x00"), "config.json: is not JSON"),
     "config is a list": (write("config.json", "[]"), "config.json: holds no JSON object"),
-    "llama": (
-        edit_config(model_type="llama", architectures=["LlamaForCausalLM"]),
-        "config.json: model_type is 'llama'",
+    "another family": (
+        edit_config(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        "config.json: model_type is 'gpt2'",
     ),
     "unknown key": (edit_config(rope_twist=2), "unknown key in config.json: rope_twist"),
     "impossible size": (edit_config(hidden_size=-1), "hidden_size must be a positive integer, not -1"),

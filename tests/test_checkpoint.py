@@ -32,7 +32,8 @@ from flax import nnx
 from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint, save_model
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
+from jaxdelta.model.families.registry import config_from_dict, config_to_dict
 
 
 def logits_of(directory: Path) -> np.ndarray:
@@ -214,7 +215,7 @@ def test_save(overrides: dict[str, Any], tmp_path: Path, make_checkpoint: Callab
 
 
 def test_save_of_a_new_model(tmp_path: Path) -> None:
-    config = ModelConfig.from_dict(
+    config = config_from_dict(
         {
             "model_type": "qwen3",
             "vocab_size": 20,
@@ -226,7 +227,7 @@ def test_save_of_a_new_model(tmp_path: Path) -> None:
         }
     )
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # Compiles in a tenth of the default's time.
-    model = Qwen3(config, dtype=jnp.bfloat16, rngs=rngs)
+    model = Decoder(config, dtype=jnp.bfloat16, rngs=rngs)
     save_model(model, tmp_path / "new" / "model")
     again = load_model(str(tmp_path / "new" / "model"))
     assert_same(parameters(again), parameters(model))
@@ -295,7 +296,7 @@ print(peak() - before)
 @pytest.mark.parametrize("big", [BIG, BIG_EXPERTS], ids=["dense", "experts"])
 def test_peak_memory(big: dict[str, Any], tmp_path: Path) -> None:
     """A whole model takes its own size and little more, a pass over its layers the size of a few of them."""
-    config = ModelConfig.from_dict(big)
+    config = config_from_dict(big)
     write_holes(config, tmp_path)
     size = config.weight_bytes
     assert size > 350e6
@@ -309,7 +310,7 @@ def write_holes(config: ModelConfig, directory: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        theirs = AutoConfig.for_model(**config.to_dict())
+        theirs = AutoConfig.for_model(**config_to_dict(config))
         tensors = AutoModelForCausalLM.from_config(theirs).state_dict()
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -319,7 +320,7 @@ def write_holes(config: ModelConfig, directory: Path) -> None:
     with open(directory / WEIGHTS, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    (directory / "config.json").write_text(json.dumps(config_to_dict(config)))
 
 
 def test_the_weights_are_used_where_they_were_read(tiny_checkpoint: Path) -> None:

@@ -77,7 +77,7 @@ def spoil_no_weights(directory: Path) -> None:
 
 
 def spoil_architecture(directory: Path) -> None:
-    change_config(directory, model_type="llama", architectures=["LlamaForCausalLM"])
+    change_config(directory, model_type="gpt2", architectures=["GPT2LMHeadModel"])
 
 
 def spoil_end(directory: Path) -> None:
@@ -151,7 +151,7 @@ def index(text: str) -> Callable[[Path], None]:
         (spoil_nothing_there, "small: has no config.json; is it a model's directory?"),
         (spoil_no_config, "config.json: cannot be read (No such file or directory)"),
         (spoil_no_weights, "small: has no model.safetensors, nor any other weights"),
-        (spoil_architecture, "config.json: model_type is 'llama'"),
+        (spoil_architecture, "config.json: model_type is 'gpt2'"),
         (spoil_end, "model.safetensors: is not a whole safetensors file ("),
         (spoil_header, "model.safetensors: is not a whole safetensors file ("),
         (spoil_empty, "model.safetensors: is not a whole safetensors file ("),

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calibration import DOCUMENTS, letters, word_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.text import windows as calibration
@@ -167,6 +169,45 @@ def test_a_text_in_parts_is_the_text(
     np.testing.assert_array_equal(tokens.ids, whole.ids[:, :count])
     np.testing.assert_array_equal(tokens.documents, owned.documents[:, :count])
     assert [tokens.text(0, i) for i in range(count)] == [whole.text(0, i) for i in range(count)]
+
+
+def sentencepiece(prepends: Callable[[Tokenizer], None]) -> Tokenizer:
+    """A BPE of the build of Llama 2's and Mistral's: no split into words, bytes for what it does not know."""
+    vocabulary = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    prepends(tokenizer)
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=vocabulary, show_progress=False)
+    lines = [line for document in [*shipped_prompts(), *DOCUMENTS] for line in document.splitlines()]
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def as_llama2(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def as_mistral(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+
+
+@pytest.mark.parametrize("layout", ["stream", "packed"])
+@pytest.mark.parametrize("prepends", [as_llama2, as_mistral])
+def test_a_part_is_not_tokenized_as_a_beginning(
+    prepends: Callable[[Tokenizer], None], layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These tokenizers put a space before a text's first word, which a later part's is not."""
+    sentencepiece(prepends).save(str(tmp_path / "tokenizer.json"))
+    encode, options = load_encoder(tmp_path), {"vocab_size": 600, "max_tokens": 4000, "layout": layout}
+    assert encode(["a\nb"])[0][0] != encode(["a\n"])[0][0] + encode(["b"])[0][0]
+    texts = [SEPARATOR.join(shipped_prompts()), *DOCUMENTS]
+    whole = tokenize(texts, encode, **options)
+    monkeypatch.setattr(calibration, "PART_LETTERS", 60)
+    monkeypatch.setattr(calibration, "BATCH_LETTERS", 150)
+    parts = tokenize(texts, encode, **options)
+    np.testing.assert_array_equal(parts.ids, whole.ids)
+    np.testing.assert_array_equal(parts.documents, whole.documents)
+    places = [tuple(map(int, place)) for place in np.argwhere(whole.documents != PADDING)]
+    assert [parts.text(*place) for place in places] == [whole.text(*place) for place in places]
 
 
 @pytest.mark.parametrize("layout", ["stream", "packed"])

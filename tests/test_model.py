@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import EXPERTS
+from families import TOKENS, TOLERANCE, Reference, assert_equals_transformers, reference, relative
 from flax import nnx
 
 from jaxdelta.checkpoint.checkpoint import load_model
@@ -20,7 +21,7 @@ from jaxdelta.model.attention import causal_mask
 from jaxdelta.model.config import ModelConfig, Rope
 from jaxdelta.model.decoder import (
     Block,
-    Qwen3,
+    Decoder,
     ResidualStream,
     abstract_block,
     abstract_model,
@@ -29,11 +30,10 @@ from jaxdelta.model.decoder import (
     logits,
     residual_stream,
 )
+from jaxdelta.model.families.registry import config_from_dict, config_to_dict
 from jaxdelta.model.loss import next_token_loss
 from jaxdelta.model.rotary import rotary_frequencies, rotary_tables
 
-TOLERANCE = 1e-5  # relative, Frobenius
-TOKENS = np.random.default_rng(0).integers(0, 256, (2, 136), dtype=np.int32)
 WINDOW = 24
 
 
@@ -120,40 +120,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Reference(NamedTuple):
-    """What transformers computes: as a ResidualStream, and the logits and the loss of every token."""
-
-    stream: ResidualStream
-    logits: np.ndarray
-    loss: np.ndarray
-
-
-def reference(directory: Path, tokens: np.ndarray) -> Reference:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
-    kept: dict[str, list[Any]] = {"states": [], "attention": [], "mlp": [], "normed": []}
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, inputs: kept["states"].append(inputs[0]))
-        layer.self_attn.register_forward_hook(lambda _, inputs, out: kept["attention"].append(out[0]))
-        layer.mlp.register_forward_hook(lambda _, inputs, out: kept["mlp"].append(out))
-    model.model.norm.register_forward_pre_hook(lambda _, inputs: kept["states"].append(inputs[0]))
-    model.model.norm.register_forward_hook(lambda _, inputs, out: kept["normed"].append(out))
-    ids = torch.from_numpy(tokens).long()
-    with torch.no_grad():
-        scores = model(ids).logits
-    loss = torch.nn.functional.cross_entropy(scores[:, :-1].mT, ids[:, 1:], reduction="none")
-    parts = {name: jnp.stack([jnp.asarray(x.numpy()) for x in values]) for name, values in kept.items()}
-    normed = parts.pop("normed")[0]
-    return Reference(ResidualStream(**parts, normed=normed), scores.numpy(), loss.numpy())
-
-
-def relative(found: Any, wanted: Any) -> float:
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
 def write_old_form(directory: Path, rope: dict[str, Any]) -> None:
     """Rewrites config.json as transformers 4 wrote it."""
     file = directory / "config.json"
@@ -165,12 +131,12 @@ def write_old_form(directory: Path, rope: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Qwen3:
+def model(tiny_checkpoint: Path) -> Decoder:
     return load_model(str(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
-def stream(model: Qwen3) -> ResidualStream:
+def stream(model: Decoder) -> ResidualStream:
     return residual_stream(model, TOKENS, final_norm=True)
 
 
@@ -188,17 +154,7 @@ def test_equals_transformers(
     directory = make_checkpoint(tmp_path, **overrides)
     if old:
         write_old_form(directory, old)
-    wanted = reference(directory, TOKENS)
-    model = load_model(str(directory))
-    found = residual_stream(model, TOKENS, final_norm=True)
-
-    errors = {"normed": relative(found.normed, wanted.stream.normed)}
-    for name in ("states", "attention", "mlp"):
-        pairs = zip(getattr(found, name), getattr(wanted.stream, name), strict=True)
-        errors |= {f"{name}[{i}]": relative(*pair) for i, pair in enumerate(pairs)}
-    errors["logits"] = relative(np.asarray(found.normed) @ np.asarray(model.head).T, wanted.logits)
-    errors["loss"] = relative(next_token_loss(model.head, found.normed, TOKENS), wanted.loss)
-    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+    wanted = assert_equals_transformers(directory)
     # The weights are the same draw: what the case varies must show, and by far.
     assert case == "grouped" or relative(wanted.logits, grouped.logits) > 100 * TOLERANCE
 
@@ -216,7 +172,7 @@ def test_rotation_of_long_texts(case: dict[str, Any]) -> None:
     config = Qwen3Config(head_dim=128, **case)
     embedding = Qwen3RotaryEmbedding(config)
     theirs = embedding(torch.zeros(1), torch.arange(4096)[None])
-    rope = ModelConfig.from_dict(config.to_dict()).rope
+    rope = config_from_dict(config.to_dict()).rope
     frequencies, wanted = rotary_frequencies(rope, 128), embedding.inv_freq.numpy()
     np.testing.assert_array_max_ulp(frequencies, wanted, maxulp=2)
     assert np.mean(frequencies != wanted) <= 0.25  # computed in another precision, half of them would differ
@@ -232,7 +188,7 @@ def test_closure(stream: ResidualStream) -> None:
     assert relative(stream.states[0] + stream.updates.sum(0), stream.states[-1]) <= 1e-6
 
 
-def test_scan_equals_loop(model: Qwen3, stream: ResidualStream) -> None:
+def test_scan_equals_loop(model: Decoder, stream: ResidualStream) -> None:
     config, length = model.config, TOKENS.shape[1]
     context = block_context(config, TOKENS.shape, jnp.float32)
     graph = nnx.graphdef(abstract_block(config))
@@ -252,7 +208,7 @@ def test_scan_equals_loop(model: Qwen3, stream: ResidualStream) -> None:
 
 @pytest.mark.parametrize(("queries", "score_bytes"), [(10, 1), (10, 1 << 20), (1000, 1)])
 def test_spans_of_queries(
-    queries: int, score_bytes: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
+    queries: int, score_bytes: int, model: Decoder, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys that no query of a span sees are left out of it, whether or not it is cut further, and whether the
     heads' scores are taken one after the other or all at once."""
@@ -268,7 +224,7 @@ def test_spans_of_queries(
         assert relative(getattr(found, name), getattr(stream, name)) <= 1e-6
 
 
-def test_a_later_token_changes_no_earlier_state(model: Qwen3, stream: ResidualStream) -> None:
+def test_a_later_token_changes_no_earlier_state(model: Decoder, stream: ResidualStream) -> None:
     changed = TOKENS.copy()
     changed[:, 70] = (changed[:, 70] + 1) % 256
     states = residual_stream(model, changed, final_norm=True).states
@@ -277,12 +233,12 @@ def test_a_later_token_changes_no_earlier_state(model: Qwen3, stream: ResidualSt
     assert (states != stream.states)[1:, :, 71:].any(-1).all()
 
 
-def test_a_token_outside_all_windows_has_no_influence(model: Qwen3) -> None:
+def test_a_token_outside_all_windows_has_no_influence(model: Decoder) -> None:
     window, layers = 8, model.config.num_layers
     graph, weights = nnx.split(model)
     narrow = nnx.merge(graph, weights)
-    narrow.config = ModelConfig.from_dict(
-        model.config.to_dict()
+    narrow.config = config_from_dict(
+        config_to_dict(model.config)
         | {
             "use_sliding_window": True,
             "sliding_window": window,
@@ -303,14 +259,14 @@ def test_causal_mask(window: int, seen: list[int]) -> None:
     assert np.flatnonzero(causal_mask(jnp.arange(6), 6, window)[3]).tolist() == seen
 
 
-def test_logits(model: Qwen3, grouped: Reference) -> None:
+def test_logits(model: Decoder, grouped: Reference) -> None:
     graph, weights = nnx.split(model)
     found = jax.jit(lambda weights: logits(nnx.merge(graph, weights), TOKENS))(weights)
     assert relative(found, grouped.logits) <= TOLERANCE
 
 
 def test_logits_and_their_gradient_with_remat(
-    tiny_checkpoint: Path, model: Qwen3, grouped: Reference
+    tiny_checkpoint: Path, model: Decoder, grouped: Reference
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -332,7 +288,7 @@ def test_logits_and_their_gradient_with_remat(
 
 
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
-def test_bfloat16(residual: str, model: Qwen3, stream: ResidualStream) -> None:
+def test_bfloat16(residual: str, model: Decoder, stream: ResidualStream) -> None:
     found = residual_stream(
         model, TOKENS, compute_dtype=jnp.bfloat16, residual_dtype=residual, final_norm=True
     )
@@ -347,7 +303,7 @@ def test_bfloat16(residual: str, model: Qwen3, stream: ResidualStream) -> None:
 
 @pytest.mark.parametrize("rows", [7, 100, 128, 256, 1000])
 def test_next_token_loss_in_slices(
-    rows: int, model: Qwen3, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
+    rows: int, model: Decoder, stream: ResidualStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "VOCAB_SLICE", rows)
     normed = stream.normed[:, :9]
@@ -357,10 +313,10 @@ def test_next_token_loss_in_slices(
     assert relative(next_token_loss(model.head, normed, TOKENS[:, :9]), wanted) <= 1e-6
 
 
-def test_float32_products_are_whole_on_a_gpu(model: Qwen3) -> None:
+def test_float32_products_are_whole_on_a_gpu(model: Decoder) -> None:
     """TF32 and its like would round the factors: every product must ask for the highest precision."""
     graph, weights = nnx.split(model)
-    args = graph, weights, jnp.asarray(TOKENS), jnp.dtype("float32"), jnp.dtype("float32"), True
+    args = graph, weights, jnp.asarray(TOKENS), (jnp.dtype("float32"),) * 2, True, None
     forward = decoder._residual_stream.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     add_slice = loss._add_slice.trace(jnp.zeros((1, 4)), jnp.zeros((1, 4, 48)), model.head, 256)
     for text, count in ((forward, 9), (add_slice.lower(lowering_platforms=("cuda",)).as_text(), 1)):
@@ -384,7 +340,7 @@ def test_one_layer_is_traced_whatever_the_depth(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Block, "__call__", lambda self, *args: (calls.append(1), call(self, *args))[1])
 
     def count(layers: int) -> int:
-        config = ModelConfig(256, 48, 80, layers, 4, 2, 16, 1e-6, Rope(), (None,) * layers)
+        config = ModelConfig("qwen3", 256, 48, 80, layers, 4, 2, 16, 1e-6, Rope(), (None,) * layers)
         graph, weights = nnx.split(abstract_model(config))
         tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
         return equations(jax.make_jaxpr(lambda w, t: logits(nnx.merge(graph, w), t))(weights, tokens).jaxpr)

@@ -25,7 +25,7 @@ from jaxdelta.checkpoint import orbax_files
 from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
 from jaxdelta.checkpoint.convert import convert as converted
 from jaxdelta.errors import UsageError
-from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.families.registry import config_from_dict
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -195,7 +195,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_peak_memory(tmp_path: Path) -> None:
-    config = ModelConfig.from_dict(BIG)
+    config = config_from_dict(BIG)
     write_holes(config, tmp_path)
     assert config.weight_bytes > 350e6
     # Orbax and TensorStore take some 40 MB themselves.
@@ -379,7 +379,7 @@ def test_interrupted(sent: signal.Signals, status: int, tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     out.mkdir()
-    write_holes(ModelConfig.from_dict(BIG), model)
+    write_holes(config_from_dict(BIG), model)
     # Tests in the background ignore SIGINT.
     start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     start += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"

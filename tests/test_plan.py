@@ -14,7 +14,8 @@ from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.checkpoint.weights import Resident
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import Experts, ModelConfig
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
+from jaxdelta.model.families.registry import config_from_dict
 from jaxdelta.run import memory_plan
 from jaxdelta.run.memory_plan import Work, device_limit
 from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
@@ -24,7 +25,7 @@ GB = 10**9
 
 
 def config(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int) -> ModelConfig:
-    return ModelConfig.from_dict(
+    return config_from_dict(
         {
             "model_type": "qwen3",
             "vocab_size": 151_936,
@@ -48,7 +49,7 @@ EXPERTS = dataclasses.replace(
 def work(
     model: ModelConfig, tokens: tuple[int, int] = (1, 2047), dtype: str = "bfloat16", resident: bool = False
 ) -> Work:
-    abstract = nnx.eval_shape(lambda: Qwen3(model, dtype=jnp.bfloat16, rngs=None))
+    abstract = nnx.eval_shape(lambda: Decoder(model, dtype=jnp.bfloat16, rngs=None))
     return Work(Resident(abstract), tokens, dtype, "float32", resident)
 
 

@@ -478,6 +478,16 @@ def test_all_weights_must_fit(checkpoint: Path, tmp_path: Path, kind: str) -> No
         torch_reference.load_model(str(tmp_path), "main", "float32", "cpu")
 
 
+def test_a_model_without_the_modules_that_are_read(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(torch_reference.UserError, match="'gpt2' model has no"):
+        torch_reference.load_model(str(tmp_path), "main", "float32", "cpu")
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "b.json" / "in the way").mkdir(parents=True)
     with pytest.raises(torch_reference.UserError, match="cannot write"):

@@ -11,7 +11,7 @@ from conftest import EXPERTS, write_tokenizer
 from jaxdelta.checkpoint.checkpoint import load_model
 from jaxdelta.model import attention, decoder
 from jaxdelta.model.attention import causal_mask
-from jaxdelta.model.decoder import Qwen3, residual_stream
+from jaxdelta.model.decoder import Decoder, residual_stream
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import PADDING, Tokens
 from jaxdelta.text.windows import tokenize
@@ -55,7 +55,7 @@ def segments(tokens: Tokens) -> list[tuple[int, slice]]:
     return found
 
 
-def assert_alike(model: Qwen3, tokens: Tokens) -> None:
+def assert_alike(model: Decoder, tokens: Tokens) -> None:
     """Each segment beside the same tokens at the beginning of a row of their own."""
     spans = segments(tokens)
     rows = np.zeros((len(spans), tokens.ids.shape[1]), np.int32)

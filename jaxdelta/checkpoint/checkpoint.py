@@ -25,7 +25,8 @@ from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_
 from jaxdelta.checkpoint.source import Part, Shape, Source, Spec, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3, abstract_block, abstract_model
+from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
+from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -41,7 +42,7 @@ _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.mas
 class Checkpoint:
     """An opened checkpoint: names and shapes are checked, and weights are read when asked for.
 
-    It serves the layer-major pass as `Weights`, and loads whole as a `Qwen3`.
+    It serves the layer-major pass as `Weights`, and loads whole as a `Decoder`.
     """
 
     directory: Path
@@ -102,7 +103,7 @@ class Checkpoint:
                 return name
         return None
 
-    def load(self, sharding: Placement | None = None) -> Qwen3:
+    def load(self, sharding: Placement | None = None) -> Decoder:
         """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
 
         Args:
@@ -156,7 +157,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
-    """Opens a Qwen3 checkpoint and checks that its tensors are those its configuration needs.
+    """Opens a checkpoint and checks that its tensors are those its configuration needs.
 
     Args:
         model: `demo`, a local directory, or a hub id.
@@ -177,14 +178,14 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.checkpoint.orbax_files import open_orbax
 
-        config = ModelConfig.from_file(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG)
         source = open_orbax(directory / hub.ORBAX)
     elif loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
         config, source = torch_source(directory)
     else:
-        config = ModelConfig.from_file(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG)
         source = open_safetensors(files)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
@@ -202,8 +203,8 @@ def load_model(
     revision: str | None = None,
     loader: str = "auto",
     sharding: Placement | None = None,
-) -> Qwen3:
-    """Loads a whole Qwen3 checkpoint; the weights keep the dtype they have on disk.
+) -> Decoder:
+    """Loads a whole checkpoint; the weights keep the dtype they have on disk.
 
     >>> model = jaxdelta.load_model("demo")
     >>> model.config.num_layers, model.config.hidden_size
@@ -214,7 +215,7 @@ def load_model(
     return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
 
 
-def save_model(model: Qwen3, directory: Path) -> None:
+def save_model(model: Decoder, directory: Path) -> None:
     """Writes config.json and model.safetensors in Hugging Face's layout, in the weights' own dtype."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -225,7 +226,7 @@ def save_model(model: Qwen3, directory: Path) -> None:
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
     dtype = model.embed_tokens.weight[...].dtype
     config = dataclasses.replace(model.config, dtype=str(dtype))
-    config.to_file(directory / hub.CONFIG)
+    write_config(config, directory / hub.CONFIG)
 
 
 @cache

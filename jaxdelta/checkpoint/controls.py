@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.layers import initial_norm
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.arrays import AnyArray
 
@@ -89,7 +90,8 @@ class RandomInit(_Control):
         def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
             name = _name(index, path)
             if len(leaf.shape) == 1:
-                return jnp.full(leaf.shape, 0 if "bias" in name else 1, leaf.dtype)
+                initial = jnp.zeros if "bias" in name else initial_norm
+                return initial(leaf.shape, leaf.dtype)
             return _normal(self._key(name), self.config.initializer_range, leaf.shape, leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(draw, self.abstract_layer(index))
@@ -107,8 +109,9 @@ class RandomInit(_Control):
         return self.head_rows(np.arange(start, stop))
 
     def final_norm(self) -> Float[Array, " D"]:
-        """Ones, as before training."""
-        return jnp.ones_like(self.weights.final_norm())
+        """The final norm's weight as before training."""
+        weight = self.weights.final_norm()
+        return initial_norm(weight.shape, weight.dtype)
 
     def _rows(self, name: str, ids: Int[np.ndarray, "*batch"], dtype: DTypeLike) -> Array:
         width, deviation = self.config.hidden_size, self.config.initializer_range

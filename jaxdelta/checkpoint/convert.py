@@ -11,6 +11,7 @@ from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.checkpoint.orbax_files import write_orbax
 from jaxdelta.errors import UsageError
 from jaxdelta.model.config import DTYPE_BYTES
+from jaxdelta.model.families.registry import write_config
 from jaxdelta.utils.files import new_directory
 
 STORED = "stored"
@@ -47,7 +48,7 @@ def convert(
         config = checkpoint.config
         if dtype != STORED:
             config = dataclasses.replace(config, dtype=dtype)
-        config.to_file(directory / hub.CONFIG)
+        write_config(config, directory / hub.CONFIG)
         for name in hub.ALL_TOKENIZER_FILES:
             if (checkpoint.directory / name).exists():
                 shutil.copyfile(checkpoint.directory / name, directory / name)

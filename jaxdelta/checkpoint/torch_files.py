@@ -11,6 +11,7 @@ from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.checkpoint.source import Source, Spec, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.families.registry import config_from_dict
 
 
 def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
@@ -29,7 +30,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
         theirs = transformers.AutoConfig.from_pretrained(directory, **options)
         raw = theirs.to_dict()
         quantization = raw.pop("quantization_config", None) or {}
-        config = ModelConfig.from_dict(raw)  # Before the weights: it may be another architecture.
+        config = config_from_dict(raw)  # Before the weights: it may be another architecture.
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
         tensors, specs = _load(directory, {"config": theirs, **options})

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
 
 
 @runtime_checkable
@@ -48,7 +48,7 @@ class Weights(Protocol):
 class Resident:
     """A loaded model as `Weights`."""
 
-    model: Qwen3
+    model: Decoder
 
     @property
     def config(self) -> ModelConfig:

@@ -1,6 +1,9 @@
-"""Qwen3 in Flax NNX: a block takes the residual stream and returns it with what each sublayer wrote.
+"""A decoder in Flax NNX: a block takes the residual stream and returns it with what each sublayer wrote.
 
-    h' = h + attention(norm(h));   h'' = h' + mlp(norm(h'))
+    a = attention(norm(h));   b = mlp(norm(h + a));   h' = h + a + b
+
+What a family has and another has not (norms of queries and keys, biases, windows) is a field of ModelConfig;
+no family is known here by its name.
 
 Axes: B batch, T position (S where a position is attended to), D hidden size, K key/value heads, G query
 heads per key/value head, H head size, F MLP size, V vocabulary, L layers. Linear weights lie as Hugging
@@ -27,27 +30,29 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxdelta.model.attention import Context, attend, pairs_at_once, query_block
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.experts import SparseMLP
-from jaxdelta.model.layers import MLP, Embedding, Linear, RMSNorm, contract
+from jaxdelta.model.layers import MLP, Embedding, Linear, RMSNorm, contract, rms_norm
 from jaxdelta.model.rotary import rotary_tables, rotate
 from jaxdelta.utils.arrays import AnyArray
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RMS-normalised queries and keys, rotated by position."""
+    """Grouped-query attention; queries and keys are normalised where the model does that, and rotated."""
 
     def __init__(self, config: ModelConfig, **options: Any):
         hidden, head = config.hidden_size, config.head_dim
 
-        def linear(size_in: int, size_out: int) -> Linear:
-            return Linear(size_in, size_out, bias=config.attention_bias, **options)
+        def linear(size_in: int, size_out: int, bias: bool) -> Linear:
+            return Linear(size_in, size_out, bias=bias, **options)
 
-        def norm() -> RMSNorm:
+        def norm() -> RMSNorm | None:
+            if config.qk_norm is None:
+                return None
             return RMSNorm(head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
 
-        self.q_proj = linear(hidden, config.num_heads * head)
-        self.k_proj = linear(hidden, config.num_kv_heads * head)
-        self.v_proj = linear(hidden, config.num_kv_heads * head)
-        self.o_proj = linear(config.num_heads * head, hidden)
+        self.q_proj = linear(hidden, config.num_heads * head, config.qkv_bias)
+        self.k_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
+        self.v_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
+        self.o_proj = linear(config.num_heads * head, hidden, config.o_bias)
         self.q_norm, self.k_norm = norm(), norm()
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
@@ -59,10 +64,15 @@ class Attention(nnx.Module):
             project(x).reshape(heads).transpose(0, 2, 3, 1, 4)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q = rotate(self.q_norm(q), context.rotary, context.positions).astype(x.dtype)
-        k = rotate(self.k_norm(k[:, :, 0]), context.rotary, context.positions)
-        mixed = attend(q, k, v[:, :, 0], context)
+        q, k, v = _normed(self.q_norm, q), _normed(self.k_norm, k[:, :, 0]), v[:, :, 0]
+        q = rotate(q, context.rotary, context.positions).astype(x.dtype)
+        k = rotate(k, context.rotary, context.positions)
+        mixed = attend(q, k, v, context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+def _normed(norm: RMSNorm | None, x: Float32[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+    return x if norm is None else norm(x)
 
 
 class Block(nnx.Module):
@@ -85,7 +95,7 @@ class Block(nnx.Module):
         if sparse and config.experts:
             self.mlp = SparseMLP(config.hidden_size, config.experts, **options)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, **options)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **options)
 
     def __call__(
         self, h: Float[Array, "B T D"], context: Context
@@ -101,8 +111,8 @@ def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Ar
     return (h.astype(jnp.float32) + written).astype(h.dtype)
 
 
-class Qwen3(nnx.Module):
-    """A Qwen3 causal language model, its layers' weights stacked along a leading axis.
+class Decoder(nnx.Module):
+    """A causal language model, its layers' weights stacked along a leading axis.
 
     `layers` are the dense layers, `sparse_layers` those with experts, None where there are none. Initial
     weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where it is
@@ -127,6 +137,10 @@ class Qwen3(nnx.Module):
         """The output embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
+    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
+        """What the head is applied to, from the last state."""
+        return final_norm(self.config, self.norm.weight[...], h)
+
     def layer(self, index: int) -> tuple[Any, nnx.State, int]:
         """The stack that layer `index` belongs to, split, and the layer's place in it."""
         sparse = self.config.is_sparse(index)
@@ -134,9 +148,22 @@ class Qwen3(nnx.Module):
         return graph, weights, self.config.layers_of(sparse=sparse).index(index)
 
 
-def abstract_model(config: ModelConfig) -> Qwen3:
+def embed(config: ModelConfig, rows: Float[AnyArray, "*batch D"], dtype: DTypeLike) -> Any:
+    """h_0, the state that enters the first layer, from the tokens' rows of the embedding; on the host or on
+    the device, as they are."""
+    return rows.astype(dtype)
+
+
+def final_norm(
+    config: ModelConfig, weight: Float[Array, " D"], h: Float[Array, "*batch D"]
+) -> Float32[Array, "*batch D"]:
+    """What the head is applied to, from the last state and the final norm's weight."""
+    return rms_norm(h, weight, config.rms_norm_eps)
+
+
+def abstract_model(config: ModelConfig) -> Decoder:
     """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Qwen3(config, rngs=None))
+    return nnx.eval_shape(lambda: Decoder(config, rngs=None))
 
 
 @cache
@@ -165,7 +192,7 @@ class ResidualStream:
 
 
 def residual_stream(
-    model: Qwen3,
+    model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
     positions: Int[Array | np.ndarray, "B T"] | None = None,
     *,
@@ -195,45 +222,45 @@ def residual_stream(
     graph, weights = nnx.split(model)
     dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
     placed = None if positions is None else jnp.asarray(positions)
-    return _residual_stream(graph, weights, jnp.asarray(tokens), *dtypes, final_norm, placed)
+    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, final_norm, placed)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def _residual_stream(
     graph: Any,
     weights: Any,
     tokens: Array,
-    compute_dtype: Any,
-    residual_dtype: Any,
-    final_norm: bool,
-    positions: Array | None = None,
+    dtypes: tuple[Any, Any],
+    with_norm: bool,
+    positions: Array | None,
 ) -> ResidualStream:
     model = nnx.merge(graph, weights)
-    first = model.embed_tokens(tokens).astype(residual_dtype)
+    compute_dtype, residual_dtype = dtypes
+    first = embed(model.config, model.embed_tokens(tokens), residual_dtype)
 
     def step(h: Array, attention: Array, mlp: Array) -> tuple[Array, Array, Array]:
         return h, attention, mlp
 
     last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step, positions=positions)
     states = jnp.concatenate([first[None], states])
-    return ResidualStream(states, attention, mlp, model.norm(last) if final_norm else None)
+    return ResidualStream(states, attention, mlp, model.final_norm(last) if with_norm else None)
 
 
 def logits(
-    model: Qwen3,
+    model: Decoder,
     tokens: Int[Array | np.ndarray, "B T"],
     *,
     compute_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
 ) -> Float32[Array, "B T V"]:
     """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
-    first = model.embed_tokens(jnp.asarray(tokens)).astype(jnp.float32)
+    first = embed(model.config, model.embed_tokens(jnp.asarray(tokens)), jnp.float32)
     last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None, remat=remat)
-    return contract("BTD,VD->BTV", model.norm(last).astype(compute_dtype), model.head)
+    return contract("BTD,VD->BTV", model.final_norm(last).astype(compute_dtype), model.head)
 
 
 def _scan_layers(
-    model: Qwen3,
+    model: Decoder,
     h: Float[Array, "B T D"],
     compute_dtype: DTypeLike,
     keep: Callable[[Array, Array, Array], Any],

@@ -1,4 +1,4 @@
-"""The parts of Qwen3's layers: linear maps, embeddings, norms, and the MLP, in Flax NNX.
+"""The parts of a decoder's layers: linear maps, embeddings, norms, and the MLP, in Flax NNX.
 
 Linear weights lie as Hugging Face stores them, (out, in). Axes as in `jaxdelta.model.decoder`.
 """
@@ -60,12 +60,17 @@ class RMSNorm(nnx.Module):
     """`rms_norm` with a weight."""
 
     def __init__(self, size: int, eps: float, *, stack: tuple[int, ...] = (), dtype: DTypeLike):
-        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.weight = nnx.Param(initial_norm((*stack, size), dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
         """x over its root mean square, times the weight, in float32."""
         return rms_norm(x, self.weight[...], self.eps)
+
+
+def initial_norm(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "*stack D"]:
+    """A norm's weight before training: it changes nothing."""
+    return jnp.ones(shape, dtype)
 
 
 def rms_norm(
@@ -78,12 +83,12 @@ def rms_norm(
 
 
 class MLP(nnx.Module):
-    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020)."""
+    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020); with `bias`, each product has one added."""
 
-    def __init__(self, hidden: int, inner: int, **options: Any):
-        self.gate_proj = Linear(hidden, inner, bias=False, **options)
-        self.up_proj = Linear(hidden, inner, bias=False, **options)
-        self.down_proj = Linear(inner, hidden, bias=False, **options)
+    def __init__(self, hidden: int, inner: int, *, bias: bool = False, **options: Any):
+        self.gate_proj = Linear(hidden, inner, bias=bias, **options)
+        self.up_proj = Linear(hidden, inner, bias=bias, **options)
+        self.down_proj = Linear(inner, hidden, bias=bias, **options)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
         """W_down (silu(W_gate x) ∘ W_up x); what enters W_down is rounded to x's dtype."""

@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021), scaled linearly or by YaRN (Peng et al. 2023, 2309.00071).
+"""Rotary position embedding (Su et al. 2021), scaled linearly, by YaRN (Peng et al. 2023, 2309.00071) or as
+in Llama 3.1 (Grattafiori et al. 2024, 2407.21783).
 
 Axes as in `jaxdelta.model.decoder`: T position, H head size.
 """
@@ -15,7 +16,7 @@ Rotary = tuple[Float32[AnyArray, "T 2 halfH"], Float32[AnyArray, "T 2 halfH"]]
 
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:
-    """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after linear or YaRN scaling.
+    """Angular frequencies θ^(-2i/H) of RoPE, in radians per position, after scaling.
 
     Rounded to float32 step by step as transformers does: a frequency one rounding off is an angle 1e-4
     off at position 2000. Each power is the float32 nearest to it, by float64: the float32 powers of NumPy
@@ -30,7 +31,19 @@ def rotary_frequencies(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH
         kept = np.float32(1) - _yarn_ramp(rope, head_dim)
         slowed = np.float32(1) / (np.float32(rope.factor) * wavelengths)
         return slowed * (np.float32(1) - kept) + frequencies * kept
+    if rope.kind == "llama3":
+        return _llama3(rope, frequencies)
     return frequencies
+
+
+def _llama3(rope: Rope, frequencies: Float32[np.ndarray, " halfH"]) -> Float32[np.ndarray, " halfH"]:
+    """f where a turn takes less than a `high_freq_factor`th of the trained context, f / factor where it takes
+    more than a `low_freq_factor`th; between them a mixture, linear in the turns within that context."""
+    factor, low, high, one = map(np.float32, (rope.factor, rope.low_freq_factor, rope.high_freq_factor, 1))
+    turns = np.float32(rope.original_max_positions) / (np.float32(2 * np.pi) / frequencies)
+    kept = np.clip((turns - low) / (high - low), np.float32(0), one)
+    mixed = (one - kept) * frequencies / factor + kept * frequencies
+    return np.select([kept == 0, kept == one], [frequencies / factor, frequencies], mixed)
 
 
 def _yarn_ramp(rope: Rope, head_dim: int) -> Float32[np.ndarray, " halfH"]:

@@ -231,7 +231,7 @@ class Result:
             steered=steered,
         )
         said = f"direction {rank} of each layer's update, scale {scale}, by jaxdelta"
-        hint = self.run.get("model_type", "qwen3")
+        hint = self.run.get("model_type", "qwen3")  # the only family when a run did not say
         write_together({path: steering.steering_file(path, tensors, hint, self.model, said)})
         return path
 

@@ -92,7 +92,7 @@ def steering_file(
     Args:
         path: its name, whose ending chooses the format.
         tensors: the directions by their names.
-        model_type: `qwen3` or `qwen3_moe`, the hint which models the vectors are for.
+        model_type: the family of the model, as in `qwen3`: the hint which models the vectors are for.
         name: the model's.
         description: what the vectors are.
 

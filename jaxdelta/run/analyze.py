@@ -14,7 +14,7 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.checkpoint.controls import controlled
 from jaxdelta.checkpoint.weights import Resident, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
-from jaxdelta.model.decoder import Qwen3
+from jaxdelta.model.decoder import Decoder
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
@@ -55,7 +55,7 @@ Listener = Callable[[str], None]
 
 
 def analyze(
-    model: str | Path | Qwen3,
+    model: str | Path | Decoder,
     calibration: str | Path | Iterable[str] | Tokens | None = None,
     *,
     listener: Listener | None = None,
@@ -102,7 +102,7 @@ def analyze(
 
 
 def _opened(
-    model: str | Path | Qwen3,
+    model: str | Path | Decoder,
     calibration: str | Path | Iterable[str] | Tokens | None,
     options: Options,
     stages: Stages,
@@ -110,8 +110,8 @@ def _opened(
     """Opens the model and reads the text; no weight of a layer is read."""
     with stages("open") as note:
         weights: Weights
-        if isinstance(model, Qwen3):
-            name, weights = "Qwen3", Resident(model)
+        if isinstance(model, Decoder):
+            name, weights = model.config.model_type, Resident(model)
         else:
             name = str(model)
             weights = open_checkpoint(name, revision=options.revision, loader=options.loader)

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxdelta.model.attention import Context
-from jaxdelta.model.layers import rms_norm
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.decoder import final_norm
 from jaxdelta.sweep.devices import DATA, WHOLE, Devices
 from jaxdelta.utils.arrays import AnyArray
 
@@ -99,7 +100,7 @@ def layer_step(
 def final_norm_program(devices: Devices, all_tokens: bool) -> Any:
     """The compiled `final_norm_step`; `all_tokens` as in `layer_program`."""
     outputs = WHOLE, _update_spec(all_tokens), WHOLE, WHOLE
-    return devices.jit(final_norm_step, outputs, static_argnames="eps")
+    return devices.jit(final_norm_step, outputs, static_argnames="config")
 
 
 def final_norm_step(
@@ -109,7 +110,7 @@ def final_norm_step(
     rows: Int32[Array, " m"] | None,
     loss_positions: Int32[Array, " p"],
     *,
-    eps: float,
+    config: ModelConfig,
 ) -> tuple[Float32[Array, "p D"], Update, Float32[Array, ""], Float32[Array, ""]]:
     """The final norm of a block, and what is left of h_0 + Σδ = h_N.
 
@@ -119,13 +120,13 @@ def final_norm_step(
         weight: the final norm's weight.
         rows: the tokens of the last layer's Update; None for all.
         loss_positions: the tokens whose normed states are wanted.
-        eps: the final norm's ε.
+        config: the model, which says what its final norm is.
 
     Returns:
         The normed states of `loss_positions`; the last layer's Update if its state is taken after the norm,
         the norm's change being counted as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
     """
-    normed = rms_norm(ends.last, weight, eps)
+    normed = final_norm(config, weight, ends.last)
     first, entered, last = (state.astype(jnp.float32) for state in ends[:3])
     change = _select(_flat(normed - entered), rows)
     update = Update(attention, change - attention, _select(_flat(entered), rows))

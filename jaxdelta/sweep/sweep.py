@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.attention import Context, query_block
-from jaxdelta.model.decoder import abstract_block, attention_windows, block_context
+from jaxdelta.model.decoder import abstract_block, attention_windows, block_context, embed
 from jaxdelta.model.loss import PROBED, sliced_loss, vocabulary_slices
 from jaxdelta.sweep.devices import Devices, OneDevice
 from jaxdelta.sweep.programs import Ends, Update, final_norm_program, layer_program
@@ -288,7 +288,7 @@ class Sweep:
     def _final_norm(self) -> "_FinalNorm":
         weight = self._devices.put(self.weights.final_norm())
         program = final_norm_program(self._devices, self._all_tokens)
-        program = partial(program, eps=self.weights.config.rms_norm_eps)
+        program = partial(program, config=self.weights.config)
         places = self._devices.put(_padded(self._loss_positions))
         return _FinalNorm(program, weight, places, list(map(len, self._loss_positions)))
 
@@ -300,7 +300,7 @@ class Sweep:
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
         """The state that enters the first layer; cast by NumPy, so that nothing need be compiled."""
         embeddings = self.weights.embeddings(self._devices.local_windows(tokens))
-        return np.asarray(embeddings).astype(self._dtypes[1])
+        return embed(self.weights.config, np.asarray(embeddings), self._dtypes[1])
 
     def _read(self, index: int) -> nnx.State:
         with self._clock("read"):

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -180,7 +180,8 @@ def _parts(documents: Iterator[str], letters: int) -> Iterator[str]:
     """The joined documents in parts that can be tokenized each by itself, since words end where a line does.
 
     A part has at most so many letters, or PART_LETTERS, and ends where a line begins that does not begin with
-    a space; without such a place it is longer.
+    a space, nor with a slash, which some tokenizers join to the line end before it; without such a place it
+    is longer.
     """
     text, start, wanted = next(documents, ""), 0, min(letters, PART_LETTERS)
     while True:
@@ -201,8 +202,9 @@ def _parts(documents: Iterator[str], letters: int) -> Iterator[str]:
 
 
 def _last_line(text: str, start: int, stop: int) -> int:
-    """Where the last line begins, between start and stop, that does not begin with a space; or else 0."""
-    while (end := text.rfind("\n", start, stop)) >= 0 and text[end + 1].isspace():
+    """Where the last line begins, between start and stop, that does not begin with a space or a slash; or
+    else 0."""
+    while (end := text.rfind("\n", start, stop)) >= 0 and (text[end + 1].isspace() or text[end + 1] == "/"):
         stop = end
     return end + 1
 
@@ -210,12 +212,23 @@ def _last_line(text: str, start: int, stop: int) -> int:
 def _encoded(
     parts: Iterator[tuple[int, str]], encode: Encoder, count: int
 ) -> Iterator[tuple[int, str, Encoded]]:
-    """Each numbered text with its tokens, at a time as many texts as `count` tokens in all may need."""
+    """Each numbered text with its tokens, at a time as many texts as `count` tokens in all may need.
+
+    A part that continues a text is tokenized with the line end before it, whose tokens are then dropped:
+    SentencePiece's tokenizers (Llama 1 and 2, Mistral) put a space before whatever they take for a beginning.
+    """
+    latest = None
     while batch := _batch(parts, min(BATCH_LETTERS, LETTERS_PER_TOKEN * max(count, 1))):
         for _, text in batch:
             check_unicode(text, "the calibration text")
-        for (number, text), (ids, starts) in zip(batch, encode([text for _, text in batch]), strict=True):
-            found = Encoded(np.array(ids, np.int32), np.array([*starts, len(text)], np.int32))
+        numbers = [latest, *(number for number, _ in batch)]
+        latest = numbers[-1]
+        before = ["\n" * (number == last) for last, number in pairwise(numbers)]
+        encodings = encode([end + text for end, (_, text) in zip(before, batch, strict=True)])
+        for end, (number, text), (ids, starts) in zip(before, batch, encodings, strict=True):
+            first = bisect_left(starts, len(end))
+            bounds = np.array([*starts[first:], len(end) + len(text)], np.int32) - np.int32(len(end))
+            found = Encoded(np.array(ids[first:], np.int32), bounds)
             count -= len(found.ids)
             yield number, text, found
 

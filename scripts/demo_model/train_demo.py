@@ -41,8 +41,8 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxdelta.checkpoint.checkpoint import save_model
-from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.decoder import Qwen3, logits
+from jaxdelta.model.decoder import Decoder, logits
+from jaxdelta.model.families.registry import config_from_dict
 
 _OUT = flags.DEFINE_string("out", "jaxdelta/data/demo", "Folder of the exported model.")
 _STEPS = flags.DEFINE_integer("steps", None, "Steps in all.", required=True, lower_bound=100)
@@ -114,7 +114,7 @@ class Demo:
     """The model as the optimizer sees it: named arrays, and the way back to the module."""
 
     def __init__(self, seed: int):
-        self.graph, state = nnx.split(Qwen3(ModelConfig.from_dict(CONFIG), rngs=nnx.Rngs(seed)))
+        self.graph, state = nnx.split(Decoder(config_from_dict(CONFIG), rngs=nnx.Rngs(seed)))
         leaves, self.tree = jax.tree_util.tree_flatten_with_path(state)
         paths = [path for path, _ in leaves]
         self.names = [".".join(part.key for part in path if hasattr(part, "key")) for path in paths]
@@ -126,7 +126,7 @@ class Demo:
         }
         self.score = jax.jit(self.token_losses)
 
-    def module(self, params: Params) -> Qwen3:
+    def module(self, params: Params) -> Decoder:
         """The Flax model that holds these parameters."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, [params[name] for name in self.names]))
 

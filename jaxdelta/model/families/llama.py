@@ -1,0 +1,37 @@
+"""Llama 1 to 3.x (Grattafiori et al. 2024, arXiv 2407.21783), and all that is published as such a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.families.keys import FIXED, Family, decoder_dict, decoder_fields, flag
+
+
+def read(raw: Mapping[str, Any]) -> ModelConfig:
+    """Defaults are those of transformers' LlamaConfig; attention's four projections have biases, or none."""
+    fields = decoder_fields(raw, {"max_position_embeddings": 2048})
+    bias = flag(raw, "attention_bias")
+    return ModelConfig(
+        **fields,
+        windows=(None,) * fields["num_layers"],
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=flag(raw, "mlp_bias"),
+    )
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json."""
+    return {**decoder_dict(config), "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+FAMILIES = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        # SmolLM2 says of itself that it is a Llama.
+        keys=frozenset({"attention_bias", "is_llama_config", "mlp_bias"}),
+        fixed={**FIXED, "pretraining_tp": 1, "rope_interleaved": False},
+        read=read,
+        write=write,
+    )
+}

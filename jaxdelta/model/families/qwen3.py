@@ -1,0 +1,104 @@
+"""Qwen3, dense and with experts (Qwen Team 2025, arXiv 2505.09388): RMS-normalised queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdelta.errors import JaxDeltaError
+from jaxdelta.model.config import Experts, ModelConfig
+from jaxdelta.model.families.keys import (
+    LAYER_WINDOW_KEYS,
+    WINDOW_KEYS,
+    Family,
+    decoder_dict,
+    decoder_fields,
+    flag,
+    layer_windows,
+    layer_windows_dict,
+    positive,
+    sliding_window,
+    window_dict,
+)
+
+# The two last are about the router's auxiliary loss, which changes nothing in a forward pass.
+_EXPERT_KEYS = frozenset(
+    """decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
+    num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef""".split()  # noqa: SIM905
+)
+_DEFAULTS = {"max_position_embeddings": 32_768}
+_DENSE_DEFAULTS = _DEFAULTS | {"head_dim": 128}
+_EXPERT_DEFAULTS = _DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6144}
+
+
+def read_dense(raw: Mapping[str, Any]) -> ModelConfig:
+    """A config.json of `model_type` qwen3; defaults are those of transformers' Qwen3Config."""
+    fields = decoder_fields(raw, _DENSE_DEFAULTS) | _attention_fields(raw)
+    return ModelConfig(**fields, windows=layer_windows(raw))
+
+
+def read_experts(raw: Mapping[str, Any]) -> ModelConfig:
+    """A config.json of qwen3_moe; where no layer has experts, it is a dense model's."""
+    fields = decoder_fields(raw, _EXPERT_DEFAULTS) | _attention_fields(raw)
+    experts = _experts(raw)
+    if experts is None:
+        fields["model_type"] = "qwen3"
+    # transformers lets all of its layers slide, or none.
+    windows = (sliding_window(raw),) * fields["num_layers"]
+    return ModelConfig(**fields, windows=windows, experts=experts)
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json, with experts or without."""
+    shared = {**decoder_dict(config), "attention_bias": config.qkv_bias}
+    if config.experts is None:
+        return {**shared, **layer_windows_dict(config)}
+    return {
+        **shared,
+        **window_dict(config),
+        "num_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.per_token,
+        "moe_intermediate_size": config.experts.intermediate_size,
+        "norm_topk_prob": config.experts.renormalise,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(config.layers_of(sparse=False)),
+    }
+
+
+def _attention_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = flag(raw, "attention_bias")
+    return {"qk_norm": "per_head", "qkv_bias": bias, "o_bias": bias}
+
+
+def _experts(raw: Mapping[str, Any]) -> Experts | None:
+    """None where no layer has any; defaults are those of transformers' Qwen3MoeConfig."""
+    # transformers 5 writes num_local_experts, every published file says num_experts.
+    key = "num_experts" if raw.get("num_local_experts") is None else "num_local_experts"
+    step, dense = positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple) or any(type(i) is not int for i in dense):
+        raise JaxDeltaError(f"mlp_only_layers must be a list of integers, not {dense!r}")
+    layers = range(step - 1, positive(raw, "num_hidden_layers"), step)
+    sparse = tuple(i for i in layers if i not in dense)
+    if raw.get(key) == 0 or not sparse:
+        return None
+    return Experts(
+        count=positive(raw, key, 128),
+        per_token=positive(raw, "num_experts_per_tok", 8),
+        intermediate_size=positive(raw, "moe_intermediate_size", 768),
+        renormalise=flag(raw, "norm_topk_prob"),
+        layers=sparse,
+    )
+
+
+FAMILIES = {
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        keys=LAYER_WINDOW_KEYS | {"attention_bias"},
+        read=read_dense,
+        write=write,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        keys=WINDOW_KEYS | _EXPERT_KEYS | {"attention_bias"},
+        read=read_experts,
+        write=write,
+    ),
+}
