@@ -35,7 +35,7 @@ COORDINATION = ("coordinator_address", "num_processes", "process_id")
 
 
 def main() -> None:
-    """The command `jaxdelta`, as `python -m jaxdelta` and scripts/delta_svd.py too."""
+    """The command `jaxdelta`; also `python -m jaxdelta` and scripts/delta_svd.py."""
     cli.run_command(COMMAND)
 
 
@@ -70,7 +70,7 @@ def run(leads: bool) -> None:
 
 
 def _save(result: Analysis, out: Path, figures: Path | None) -> list[Path]:
-    """Writes all files of the run, and returns them: the directory for the figures."""
+    """Writes all files of the run; returns their paths, and the directory of the figures."""
     page = out.with_suffix(write.PAGE) if flags.FLAGS.report else None
     more = write.shown(result, page, figures)
     with write.directory_for(figures):
@@ -79,7 +79,7 @@ def _save(result: Analysis, out: Path, figures: Path | None) -> list[Path]:
 
 
 def _analysed(say: Callable[[str], Any], quiet: bool) -> Analysis:
-    """The run, compared with a control's if one is given."""
+    """Runs the analysis; compares it with a control's run if one is given."""
     file = _flags.path("compare_control")
     control = file and control_comparison.load_control(file)
     result = analyze.analyze(

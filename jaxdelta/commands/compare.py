@@ -19,7 +19,7 @@ from jaxdelta.utils.files import check_writable, write_together
 
 
 def main() -> None:
-    """The command `jaxdelta-compare`, as scripts/compare_runs.py too."""
+    """The command `jaxdelta-compare`; also scripts/compare_runs.py."""
     cli.run_command(COMMAND)
 
 

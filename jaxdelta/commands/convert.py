@@ -16,7 +16,7 @@ from jaxdelta.utils.command import Command
 
 
 def main() -> None:
-    """The command `jaxdelta-convert`, as scripts/convert_checkpoint.py too."""
+    """The command `jaxdelta-convert`; also scripts/convert_checkpoint.py."""
     cli.run_command(COMMAND)
 
 

@@ -20,7 +20,7 @@ from jaxdelta.utils.command import Command
 
 
 def main() -> None:
-    """The command `jaxdelta-merge`, as scripts/merge_runs.py too."""
+    """The command `jaxdelta-merge`; also scripts/merge_runs.py."""
     cli.run_command(COMMAND)
 
 

@@ -18,7 +18,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def main() -> None:
-    """The command `jaxdelta-plot`, as scripts/plot_run.py too."""
+    """The command `jaxdelta-plot`; also scripts/plot_run.py."""
     cli.run_command(COMMAND)
 
 

@@ -14,7 +14,7 @@ from jaxdelta.utils.files import write_together
 
 
 def main() -> None:
-    """The command `jaxdelta-report`, as scripts/report.py too."""
+    """The command `jaxdelta-report`; also scripts/report.py."""
     cli.run_command(COMMAND)
 
 
