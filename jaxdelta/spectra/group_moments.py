@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxdelta.spectra.linalg import eigenvalues, product
+from jaxdelta.spectra.linalg import eigenvalues, eigh, product
 from jaxdelta.utils.arrays import AnyArray
 
 JACKKNIFE_AXES = 16  # more than 10, for top10_frac
+_FIRST_AMONG = 8  # axes in which a half's first direction is looked for before iterating
+_CHEBYSHEV_STEPS = 20
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -66,25 +68,27 @@ def split_half_cosines(
     repeats, _, groups = halves.shape
     q = group_moments.shape[1]
     moments = halves.reshape(2 * repeats, groups) @ group_moments.reshape(groups, q * q)
-    first, largest = _first_vectors(moments.reshape(2 * repeats, q, q))
-    first = first.reshape(repeats, 2, q)
-    cosines = np.minimum(np.abs(np.sum(first[:, 0] * first[:, 1], axis=-1)), 1)
-    return np.where((largest > 0).reshape(repeats, 2).all(axis=1), cosines, np.nan)
+    first = _first_vectors(moments.reshape(2 * repeats, q, q)).reshape(repeats, 2, q)
+    lengths = np.linalg.norm(first, axis=-1).prod(axis=-1)
+    cosines = np.abs(np.sum(first[:, 0] * first[:, 1], axis=-1)) / np.where(lengths > 0, lengths, 1)
+    return np.where(lengths > 0, np.minimum(cosines, 1), np.nan)
 
 
-def _first_vectors(
-    matrices: Float64[np.ndarray, "B q q"],
-) -> tuple[Float64[np.ndarray, "B q"], Float64[np.ndarray, " B"]]:
-    """The eigenvector of the largest eigenvalue of symmetric matrices, and that eigenvalue.
+def _first_vectors(moments: Float64[np.ndarray, "B q q"]) -> Float64[np.ndarray, "B q"]:
+    """The direction of the first eigenvector of each matrix, 0 where the matrix is.
 
-    By inverse iteration, which takes a third of the time of all eigenvectors (Peters & Wilkinson 1979).
+    The best within a few axes, with eigenvalues θ_1, θ_2 ..., then T_s(M/θ_2) of it, T_s the Chebyshev
+    polynomial: it keeps eigenvalues up to θ_2 below 1 and grows fastest beyond, as a power does far slower.
+    θ_1/10 stands for a smaller θ_2. That takes a fifth of the time of all eigenvectors.
     """
-    largest = np.asarray(eigenvalues(matrices))[:, -1]
-    scale = np.where(largest > 0, largest, 1)[:, None, None]
-    # A shift beside the eigenvalue: at it the matrix would be singular.
-    inverse = np.linalg.inv(matrices / scale - (1 + 1e-13) * np.eye(matrices.shape[1]))
-    vectors = inverse.sum(axis=-1)
-    for _ in range(2):
-        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-        vectors = (inverse @ vectors[..., None])[..., 0]
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), largest
+    values, vectors = eigh(moments[:, :_FIRST_AMONG, :_FIRST_AMONG])
+    edge = np.maximum(values[:, :-1].max(axis=1, initial=0), values[:, -1] / 10)
+    scaled = moments / np.where(edge > 0, edge, 1)[:, None, None]
+    before = np.zeros((*moments.shape[:2], 1))
+    before[:, :_FIRST_AMONG, 0] = np.where(values[:, -1:] > 0, vectors[:, :, -1], 0)
+    first = scaled @ before
+    for _ in range(1, _CHEBYSHEV_STEPS):
+        before, first = first, 2 * scaled @ first - before
+        length = np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1)
+        before, first = before / length, first / length
+    return first[..., 0]
