@@ -41,11 +41,11 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
 
 def divide(mode: str, blocks: Blocks) -> None:
     """Runs that follow are divided so."""
-    from jaxdelta.run.memory_plan import Work
+    from jaxdelta.run.memory_plan import MemoryDemand
     from jaxdelta.text import groups
 
     groups.LONG = 4096 if mode == "short" else 100
-    Work._divisions = lambda work: iter([blocks])
+    MemoryDemand._divisions = lambda work: iter([blocks])
 
 
 def runs(checkpoint: str, text: str, directory: str) -> None:

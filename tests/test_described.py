@@ -13,17 +13,17 @@ from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL, MASKED, RAW
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import described, layer_row
-from jaxdelta.sweep.sweep import Update, Wrote
-from jaxdelta.text.groups import Sample
+from jaxdelta.sweep.sweep import BlockUpdate, Update
+from jaxdelta.text.groups import ResamplingGroups
 
 N, D = FACTOR_ROWS + 9, 40
-SAMPLE, PHASES = Sample.of(tokens(N), 20, 0), Phases(("A", "B"))
+SAMPLE, PHASES = ResamplingGroups.of(tokens(N), 20, 0), Phases(("A", "B"))
 
 
 def figures(*wrote: Update) -> list[LayerFigures]:
     """Of layers, and of the last one normed."""
     design = Design(K, views=tuple(ALL.values()), groups=SAMPLE.groups)
-    return measure([[Wrote(one)] for one in wrote], (N, D), design)
+    return measure([[BlockUpdate(one)] for one in wrote], (N, D), design)
 
 
 def arrays(of: Any) -> Iterator[np.ndarray]:

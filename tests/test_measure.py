@@ -11,11 +11,11 @@ from updates import WIDE, K, tokens, update
 
 from jaxdelta.spectra import scheduler, view_summary
 from jaxdelta.spectra.group_moments import FACTOR_ROWS, LEADING, Crossed
-from jaxdelta.spectra.spectrum import CERTIFIED
+from jaxdelta.spectra.spectrum import MAX_RESIDUAL
 from jaxdelta.spectra.view_summary import CROSSED, Design, LayerFigures
 from jaxdelta.spectra.views import MASKED, RAW, View
 from jaxdelta.statistics.layer_row import layer_row
-from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.sweep.sweep import BlockUpdate, Update
 from jaxdelta.text.groups import Groups, Sample
 
 SINKS = {5: 30.0, 40: 100.0}
@@ -27,7 +27,7 @@ UPDATES = [update(WIDE, seed, SINKS if seed == 2 else None) for seed in range(5)
 
 
 def measured(at_once: int, updates: Sequence[Update] = UPDATES) -> list[LayerFigures]:
-    layers = ([Wrote(jax.tree.map(jnp.asarray, wrote))] for wrote in updates)
+    layers = ([BlockUpdate(jax.tree.map(jnp.asarray, wrote))] for wrote in updates)
     return scheduler.measure(layers, WIDE, DESIGN, at_once)
 
 
@@ -82,7 +82,7 @@ def test_layers_come_in_their_order(on_threads: list[LayerFigures]) -> None:
         True,
         True,
     ]
-    assert all(0 <= figure.defect < CERTIFIED for layer in on_threads for figure in layer.views.values())
+    assert all(0 <= figure.residual < MAX_RESIDUAL for layer in on_threads for figure in layer.views.values())
 
 
 def test_batches_give_the_same(on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_few_axes_of_a_long_update_serve_as_all(monkeypatch: pytest.MonkeyPatch)
     assert [design.axes(view, *shape) for view in views] == [FACTOR_ROWS, LEADING]
 
     def figures_of() -> LayerFigures:
-        return scheduler.measure([[Wrote(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
+        return scheduler.measure([[BlockUpdate(jax.tree.map(jnp.asarray, update(shape)))]], shape, design)[0]
 
     few = figures_of().views
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -116,7 +116,7 @@ def test_spectra_that_fail_are_done_again_with_all_figures(
     backend: str, on_threads: list[LayerFigures], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(scheduler, "CERTIFIED", -1.0)
+    monkeypatch.setattr(scheduler, "MAX_RESIDUAL", -1.0)
     again = measured(2, UPDATES[1:3])
     assert all(figure.on_host for layer in again for figure in layer.views.values())
     assert not any(figure.on_host for layer in on_threads for figure in layer.views.values())

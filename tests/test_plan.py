@@ -11,13 +11,13 @@ from flax import nnx
 
 from jaxdelta import analyze
 from jaxdelta.checkpoint.checkpoint import open_checkpoint
-from jaxdelta.checkpoint.weights import Resident
+from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import Experts, ModelConfig
 from jaxdelta.model.decoder import Decoder
 from jaxdelta.model.families.registry import config_from_dict
 from jaxdelta.run import memory_plan
-from jaxdelta.run.memory_plan import Work, device_limit
+from jaxdelta.run.memory_plan import MemoryDemand, device_limit
 from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
 from jaxdelta.text.tokens import Tokens
 
@@ -48,9 +48,9 @@ EXPERTS = dataclasses.replace(
 
 def work(
     model: ModelConfig, tokens: tuple[int, int] = (1, 2047), dtype: str = "bfloat16", resident: bool = False
-) -> Work:
+) -> MemoryDemand:
     abstract = nnx.eval_shape(lambda: Decoder(model, dtype=jnp.bfloat16, rngs=None))
-    return Work(Resident(abstract), tokens, dtype, "float32", resident)
+    return MemoryDemand(InMemoryWeights(abstract), tokens, dtype, "float32", resident)
 
 
 def test_the_largest_dense_model_streams_through_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from updates import K, tokens, update
 
 from jaxdelta import Analysis, analyze
-from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.memory_plan import MemoryDemand
 from jaxdelta.spectra.moments.accumulate import Pool, Windows
 from jaxdelta.spectra.scheduler import measure
 from jaxdelta.spectra.view_summary import Design, LayerFigures
@@ -17,7 +17,7 @@ from jaxdelta.spectra.views import ALL, MASKED, RAW
 from jaxdelta.statistics import layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
 from jaxdelta.sweep.states import LOCATIONS
-from jaxdelta.sweep.sweep import Blocks, Update, Wrote
+from jaxdelta.sweep.sweep import Blocks, BlockUpdate, Update
 from jaxdelta.text import groups
 from jaxdelta.text.groups import Groups, Sample
 from jaxdelta.text.tokens import Tokens
@@ -58,7 +58,7 @@ def whole(wrote: Update) -> LayerFigures:
     """Those of the update kept whole."""
     owners = np.arange(SHAPE[0]) * GROUPS // SHAPE[0]
     of = Sample.of(tokens(SHAPE[0], owners), 20, 0)
-    layer = [Wrote(jax.tree.map(jnp.asarray, wrote))]
+    layer = [BlockUpdate(jax.tree.map(jnp.asarray, wrote))]
     return measure([layer], SHAPE, Design(K, views=VIEWS, groups=of.groups))[0]
 
 
@@ -171,7 +171,7 @@ def test_a_run(
 ) -> None:
     """Wherever the states wait, its figures are those of the same text kept whole; no file is left."""
     monkeypatch.setattr(groups, "LONG", 100)
-    monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, place)]))
+    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work: iter([Blocks(3, 64, place)]))
     found = analyze(str(tiny_checkpoint), packed, top_k=4, scratch=str(tmp_path))
     assert found.run["memory"]["place"] == place
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from jaxdelta import Analysis, analyze, load_model
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.run import analyze as analysis
 from jaxdelta.run import resume
-from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.memory_plan import MemoryDemand
 from jaxdelta.run.resume import RUN, Run
 from jaxdelta.spectra import summary_files
 from jaxdelta.spectra.view_summary import LayerFigures
@@ -56,7 +56,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """`short`: kept whole; else where the states of a long text wait, in several blocks."""
     if request.param != "short":
         monkeypatch.setattr(groups, "LONG", 100)
-        monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, request.param)]))
+        monkeypatch.setattr(MemoryDemand, "_divisions", lambda work: iter([Blocks(3, 64, request.param)]))
     return request.param
 
 
@@ -401,7 +401,7 @@ def found_figures(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerFig
     monkeypatch.setattr(analysis, "described", listened)
     run(model, None)
     monkeypatch.setattr(groups, "LONG", 100)
-    monkeypatch.setattr(Work, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
+    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
     run(model, None)
     assert len(found) == 2 * (LAYERS + 1)
     return found

@@ -10,7 +10,7 @@ from jaxdelta.spectra import scheduler, view_summary
 from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 DOCUMENTS = 12
@@ -46,7 +46,7 @@ def update(shape: tuple[int, int], seed: int = 0, sinks: dict[int, float] | None
     return Update(*(part.astype(np.float32) for part in (attention, mlp, h)))
 
 
-def measured(wrote: Update, of: Sample, **design: Any) -> LayerFigures:
+def measured(wrote: Update, of: ResamplingGroups, **design: Any) -> LayerFigures:
     """One layer's figures in every view, on this thread; not what the comparison of layers needs."""
     whole = Design(**{"k": K, "views": tuple(ALL.values()), "groups": of.groups} | design)
     with (
