@@ -116,15 +116,18 @@ class Work:
         """The first division that fits: as coarse as possible, with the states on the device if possible.
 
         Raises:
-            JaxDeltaError: none fits; the message says how much is missing.
+            JaxDeltaError: none fits; the message says how much the smallest lacks.
         """
+        tried: list[Plan] = []
         for groups in self._makers():
             for blocks in self._divisions(groups):
                 plan = self._plan(blocks, groups, limit)
                 if plan.total <= limit:
                     return plan
+                tried.append(plan)
+        least = min(tried, key=lambda plan: plan.total)
         raise JaxDeltaError(
-            f"{plan}: {_size(plan.total - limit)} too much; fewer tokens (--max_tokens)"
+            f"{least}: {_size(least.total - limit)} too much; fewer tokens (--max_tokens)"
             f"{' or --memory=stream' if self.resident else ''} would need less"
         )
 

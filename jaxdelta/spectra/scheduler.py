@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ Kept = Float64[np.ndarray, " n"]  # 1 for tokens that a view has, else 0
 BatchCall = Callable[..., list[Any]]  # call(function, each layer's arguments, common ones, static ones)
 
 
+@runtime_checkable
 class Summaries(Protocol):
     """Takes the layers as they pass and gives, in their order, what `finish` makes of their summaries.
 
@@ -83,6 +84,11 @@ class Workers:
         """Hands work over; yields the oldest results where too many are pending."""
         self._pending.append(self._pool.submit(work))
         while len(self._pending) >= self._most:
+            yield from self._pending.popleft().result()
+
+    def ready(self) -> Iterator[Any]:
+        """Yields the oldest results that are there, without waiting."""
+        while self._pending and self._pending[0].done():
             yield from self._pending.popleft().result()
 
     def rest(self) -> Iterator[Any]:
@@ -136,6 +142,7 @@ class BatchedSummaries(Workers):
         """Takes a layer, block by block; yields what is ready."""
         for update in joined([layer]):
             self._batch.append(update)
+            yield from self.ready()
             if len(self._batch) == self._schedule.at_once:
                 yield from self._flush()
 
@@ -159,6 +166,7 @@ class BatchedSummaries(Workers):
             return [self._finish(next(self._numbers), summary) for summary in summaries]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Computes token products and view summaries of several layers."""
 

@@ -126,7 +126,7 @@ def _row(
         row |= _owners(view, sample) if rank else {"sigma1_tokens": [], "sigma1_top_share": None}
     if rank and intervals:
         row["intervals"] = intervals
-    if notes := _notes(view, n, rank, int(np.count_nonzero(counts))):
+    if notes := _notes(view, n, rank, int(np.count_nonzero(counts)), len(figures["top_singvals"])):
         row["note"] = notes
     return row
 
@@ -193,8 +193,8 @@ def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
     return leave_one_out(view.singular_values, view.group_moments, view.group_rest)
 
 
-def _notes(figures: ViewSummary, n: int, rank: int, documents: int) -> str:
-    """Why figures are missing."""
+def _notes(figures: ViewSummary, n: int, rank: int, documents: int, k: int) -> str:
+    """Why figures are missing; k directions are kept."""
     left = figures.sinks_left or 0
     reasons = {
         "no token's own figures: the mean is known only when all tokens have passed": figures.products
@@ -203,6 +203,7 @@ def _notes(figures: ViewSummary, n: int, rank: int, documents: int) -> str:
         is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,
+        f"rank {rank}: the directions beyond it are zero": 0 < rank < k,
         f"only {n} token{'s' * (n != 1)}": n < 3,
         "one document: no halves, no intervals": documents == 1,
         f"{left} sink{'s' * (left != 1)} left in: not set aside in time": left > 0,

@@ -3,7 +3,9 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
+
+from jaxdelta.spectra.spectrum import resolved
 
 
 def energy_shares(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets r"]:
@@ -26,7 +28,7 @@ def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[
     Over the σ that `numerical_rank` counts: a thousand that are rounding would move the fourth digit.
     """
     values = np.asarray(singular_values, np.float64)
-    return _perplexity(_shares(np.where(_resolved(values), values, 0)), floor=0.0)
+    return _perplexity(_shares(np.where(resolved(values), values, 0)), floor=0.0)
 
 
 def participation_ratio(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
@@ -55,8 +57,4 @@ def _inverse(x: Any) -> Any:
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
     """How many singular values stand above float32's resolution, σ > ε σ_1."""
-    return int(np.sum(_resolved(np.asarray(singular_values))))
-
-
-def _resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
-    return singular_values > np.finfo(np.float32).eps * singular_values.max(axis=-1, keepdims=True)
+    return int(np.sum(resolved(np.asarray(singular_values))))
