@@ -26,7 +26,7 @@ from jaxdelta.run import analyze as analysis
 from jaxdelta.run import memory_plan
 from jaxdelta.run.analyze import analyze
 from jaxdelta.run.options import Options
-from jaxdelta.spectra import from_rows
+from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.spectrum import Spectrum, decompose
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import SEPARATOR
@@ -290,7 +290,7 @@ def test_a_failed_spectrum_is_computed_again(
         spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
         return spoiled, coordinates * np.nan
 
-    monkeypatch.setattr(from_rows, "decompose", fails)
+    monkeypatch.setattr(scheduler, "decompose", fails)
     mended = run(tiny_checkpoint, top_k=7)  # so many in no other test: what is compiled here is wrong
     assert result.run["rows_on_host"] == []
     assert mended.run["rows_on_host"] == [0, 1, 2, 3, 4]

@@ -52,8 +52,8 @@ def command(
 
 
 def newest(directory: Path) -> int:
-    """The last layer whose figures are there."""
-    return max((int(path.name[8:14]) for path in directory.glob(f"{RUN}/figures-??????")), default=-1)
+    """The last layer whose record is there."""
+    return max((int(path.name[7:13]) for path in directory.glob(f"{RUN}/record-??????")), default=-1)
 
 
 def wait_for_moment(process: ForkServerProcess, directory: Path, rng: random.Random) -> None:

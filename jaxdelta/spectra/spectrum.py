@@ -135,7 +135,7 @@ def orient(
 
 def resolved(values: Float[AnyArray, "*sets r"]) -> Bool[AnyArray, "*sets r"]:
     """Which singular values stand above float32's resolution, σ > ε σ_1; their number is the rank."""
-    return values > np.finfo(np.float32).eps * values.max(axis=-1, keepdims=True)
+    return values > float(np.finfo(np.float32).eps) * values.max(axis=-1, keepdims=True)
 
 
 def _defect(
