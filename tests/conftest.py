@@ -142,9 +142,7 @@ def summarise_from(monkeypatch: pytest.MonkeyPatch, maker: str) -> None:
     """Runs that follow summarise their layers from `rows` or from `moments`, whatever either costs."""
     from jaxdelta.run.memory_plan import Work
 
-    monkeypatch.setattr(
-        Work, "_makers", lambda work: [work.measurement.groups if maker == "moments" else 0]
-    )
+    monkeypatch.setattr(Work, "_makers", lambda work: [work.measurement.groups if maker == "moments" else 0])
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
     python on_mesh.py runs CHECKPOINT TEXT DIRECTORY   all MESHES on four devices, each saved under its name
     python on_mesh.py script MODE FLAG ...             delta_svd.py; MODE is short or long, or MODE-broken
 
-`short`: the layers are summarised from rows, `long`: from moments. `broken`: of several processes the last fails.
+`short`: the layers are summarised from rows, `long`: from moments. `broken`: of several processes the last
+fails.
 """
 
 import os

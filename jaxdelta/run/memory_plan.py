@@ -53,7 +53,7 @@ class Measurement:
         m = min(n, d)
         return self.views * (n * d * m + 3.0 * m**3)
 
-    def moment_work(self, n: int, d: int, blocks: int) -> float:
+    def moment_work(self, n: int, d: int, blocks: float) -> float:
         """Time of a layer from moments: float32 products of each part, a full eigensolution of each view.
 
         The weights of the terms, also in `row_work`, were measured on one core at d = 1024; 10⁹ is what
@@ -148,7 +148,7 @@ class Work:
         if measurement.moments_only:
             return moments
         n, d = self._shape
-        blocks = -(-n // (self.data * block_tokens()))
+        blocks = n / (self.data * block_tokens())
         cheaper = measurement.row_work(n, d) <= measurement.moment_work(n, d, blocks)
         room = max(moment_bytes(measurement.parts, measurement.groups, d), SPARE_BYTES)
         return [0, *moments] if cheaper and self._rows(0)[1] <= room else [*moments, 0]
