@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 
 from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View
@@ -103,3 +103,8 @@ class LayerSummary(NamedTuple):
 
     views: dict[View, ViewSummary]
     energies: dict[str, float]
+
+
+def resolved(values: Float[Any, "*sets r"]) -> Bool[Any, "*sets r"]:
+    """Which singular values stand above float32's resolution, σ > ε σ_1; their number is the rank."""
+    return values > float(np.finfo(np.float32).eps) * values.max(axis=-1, keepdims=True)
