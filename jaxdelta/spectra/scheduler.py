@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ Kept = Float64[np.ndarray, " n"]  # 1 for tokens that a view has, else 0
 BatchCall = Callable[..., list[Any]]  # call(function, each layer's arguments, common ones, static ones)
 
 
+@runtime_checkable
 class Summaries(Protocol):
     """Takes the layers as they pass and gives, in their order, what `finish` makes of their summaries.
 
@@ -159,6 +160,7 @@ class BatchedSummaries(Workers):
             return [self._finish(next(self._numbers), summary) for summary in summaries]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Computes token products and view summaries of several layers."""
 

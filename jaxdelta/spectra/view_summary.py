@@ -89,9 +89,11 @@ class ViewSummary(NamedTuple):
         return first, second, third
 
     def for_comparison(self) -> "ViewSummary":
-        """The summary without its arrays of tokens and of groups' moments."""
-        return self._replace(
-            products=None, sigma1_shares=None, group_moments=None, group_rest=None, kept=None
+        """The summary without its arrays of tokens and of groups' moments, and what else only its row tells."""
+        return ViewSummary(
+            *self[:4],  # singular_values, basis, certificate, mean_energy
+            coupling=self.coupling,
+            factor=self.factor,
         )
 
 
