@@ -102,14 +102,18 @@ def test_cosines_of_halves_are_exact_where_the_axes_hold_all() -> None:
     np.testing.assert_allclose(found, exact_cosines(x, OWNERS, halves), rtol=1e-9)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.25, 0.5], ids=["flat", "i^-1/2", "i^-1"])
-def test_cosines_of_halves_within_48_axes(power: float) -> None:
-    """Of covariances with spectra from flat to i^-1: the mean is within .009 of the exact one."""
-    n, d = 600, 256
+@pytest.mark.parametrize(
+    ("power", "error"),
+    [(0.0, 0.009), (0.25, 0.015), (0.5, 0.009), (1.0, 0.001)],
+    ids=["flat", "i^-1/4", "i^-1/2", "i^-1"],
+)
+def test_cosines_of_halves_within_48_axes(power: float, error: float) -> None:
+    """Their mean, of singular values i^-power."""
+    n, d = 300, 256
     owners, halves = np.arange(n) * GROUPS // n, half_weights(GROUPS, 10, seed=0)
     x = rows(n, d, np.arange(1.0, d + 1) ** -power)
     found = split_half_cosines(moments(x, owners, AXES)[1], halves)
-    assert found.mean() == pytest.approx(exact_cosines(x, owners, halves).mean(), abs=0.009)
+    assert found.mean() == pytest.approx(exact_cosines(x, owners, halves).mean(), abs=error)
 
 
 def test_a_half_of_nothing_has_no_cosine() -> None:

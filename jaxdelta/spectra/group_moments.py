@@ -60,8 +60,8 @@ def split_half_cosines(
 ) -> Float64[np.ndarray, " R"]:
     """|<v', v''>| of the first right singular vectors of two halves of the groups, NaN where a half has none.
 
-    Both are found within the q leading axes: measured on spectra from flat to i⁻¹, 48 of them leave an error
-    below 0.009.
+    Both are found within the q leading axes. Measured on σ_i = i⁻ᵖ: of the mean over ten divisions 48 axes
+    leave an error below 0.015, most near p = 1/4 and below 0.009 from p = 1/2 to 1; 128 axes below 0.007.
     """
     repeats, _, groups = halves.shape
     q = group_moments.shape[1]
@@ -69,7 +69,9 @@ def split_half_cosines(
     first, largest = _first_vectors(moments.reshape(2 * repeats, q, q))
     first = first.reshape(repeats, 2, q)
     cosines = np.minimum(np.abs(np.sum(first[:, 0] * first[:, 1], axis=-1)), 1)
-    return np.where((largest > 0).reshape(repeats, 2).all(axis=1), cosines, np.nan)
+    # Beyond float32's resolution of σ_1 there is only the rounding of masked tokens' coordinates.
+    there = largest > np.finfo(np.float32).eps ** 2 * largest.max(initial=0)
+    return np.where(there.reshape(repeats, 2).all(axis=1), cosines, np.nan)
 
 
 def _first_vectors(
