@@ -92,9 +92,11 @@ class ViewSummary(NamedTuple):
         return first, second, third
 
     def for_comparison(self) -> "ViewSummary":
-        """The summary without its arrays of tokens and of groups' moments."""
-        return self._replace(
-            products=None, sigma1_shares=None, group_moments=None, group_rest=None, channels=None, kept=None
+        """The summary without its arrays of tokens and of groups' moments. Only its row has these."""
+        return ViewSummary(
+            *self[:4],  # singular_values, basis, certificate, mean_energy
+            coupling=self.coupling,
+            factor=self.factor,
         )
 
 
