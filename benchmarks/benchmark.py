@@ -45,7 +45,7 @@ from flax import nnx
 from synthetic import SHAPES, VOCABULARY, config_of, random_checkpoint, text_of
 
 from jaxdelta.checkpoint.checkpoint import open_checkpoint
-from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import UsageError
 from jaxdelta.model.decoder import Decoder, residual_stream
 from jaxdelta.spectra.scheduler import measure
@@ -53,10 +53,10 @@ from jaxdelta.spectra.scheduler import measured as measured_in_turn
 from jaxdelta.spectra.view_summary import Design, LayerFigures
 from jaxdelta.spectra.views import ALL, RAW
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases
-from jaxdelta.statistics.across_layers.table import relate
+from jaxdelta.statistics.across_layers.table import compare_layers
 from jaxdelta.statistics.layer_row import described
-from jaxdelta.sweep.sweep import PassPlan, Sweep, Update, Wrote
-from jaxdelta.text.groups import Sample
+from jaxdelta.sweep.sweep import BlockUpdate, PassPlan, Sweep, Update
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -211,7 +211,7 @@ def trust() -> list[Comparison]:
         tokens = Tokens(
             np.zeros((1, n + 1), np.int32), np.arange(n + 1, dtype=np.int32)[None] * 25 // (n + 1)
         )
-        sample = Sample.of(tokens, 200, 0)
+        sample = ResamplingGroups.of(tokens, 200, 0)
         views = tuple(ALL.values())
         one = partial(timed, partial(measured, updates, (n, d), Design(8)))
         spectra = partial(timed, partial(measured, updates, (n, d), Design(8, views=views)))
@@ -229,7 +229,7 @@ def trust() -> list[Comparison]:
 
 def measured(updates: list[Update], shape: tuple[int, int], design: Design) -> list[LayerFigures]:
     """The statistics of every update."""
-    return measure([[Wrote(update)] for update in updates], shape, design)
+    return measure([[BlockUpdate(update)] for update in updates], shape, design)
 
 
 def random_update(n: int, d: int, seed: int) -> Update:
@@ -240,14 +240,14 @@ def random_update(n: int, d: int, seed: int) -> Update:
     return Update(*parts)
 
 
-def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: Sample) -> None:
+def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: ResamplingGroups) -> None:
     """All views with what resampling needs, every layer's row, and the overlaps of the layers."""
     design = Design(8, views=tuple(ALL.values()), groups=sample.groups)
     phases = Phases(default_phases(len(updates)))
-    figures = measured_in_turn([[Wrote(update)] for update in updates], shape, design)
+    figures = measured_in_turn([[BlockUpdate(update)] for update in updates], shape, design)
     layers = list(described(figures, phases, sample, 8, shape[1]))
     # As in a run, where the masked view of a text without sinks is the raw one.
-    relate([layer.views[RAW] for layer in layers], phases, sample, 200, 0)
+    compare_layers([layer.views[RAW] for layer in layers], phases, sample, 200, 0)
 
 
 def stream() -> list[Comparison]:
@@ -256,7 +256,7 @@ def stream() -> list[Comparison]:
         directory = random_checkpoint(Path(_WORK_DIR.value or scratch) / _SHAPE.value, _SHAPE.value)
         files = sorted(directory.glob("*.safetensors"))
         checkpoint = open_checkpoint(str(directory))
-        resident = Resident(checkpoint.load())
+        resident = InMemoryWeights(checkpoint.load())
         found = []
         for cache in ("cold", "warm"):
             title = f"pass over {_SHAPE.value} shape, {_TOKENS.value} tokens, {cache} page cache"

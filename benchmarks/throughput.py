@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxdelta.checkpoint.checkpoint import open_checkpoint
-from jaxdelta.checkpoint.weights import Resident
+from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.model.attention import query_block
 from jaxdelta.run.memory_plan import block_tokens
 from jaxdelta.spectra.moments.accumulate import Pool, Windows
@@ -55,7 +55,7 @@ def passing(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
 
 
 def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[Sweep, Sample]:
-    weights = Resident(open_checkpoint(str(directory)).load())
+    weights = InMemoryWeights(open_checkpoint(str(directory)).load())
     tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
     count = max(1, min(len(ids), block_tokens() // ids.shape[1]))
     blocks = Blocks(count, query_block(weights.config, ids.shape[1]))

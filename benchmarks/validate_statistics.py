@@ -33,7 +33,7 @@ from jaxdelta.statistics.across_layers.overlap import overlaps
 from jaxdelta.statistics.across_layers.phase_test import segment_test
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases
 from jaxdelta.statistics.across_layers.subspaces import inner_products, shared_subspaces
-from jaxdelta.statistics.across_layers.table import relate, stacked_directions
+from jaxdelta.statistics.across_layers.table import compare_layers, stacked_directions
 from jaxdelta.statistics.intervals import p_value
 from jaxdelta.statistics.layer_row import layer_row, view_rows
 from jaxdelta.statistics.per_layer.ranks import (
@@ -44,7 +44,7 @@ from jaxdelta.statistics.per_layer.ranks import (
 )
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 _QUICK = flags.DEFINE_bool(
@@ -171,7 +171,7 @@ def tokens_of(document: np.ndarray) -> Tokens:
 
 
 def measured(
-    layers: list[tuple[np.ndarray, np.ndarray]], sample: Sample, k: int, views: Any = (RAW,)
+    layers: list[tuple[np.ndarray, np.ndarray]], sample: ResamplingGroups, k: int, views: Any = (RAW,)
 ) -> list[LayerSummary]:
     """The package's summaries of these δ and h."""
     shape = layers[0][0].shape
@@ -206,14 +206,14 @@ def coverage(quick: bool) -> list[Check]:
 def intervals_of(world: World, seed: int) -> dict[tuple[str, int], Interval]:
     """Every interval of a text, by figure and layer (or pair of layers, or phase)."""
     tokens, layers = world.text(np.random.default_rng((1, seed)))
-    sample = Sample.of(tokens, BOOTSTRAP, seed)
+    sample = ResamplingGroups.of(tokens, BOOTSTRAP, seed)
     figures = measured(layers, sample, TOP)
     found = {}
     for index, layer in enumerate(figures):
         row = layer_row(index, PHASES.of_layer[index], layer, sample, TOP, HIDDEN)
         for name, (low, high) in row["intervals"].items():
             found[name, index] = (figure(row, name), low, high)
-    relations = relate([layer.views[RAW] for layer in figures], PHASES, sample, TOP, 0, 0)
+    relations = compare_layers([layer.views[RAW] for layer in figures], PHASES, sample, TOP, 0, 0)
     for index, row in enumerate(relations["adjacent"]):
         found["adjacent", index] = (row["abs_cos"], *row["interval"])
     for key in ("phases", "layers"):
@@ -286,7 +286,7 @@ def subspaces(quick: bool) -> list[Check]:
         bases = [truth] * 4 + [np.linalg.qr(rng.normal(size=(d, k)))[0].T for _ in range(4)]
         noise = 0.1 * rng.normal(size=(8, TOKENS, d))
         deltas = [rng.normal(size=(TOKENS, k)) @ basis + e for basis, e in zip(bases, noise, strict=True)]
-        sample = Sample.of(tokens_of(np.arange(TOKENS) * DOCUMENTS // TOKENS), 0, seed)
+        sample = ResamplingGroups.of(tokens_of(np.arange(TOKENS) * DOCUMENTS // TOKENS), 0, seed)
         figures = [layer.views[RAW] for layer in measured([(x, x) for x in deltas], sample, k)]
         directions = stacked_directions(figures, k)
         phase = shared_subspaces(inner_products(directions), members)[0]
@@ -329,7 +329,7 @@ def sinks(quick: bool) -> list[Check]:
         for seed in range(sets):
             rng = np.random.default_rng((4, seed))
             tokens, layers = world.text(rng)
-            sample = Sample.of(tokens, BOOTSTRAP, seed)
+            sample = ResamplingGroups.of(tokens, BOOTSTRAP, seed)
             places = rng.choice(TOKENS, 3, replace=False)
             loud = np.ones((TOKENS, 1))
             loud[places] = factor

@@ -281,7 +281,7 @@ def write_together(files: dict[Path, bytes]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def run_facts(seconds: dict[str, float], loss: float) -> Report:
+def run_record(seconds: dict[str, float], loss: float) -> Report:
     """What is needed to get the same numbers again, and how well the model predicts the text."""
     return {
         "seconds": seconds,
@@ -344,7 +344,7 @@ def run(out: Path) -> None:
         report, arrays = analyze(states, normed, phases, FLAGS.top_k)
     seconds["total"] = sum(seconds.values())
     print_tables(report)
-    report = {"schema_version": 1, "model": FLAGS.model, **report, "run": run_facts(seconds, loss)}
+    report = {"schema_version": 1, "model": FLAGS.model, **report, "run": run_record(seconds, loss)}
     text = json.dumps(report, indent=1, allow_nan=False)
     # The JSON goes last: where it is, the arrays are too.
     write_together({out.with_suffix(".safetensors"): save(arrays), out: text.encode()})

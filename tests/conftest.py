@@ -138,9 +138,11 @@ def analysed(tiny_checkpoint: Path) -> Any:
 
 def summarise_from(monkeypatch: pytest.MonkeyPatch, maker: str) -> None:
     """Runs that follow summarise their layers from `rows` or from `moments`, whatever either costs."""
-    from jaxdelta.run.memory_plan import Work
+    from jaxdelta.run.memory_plan import MemoryDemand
 
-    monkeypatch.setattr(Work, "_makers", lambda work: [work.measurement.groups if maker == "moments" else 0])
+    monkeypatch.setattr(
+        MemoryDemand, "_makers", lambda work: [work.measurement.groups if maker == "moments" else 0]
+    )
 
 
 @pytest.fixture

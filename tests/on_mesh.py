@@ -42,10 +42,10 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
 
 def divide(mode: str, blocks: Blocks) -> None:
     """Runs that follow are divided so."""
-    from jaxdelta.run.memory_plan import Work
+    from jaxdelta.run.memory_plan import MemoryDemand
 
-    Work._makers = lambda work: [0 if mode == "short" else work.measurement.groups]
-    Work._divisions = lambda work, groups: iter([blocks])
+    MemoryDemand._makers = lambda work: [0 if mode == "short" else work.measurement.groups]
+    MemoryDemand._divisions = lambda work, groups: iter([blocks])
 
 
 def runs(checkpoint: str, text: str, directory: str) -> None:

@@ -10,7 +10,7 @@ from conftest import summarise_from
 from same_statistics import INTERVAL_FACTOR, differences
 
 from jaxdelta import Analysis, analyze
-from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.memory_plan import MemoryDemand
 from jaxdelta.sweep.sweep import Blocks, Sweep
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
@@ -35,7 +35,7 @@ TEXT = text()
 def in_blocks(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Runs that follow pass the text in several blocks and take moments."""
     summarise_from(monkeypatch, "moments")
-    monkeypatch.setattr(Work, "_divisions", lambda work, groups: iter([Blocks(3, 64, place)]))
+    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work, groups: iter([Blocks(3, 64, place)]))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:

@@ -16,7 +16,7 @@ from conftest import EXPERTS
 
 from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
 from jaxdelta.checkpoint.controls import CONTROLS, PermutedWeights, RandomInit, controlled
-from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.tables import tables
 from jaxdelta.run.analyze import Analysis, analyze
@@ -68,7 +68,7 @@ def permuted(tiny_checkpoint: Path) -> Analysis:
 def test_what_is_drawn_depends_on_seed_and_tensor_alone(checkpoint: Checkpoint, kind: Any) -> None:
     """Not on the order of reading, nor on where the weights come from."""
     wanted = [leaves(kind(checkpoint, 7), layer) for layer in (0, 1)]
-    again = kind(Resident(checkpoint.load()), 7)
+    again = kind(InMemoryWeights(checkpoint.load()), 7)
     for layer in (1, 0):
         found = leaves(again, layer)
         assert found.keys() == wanted[layer].keys()

@@ -32,7 +32,7 @@ from jaxdelta.statistics.per_layer.ranks import (
 )
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, Groups, Sample
+from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, Groups, ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 SINKS = {5: 30.0, 40: 100.0}
@@ -138,8 +138,8 @@ def plain_owners(x: np.ndarray, kept: list[int], of: Tokens) -> tuple[list[dict[
 
 
 @cache
-def case(shape: tuple[int, int], with_sinks: bool, windows: int = 1) -> tuple[Update, Sample]:
-    of = Sample.of(tokens(shape[0], windows=windows), DRAWS, seed=5)
+def case(shape: tuple[int, int], with_sinks: bool, windows: int = 1) -> tuple[Update, ResamplingGroups]:
+    of = ResamplingGroups.of(tokens(shape[0], windows=windows), DRAWS, seed=5)
     return update(shape, seed=2, sinks=SINKS if with_sinks else None), of
 
 
@@ -244,7 +244,7 @@ def test_intervals_are_those_of_an_exact_jackknife(shape: tuple[int, int], view:
 
 def test_without_a_sink_the_next_direction_takes_its_place() -> None:
     """One document holds the largest token."""
-    of = Sample.of(tokens(WIDE[0]), DRAWS, seed=5)
+    of = ResamplingGroups.of(tokens(WIDE[0]), DRAWS, seed=5)
     wrote = update(WIDE, seed=4, sinks={30: 60.0})
     found = layer_row(0, "A", from_rows(wrote, of, views=(RAW,)), of, K, WIDE[1])["intervals"]
     x, h, _ = plain_rows(wrote, RAW, {})
@@ -289,7 +289,9 @@ def test_the_order_of_the_ranks(kind: str) -> None:
 # Nothing to measure
 
 
-def assert_json(layer: LayerSummary, of: Sample, k: int = K, hidden: int = WIDE[1]) -> dict[str, Any]:
+def assert_json(
+    layer: LayerSummary, of: ResamplingGroups, k: int = K, hidden: int = WIDE[1]
+) -> dict[str, Any]:
     """The row, which holds no NaN, and names a reason wherever a figure of a view is missing."""
     row = layer_row(0, "A", layer, of, k, hidden)
     json.dumps(row, allow_nan=False)
@@ -306,7 +308,7 @@ def plain(delta: np.ndarray) -> Update:
     return Update(*(part.astype(np.float32) for part in (0.5 * delta, 0.5 * delta, h)))
 
 
-OF = Sample.of(tokens(WIDE[0]), DRAWS, seed=5)
+OF = ResamplingGroups.of(tokens(WIDE[0]), DRAWS, seed=5)
 
 
 def test_zero_update() -> None:
@@ -343,7 +345,7 @@ def test_rank_one() -> None:
 
 @pytest.mark.parametrize("documents", [1, 2, WIDE[0]])
 def test_few_and_many_documents(documents: int) -> None:
-    of = Sample.of(tokens(WIDE[0], documents), DRAWS, seed=5)
+    of = ResamplingGroups.of(tokens(WIDE[0], documents), DRAWS, seed=5)
     assert of.documents == min(documents, MAX_GROUPS)
     assert of.membership.sum() == WIDE[0] and np.all(of.membership.sum(axis=0) == 1)
     row = assert_json(from_rows(update(WIDE), of, views=(RAW,)), of)
@@ -355,7 +357,7 @@ def test_few_and_many_documents(documents: int) -> None:
         assert all(low < high for low, high in row["intervals"].values())
 
 
-def of_kept(wrote: Update, kept: list[int], of: Sample) -> dict[str, Any]:
+def of_kept(wrote: Update, kept: list[int], of: ResamplingGroups) -> dict[str, Any]:
     """The statistics of these tokens alone, all others being masked."""
     mask = np.isin(np.arange(len(wrote.h)), kept)
     with jax.enable_x64(True):
@@ -394,7 +396,7 @@ def test_a_document_whose_tokens_are_all_masked() -> None:
 
 
 def test_one_token() -> None:
-    of = Sample.of(tokens(1, 1), DRAWS, seed=5)
+    of = ResamplingGroups.of(tokens(1, 1), DRAWS, seed=5)
     row = assert_json(from_rows(update((1, WIDE[1])), of, k=1), of, k=1)
     assert row["n"] == 1 and "only 1 token" in row["note"]
     assert row["centred"]["note"].startswith("zero update")
@@ -412,7 +414,7 @@ def test_as_many_tokens_as_dimensions() -> None:
 def test_the_smallest_axes_shrink_together(shape: tuple[int, int]) -> None:
     """Beyond those along which the tokens' coordinates are found: how far a figure moves without a document
     hardly depends on it."""
-    n, sample, wrote = shape[0], Sample.of(tokens(shape[0]), 20, 0), update(shape)
+    n, sample, wrote = shape[0], ResamplingGroups.of(tokens(shape[0]), 20, 0), update(shape)
     found = from_rows(wrote, sample, views=(RAW,)).views[RAW]
     moved = leave_one_out(found.singular_values, found.group_moments, found.group_rest)
     assert moved.shape == (DOCUMENTS, 560)
@@ -430,7 +432,7 @@ def test_the_smallest_axes_shrink_together(shape: tuple[int, int]) -> None:
 
 
 def test_without_documents_drawn_the_row_has_the_figures_alone() -> None:
-    of = Sample.of(tokens(WIDE[0]), 0, seed=0)
+    of = ResamplingGroups.of(tokens(WIDE[0]), 0, seed=0)
     layer = from_rows(update(WIDE), of, views=(RAW,), resampled=False)
     (row,) = view_rows([layer.views[RAW]], of, K, WIDE[1])
     assert not row.keys() & {"intervals", "split_half_cos", "sigma1_tokens", "note"}

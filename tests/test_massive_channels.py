@@ -16,9 +16,9 @@ from jaxdelta.spectra.views import RAW
 from jaxdelta.statistics import layer_row as rows
 from jaxdelta.statistics.per_layer.massive_channels import LARGEST
 from jaxdelta.statistics.per_layer.registry import registered
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
-SAMPLE = Sample.of(tokens(WIDE[0]), 20, 0)
+SAMPLE = ResamplingGroups.of(tokens(WIDE[0]), 20, 0)
 WRITTEN, REMOVED, UNTOUCHED = 5, 70, 33
 
 

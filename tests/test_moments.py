@@ -9,7 +9,7 @@ import pytest
 from updates import K, accumulated, from_moments, from_rows, tokens, update
 
 from jaxdelta import Analysis, analyze
-from jaxdelta.run.memory_plan import Work
+from jaxdelta.run.memory_plan import MemoryDemand
 from jaxdelta.spectra import from_rows as rows_maker
 from jaxdelta.spectra.moments.accumulate import MomentAccumulator, TextBlocks
 from jaxdelta.spectra.moments.kernels import one_device_kernels
@@ -19,14 +19,14 @@ from jaxdelta.statistics.layer_row import TOKENWISE, layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
 from jaxdelta.sweep.states import LOCATIONS
 from jaxdelta.sweep.sweep import Blocks, Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
 
 WINDOWS, LENGTH, HIDDEN, GROUPS = 6, 60, 40, 3
 SHAPE = (WINDOWS * LENGTH, HIDDEN)
 OWNERS = np.arange(SHAPE[0]) * GROUPS // SHAPE[0]  # a group is two windows
-SAMPLE = Sample.of(tokens(SHAPE[0], OWNERS, WINDOWS), 20, 0)
+SAMPLE = ResamplingGroups.of(tokens(SHAPE[0], OWNERS, WINDOWS), 20, 0)
 
 
 def packed_text(documents: int, most: int, window: int) -> Tokens:
@@ -56,8 +56,8 @@ TEXTS = {
 def test_every_statistic_from_moments_is_that_from_rows(name: str, sinks: bool) -> None:
     """Every view and interval; windows have tokens of several groups."""
     text, hidden = TEXTS[name]
-    sample = Sample.of(text, 20, 0)
-    n = len(sample.owners)
+    sample = ResamplingGroups.of(text, 20, 0)
+    n = len(sample.group_of_token)
     assert sample.most_in_a_window > 1 and (name != "packed" or text.padding > 0)
     wrote = update((n, hidden), 2, {n // 3: 40.0, n // 2: 100.0} if sinks else None)
     layers = from_rows(wrote, sample), from_moments(wrote, sample)
@@ -127,8 +127,8 @@ def test_a_group_left_out_and_tokens_that_do_not_count() -> None:
     positions = (np.arange(LENGTH + 1) - starts).astype(np.int32)  # 0 where not drawn: segments begin there
     documents = np.repeat(np.arange(GROUPS, dtype=np.int32), 2)[:, None].repeat(LENGTH + 1, axis=1)
     text = Tokens(np.zeros_like(documents), documents, positions=positions)
-    sample = Sample.of(text, 0, 0)
-    n = len(sample.owners)
+    sample = ResamplingGroups.of(text, 0, 0)
+    n = len(sample.group_of_token)
     wrote = update((n, HIDDEN), 4)
     for view, one in from_moments(wrote, sample, blocks=3).views.items():
         x = (wrote.delta if view.part == "update" else getattr(wrote, view.part)).astype(np.float64)
@@ -137,7 +137,7 @@ def test_a_group_left_out_and_tokens_that_do_not_count() -> None:
         assert len(one.group_moments[0]) == HIDDEN
         for group, moments in enumerate(one.group_moments):
             energies = np.linalg.eigvalsh(np.diag(np.square(one.singular_values)) - moments)[::-1]
-            values = np.linalg.svd(x[sample.owners != group], compute_uv=False)
+            values = np.linalg.svd(x[sample.group_of_token != group], compute_uv=False)
             np.testing.assert_allclose(energies, values**2, rtol=1e-5, atol=1e-6 * values[0] ** 2)
 
 
@@ -248,8 +248,8 @@ def test_a_run(
     tmp_path: Path,
 ) -> None:
     """Wherever the states wait, its statistics are those of the same text from rows; no file is left."""
-    monkeypatch.setattr(Work, "_makers", lambda work: [work.measurement.groups])
-    monkeypatch.setattr(Work, "_divisions", lambda work, groups: iter([Blocks(3, 64, place)]))
+    monkeypatch.setattr(MemoryDemand, "_makers", lambda work: [work.measurement.groups])
+    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work, groups: iter([Blocks(3, 64, place)]))
     found = analyze(str(tiny_checkpoint), packed, top_k=4, scratch=str(tmp_path))
     assert found.run["memory"]["place"] == place
     assert not list(tmp_path.iterdir())

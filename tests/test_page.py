@@ -17,7 +17,7 @@ import pytest
 from conftest import PHASES, TEXT
 
 from jaxdelta.report.analysis import Analysis
-from jaxdelta.report.charts.chart import Map, Panel
+from jaxdelta.report.charts.chart import Heatmap, Panel
 from jaxdelta.report.charts.layers import figures
 from jaxdelta.report.page import page, page_file
 from jaxdelta.run.analyze import analyze
@@ -287,7 +287,7 @@ def test_every_figure_has_words_and_units(run: Analysis) -> None:
     for figure in figures(with_sinks(run)):
         assert figure.title and figure.caption.endswith(".") and figure.panels
         for panel in figure.panels:
-            if isinstance(panel, Map):
+            if isinstance(panel, Heatmap):
                 assert panel.label and panel.chance is not None
                 continue
             assert isinstance(panel, Panel) and panel.series and panel.x.label and panel.y.label

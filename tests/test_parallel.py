@@ -18,14 +18,14 @@ from on_mesh import MESHES
 
 from jaxdelta import Analysis, analyze
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from jaxdelta.checkpoint.weights import Resident
+from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.errors import UsageError
-from jaxdelta.run.memory_plan import Measurement, Work
+from jaxdelta.run.memory_plan import Measurement, MemoryDemand
 from jaxdelta.run.resume import RUN
 from jaxdelta.sweep.devices import ALL, DATA, WHOLE, OneDevice
 from jaxdelta.sweep.mesh import DeviceMesh, make_devices, parse_mesh, share
 from jaxdelta.sweep.mesh import processes as processes_of
-from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep, joined
+from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep, concatenate_blocks
 from jaxdelta.text.tokens import Tokens
 
 HERE = Path(__file__).parent
@@ -202,7 +202,7 @@ def test_experts(mesh: str, whole: bool, experts: Checkpoint) -> None:
     devices = make_devices(mesh, experts.config)
     assert isinstance(devices, DeviceMesh)
     one, two = Sweep(experts, tokens, plan), Sweep(experts, tokens, plan, devices)
-    for update, other in zip(joined(two), joined(one), strict=True):
+    for update, other in zip(concatenate_blocks(two), concatenate_blocks(one), strict=True):
         for part, same in zip(update, other, strict=True):
             np.testing.assert_allclose(part, same, rtol=0, atol=1e-5)
     found = two.finish()
@@ -267,7 +267,7 @@ def test_a_device_has_its_share(checkpoint: Path) -> None:
     devices = make_devices("model:2", opened.config)
     for index in range(2):
         whole, abstract = opened.layer(index), devices.abstract_layer(opened, index)
-        for weights in (opened, Resident(opened.load())):
+        for weights in (opened, InMemoryWeights(opened.load())):
             layers = (whole, devices.layer(weights, index), abstract)
             for (path, leaf), (_, same), (_, spec) in zip(*map(nnx.to_flat_state, layers), strict=True):
                 np.testing.assert_array_equal(same[...], leaf[...], err_msg=str(path))
@@ -279,7 +279,9 @@ def test_a_device_has_its_share(checkpoint: Path) -> None:
 def test_the_plan_is_a_devices(checkpoint: Path, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     summarise_from(monkeypatch, maker)
     opened = open_checkpoint(str(checkpoint))
-    one = Work(opened, (61, 512), "float32", "float32", False, Measurement(views=4, parts=3, groups=20))
+    one = MemoryDemand(
+        opened, (61, 512), "float32", "float32", False, Measurement(views=4, parts=3, groups=20)
+    )
     four = dataclasses.replace(one, data=2, model=2)
     alone, split = one.plan(10**10), four.plan(10**10)
     assert split.blocks.windows % (2 if maker == "rows" else 4) == 0

@@ -13,13 +13,13 @@ from stopped_runs import OPTIONS, TEXT, run
 
 from jaxdelta import analyze
 from jaxdelta.checkpoint.checkpoint import open_checkpoint
-from jaxdelta.checkpoint.weights import Resident
+from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import Experts, ModelConfig
 from jaxdelta.model.decoder import Decoder
 from jaxdelta.model.families.registry import config_from_dict
 from jaxdelta.run import memory_plan
-from jaxdelta.run.memory_plan import FEW_GROUPS, Measurement, Work, device_limit
+from jaxdelta.run.memory_plan import FEW_GROUPS, Measurement, MemoryDemand, device_limit
 from jaxdelta.spectra.moments.files import load_text
 from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
 from jaxdelta.text.tokens import Tokens
@@ -59,9 +59,9 @@ def work(
     dtype: str = "bfloat16",
     resident: bool = False,
     measurement: Measurement = FEWEST,
-) -> Work:
+) -> MemoryDemand:
     abstract = nnx.eval_shape(lambda: Decoder(model, dtype=jnp.bfloat16, rngs=None))
-    return Work(Resident(abstract), tokens, dtype, "float32", resident, measurement)
+    return MemoryDemand(InMemoryWeights(abstract), tokens, dtype, "float32", resident, measurement)
 
 
 def test_the_largest_dense_model_streams_through_8_gb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_a_run_falls_to_fewer_groups(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its documents are merged; `--keep_moments` takes moments of any text."""
-    monkeypatch.setattr(Work, "_divisions", lambda work, groups: iter([Blocks(*work.tokens)]))
+    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work, groups: iter([Blocks(*work.tokens)]))
     plans: list[str] = []
 
     def groups(directory: Path, limit: float | None) -> tuple[int, int]:

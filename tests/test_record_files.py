@@ -12,10 +12,10 @@ from jaxdelta.spectra.views import MASKED, RAW
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import LayerRecord, layer_record, layer_row
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
 N, D = FACTOR_ROWS + 9, 40
-SAMPLE, PHASES = Sample.of(tokens(N), 20, 0), Phases(("A", "B"))
+SAMPLE, PHASES = ResamplingGroups.of(tokens(N), 20, 0), Phases(("A", "B"))
 
 
 def record(number: int, layer: LayerSummary) -> LayerRecord:

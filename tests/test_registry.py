@@ -14,7 +14,7 @@ from jaxdelta.statistics import definitions
 from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.statistics.per_layer import registry
 from jaxdelta.statistics.per_layer.registry import Statistic, registered, shown, statistic
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
 PAGE = Path(__file__).parents[1] / "docs" / "definitions.md"
 
@@ -39,7 +39,7 @@ def third(scratch: None) -> Iterator[Statistic]:
 
 
 def test_one_registration_is_enough(third: Statistic) -> None:
-    sample = Sample.of(tokens(WIDE[0]), 20, 0)
+    sample = ResamplingGroups.of(tokens(WIDE[0]), 20, 0)
     layer = measured(update(WIDE), sample, views=(RAW,))
     row = layer_row(0, "A", layer, sample, K, WIDE[1])
     values = layer.views[RAW].singular_values

@@ -8,7 +8,7 @@ from test_overlap import masks
 
 from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.statistics.across_layers import bootstrap
-from jaxdelta.statistics.across_layers.bootstrap import OverlapDraws, resampled_overlaps
+from jaxdelta.statistics.across_layers.bootstrap import OverlapBootstrap, bootstrap_overlaps
 from jaxdelta.statistics.across_layers.overlap import Overlaps, overlaps
 
 FIELDS = {
@@ -69,9 +69,9 @@ def exact(delta: np.ndarray, k: int, weights: np.ndarray, members: np.ndarray) -
     return found | {"v1_cos": np.stack(v1, -1), "adjacent": adjacent}
 
 
-def resampled(delta: np.ndarray, k: int, weights: np.ndarray, members: np.ndarray) -> OverlapDraws:
+def resampled(delta: np.ndarray, k: int, weights: np.ndarray, members: np.ndarray) -> OverlapBootstrap:
     """As a run calls it, with twice k directions."""
-    return resampled_overlaps(*coupled(delta, 2 * k), k, weights, members)
+    return bootstrap_overlaps(*coupled(delta, 2 * k), k, weights, members)
 
 
 def one_step(coupling: np.ndarray, directions: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def test_draws_are_one_step_of_the_method() -> None:
     delta, members = updates(10, 20, 64), masks("AAABCCCCDD")
     counts = counts_of(40, 20)
     coupling, directions = coupled(delta, 8)
-    found = resampled_overlaps(coupling, directions, 8, counts, members)
+    found = bootstrap_overlaps(coupling, directions, 8, counts, members)
     draws = [overlaps(one_step(coupling, directions, weights), members) for weights in counts]
     for ours, name in FIELDS.items():
         wanted = np.stack([estimate(draw, name, members) for draw in draws], -1)
@@ -131,7 +131,7 @@ def test_small_changes_of_the_weights_are_followed_closely() -> None:
 def test_the_full_text_gives_the_estimates(phases: str, k: int) -> None:
     coupling, directions = coupled(updates(len(phases), 5, 40), k)
     members = masks(phases)
-    found = resampled_overlaps(coupling, directions, k, np.ones((3, 5), np.float32), members)
+    found = bootstrap_overlaps(coupling, directions, k, np.ones((3, 5), np.float32), members)
     estimates = overlaps(directions, members)
     for ours, name in FIELDS.items():
         wanted = np.repeat(estimate(estimates, name, members)[..., None], 3, axis=-1)
@@ -146,7 +146,7 @@ def test_one_loud_direction_leaves_the_quiet_ones_their_digits() -> None:
     delta, members = updates(4, 6, 40), masks("AABB")
     delta[:, :, 0] += 3e4 * np.random.default_rng(2).normal(size=(4, 1, 40))
     coupling, directions = coupled(delta, 6)
-    found = resampled_overlaps(coupling, directions, 6, np.ones((1, 6), np.float32), members)
+    found = bootstrap_overlaps(coupling, directions, 6, np.ones((1, 6), np.float32), members)
     wanted = estimate(overlaps(directions, members), "leave_one_out", members)
     np.testing.assert_allclose(found.leave_one_out[..., 0], wanted, rtol=0, atol=1e-3)
 
@@ -155,7 +155,7 @@ def test_a_layer_that_writes_nothing() -> None:
     delta, members = updates(4, 5, 40), masks("AABB")
     delta[1] = 0
     coupling, directions = coupled(delta, 4)
-    found = resampled_overlaps(coupling, directions, 4, np.ones((2, 5), np.float32), members)
+    found = bootstrap_overlaps(coupling, directions, 4, np.ones((2, 5), np.float32), members)
     for field in dataclasses.fields(found):
         drawn = getattr(found, field.name)
         own = drawn[members] if drawn.shape[:2] == members.shape else drawn
@@ -167,9 +167,9 @@ def test_a_layer_that_writes_nothing() -> None:
 def test_chunks_do_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     coupling, directions = coupled(updates(4, 5, 40), 4)
     weights = np.random.default_rng(1).poisson(1.0, (7, 5)).astype(np.float32) + 0.1
-    whole = resampled_overlaps(coupling, directions, 4, weights, masks("AABB"))
+    whole = bootstrap_overlaps(coupling, directions, 4, weights, masks("AABB"))
     monkeypatch.setattr(bootstrap, "_CHUNK_BYTES", 40_000)
-    chunks = resampled_overlaps(coupling, directions, 4, weights, masks("AABB"))
+    chunks = bootstrap_overlaps(coupling, directions, 4, weights, masks("AABB"))
     for field in dataclasses.fields(whole):
         assert getattr(whole, field.name).shape[-1] == 7
         np.testing.assert_allclose(getattr(chunks, field.name), getattr(whole, field.name), rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from jaxdelta.spectra.scheduler import (
     on_one_device,
     summarise_batch,
 )
-from jaxdelta.spectra.spectrum import CERTIFIED
+from jaxdelta.spectra.spectrum import MAX_RESIDUAL
 from jaxdelta.spectra.token_table import state_products
 from jaxdelta.spectra.view_summary import (
     COMPARED_VIEWS,
@@ -34,7 +34,7 @@ from jaxdelta.spectra.view_summary import (
 )
 from jaxdelta.spectra.views import MASKED, RAW, View
 from jaxdelta.statistics.layer_row import layer_row
-from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.sweep.sweep import BlockUpdate, Update
 from jaxdelta.text.groups import Groups, Sample
 
 SINKS = {5: 30.0, 40: 100.0}
@@ -95,7 +95,7 @@ def test_summaries_are_those_of_their_layers(one_by_one: list[LayerSummary]) -> 
         np.testing.assert_allclose(layer.views[RAW].singular_values, values, rtol=1e-9)
     without_sinks = [layer.views[MASKED] is layer.views[RAW] for layer in one_by_one]
     assert without_sinks == [True, True, False, True, True]
-    assert all(0 <= view.certificate < CERTIFIED for layer in one_by_one for view in layer.views.values())
+    assert all(0 <= view.certificate < MAX_RESIDUAL for layer in one_by_one for view in layer.views.values())
 
 
 @pytest.mark.parametrize("at_once", [5, 2])
@@ -119,8 +119,8 @@ def test_layers_come_in_their_order(kind: str, one_by_one: list[LayerSummary]) -
         summaries = BatchedSummaries(PLAN, finish, schedule, solver)
     *layers, last, normed = map(on_device, UPDATES)
     with summaries:
-        found = [one for wrote in layers for one in summaries.add([Wrote(wrote)])]
-        found += [*summaries.add([Wrote(last, normed)]), *summaries.rest()]
+        found = [one for wrote in layers for one in summaries.add([BlockUpdate(wrote)])]
+        found += [*summaries.add([BlockUpdate(last, normed)]), *summaries.rest()]
     assert [number for number, _ in found] == list(range(7, 12))
     assert_same([layer for _, layer in found], one_by_one)
 
@@ -150,7 +150,7 @@ def test_few_axes_of_a_long_update_serve_as_all() -> None:
 def test_spectra_that_fail_are_done_again_with_all_statistics(
     kind: str, one_by_one: list[LayerSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "CERTIFIED", -1.0)
+    monkeypatch.setattr(scheduler, "MAX_RESIDUAL", -1.0)
     again = summarised(SOLVERS[kind], UPDATES[1:3])
     assert all(view.on_host for layer in again for view in layer.views.values())
     assert not any(view.on_host for layer in one_by_one for view in layer.views.values())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.model.decoder import residual_stream
 from jaxdelta.model.loss import next_token_loss
 from jaxdelta.sweep import sweep
-from jaxdelta.sweep.sweep import Blocks, PassPlan, PassResult, Sweep, Update, joined
+from jaxdelta.sweep.sweep import Blocks, PassPlan, PassResult, Sweep, Update, concatenate_blocks
 from jaxdelta.text.tokens import PADDING, Tokens
 
 IDS = np.random.default_rng(5).integers(0, 256, (6, 70)).astype(np.int32)
@@ -34,7 +34,7 @@ def passed(
     weights: Weights, blocks: Blocks | None, dtype: str = "float32"
 ) -> tuple[PassResult, list[Update]]:
     sweep = Sweep(weights, TOKENS, PassPlan(blocks, dtype, dtype))
-    updates = [Update(*map(np.asarray, update)) for update in joined(sweep)]
+    updates = [Update(*map(np.asarray, update)) for update in concatenate_blocks(sweep)]
     return sweep.finish(), updates
 
 
@@ -89,7 +89,7 @@ def test_the_loss_of_a_long_text_is_that_of_its_beginning(
     def loss(windows: int, probed: int, all_tokens: bool) -> float:
         monkeypatch.setattr(sweep, "PROBED", probed)
         passing = Sweep(checkpoint, TOKENS, PassPlan(Blocks(windows, 70), all_tokens=all_tokens))
-        for _ in joined(passing):
+        for _ in concatenate_blocks(passing):
             pass
         return passing.finish().loss
 
@@ -102,7 +102,7 @@ def test_the_loss_of_a_long_text_is_that_of_its_beginning(
 def test_resident_weights_change_no_bit(
     checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]]
 ) -> None:
-    assert_same(passed(Resident(checkpoint.load()), None), whole, 0)
+    assert_same(passed(InMemoryWeights(checkpoint.load()), None), whole, 0)
 
 
 def test_pass_and_scan_agree(checkpoint: Checkpoint, whole: tuple[PassResult, list[Update]]) -> None:
@@ -125,7 +125,7 @@ def test_packed_windows(checkpoint: Checkpoint, windows: int) -> None:
     tokens = Tokens(rng.integers(0, 256, (5, 40)).astype(np.int32), documents, positions=positions)
     stream = residual_stream(checkpoint.load(), tokens.ids, positions)
     sweep = Sweep(checkpoint, tokens, PassPlan(Blocks(windows, 40)))
-    updates = list(joined(sweep))
+    updates = list(concatenate_blocks(sweep))
     assert sweep.shape == updates[0].h.shape == (tokens.counted.sum(), 48)
     for i, update in enumerate(updates[:-1]):
         for part, same in zip(update, (stream.attention[i], stream.mlp[i], stream.states[i]), strict=True):

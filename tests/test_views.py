@@ -20,10 +20,10 @@ from jaxdelta.spectra.views import (
 from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.statistics.per_layer.ranks import numerical_rank
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
 SINKS = {5: 30.0, 40: 100.0}
-SAMPLE = Sample.of(tokens(WIDE[0]), 0, 0)
+SAMPLE = ResamplingGroups.of(tokens(WIDE[0]), 0, 0)
 
 
 # Names
@@ -119,7 +119,7 @@ def test_masked_figures_are_those_of_the_update_without_these_rows() -> None:
     whole = update(WIDE, sinks=SINKS)
     others = np.setdiff1d(np.arange(WIDE[0]), list(SINKS))
     documents = tokens(WIDE[0]).documents[0, 1:]
-    of, fewer = (Sample.of(tokens(len(own), own), 50, 3) for own in (documents, documents[others]))
+    of, fewer = (ResamplingGroups.of(tokens(len(own), own), 50, 3) for own in (documents, documents[others]))
     row = layer_row(0, "A", from_rows(whole, of), of, K, WIDE[1])
     alone = layer_row(0, "A", from_rows(Update(*(part[others] for part in whole)), fewer), fewer, K, WIDE[1])
     for part in (lambda row: row, lambda row: row["attention"], lambda row: row["mlp"]):

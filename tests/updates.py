@@ -15,7 +15,7 @@ from jaxdelta.spectra.scheduler import OneByOne, Solver, summarise_batch
 from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import ALL
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 DOCUMENTS = 12
@@ -64,7 +64,9 @@ def plan(**options: Any) -> MeasurementPlan:
     return MeasurementPlan(**{"k": K, "views": tuple(ALL.values()), "resampled": True} | options)
 
 
-def from_rows(wrote: Update, sample: Sample, solver: Solver | None = None, **options: Any) -> LayerSummary:
+def from_rows(
+    wrote: Update, sample: ResamplingGroups, solver: Solver | None = None, **options: Any
+) -> LayerSummary:
     """A layer's summary from its rows; by NumPy's LAPACK unless another solver is given."""
     wanted = plan(**options)
     solver = solver or OneByOne(sample.groups if wanted.resampled else None)
@@ -72,11 +74,11 @@ def from_rows(wrote: Update, sample: Sample, solver: Solver | None = None, **opt
         return summarise_batch([wrote], wanted, solver)[0]
 
 
-def accumulated(wrote: Update, sample: Sample, blocks: int = 1, **options: Any) -> LayerMoments:
+def accumulated(wrote: Update, sample: ResamplingGroups, blocks: int = 1, **options: Any) -> LayerMoments:
     """The moments of a layer whose windows come in this number of blocks."""
     counted = sample.tokens.counted
     sums = MomentAccumulator(
-        TextBlocks.of(np.split(counted, blocks), sample.owners), plan(**options), one_device_kernels()
+        TextBlocks.of(np.split(counted, blocks), sample.group_of_token), plan(**options), one_device_kernels()
     )
     parts = [np.split(_among_all(part, counted), blocks) for part in wrote]
     for block, rows in enumerate(zip(*parts, strict=True)):
@@ -84,7 +86,7 @@ def accumulated(wrote: Update, sample: Sample, blocks: int = 1, **options: Any) 
     return sums.moments()
 
 
-def from_moments(wrote: Update, sample: Sample, blocks: int = 1, **options: Any) -> LayerSummary:
+def from_moments(wrote: Update, sample: ResamplingGroups, blocks: int = 1, **options: Any) -> LayerSummary:
     """The same layer's summary from its moments."""
     return accumulated(wrote, sample, blocks, **options).summary(plan(**options))
 

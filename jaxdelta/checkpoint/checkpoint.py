@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
-from jaxdelta.checkpoint.source import Part, Shape, Source, Spec, aligned
+from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSpec, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
@@ -47,7 +47,7 @@ class Checkpoint:
 
     directory: Path
     config: ModelConfig
-    source: Source
+    source: TensorSource
     float8: Float8 | None = None  # what `source` shows multiplied out
 
     def layer(self, index: int) -> nnx.State:
@@ -64,7 +64,7 @@ class Checkpoint:
         """The same with shapes in place of weights."""
         return self._layer(index, lambda _, shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
 
-    def _layer(self, index: int, fill: Callable[[Any, Shape, list[Part]], Any]) -> nnx.State:
+    def _layer(self, index: int, fill: Callable[[Any, Shape, list[TensorPart]], Any]) -> nnx.State:
         def filled(path: Any, shape: Shape) -> Any:
             return fill(path, shape, list(_layer_parts(index, path, self.config)))
 
@@ -122,13 +122,13 @@ class Checkpoint:
             filled.append((path, variable.replace(array)))
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
-    def _read(self, shape: Shape, parts: list[Part]) -> Array:
+    def _read(self, shape: Shape, parts: list[TensorPart]) -> Array:
         """A parameter on the device, its parts read straight into one host buffer."""
         if self.float8 and all(self.float8.holds(name) for name, _ in parts):
             return self.float8.read(shape, parts)
         return jax.device_put(self._read_part(shape, parts, (slice(None),) * len(shape)), may_alias=True)
 
-    def _read_part(self, shape: Shape, parts: list[Part], index: tuple[slice, ...]) -> np.ndarray:
+    def _read_part(self, shape: Shape, parts: list[TensorPart], index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a parameter: only the layers, experts and rows that it has are read."""
         wanted = [range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True)]
         buffer = aligned(tuple(map(len, wanted)), self._dtype(parts))
@@ -143,7 +143,7 @@ class Checkpoint:
                 out[:] = self.source.read(name, rows.start, rows.stop)[:, *rest]
         return buffer
 
-    def _dtype(self, parts: list[Part]) -> np.dtype:
+    def _dtype(self, parts: list[TensorPart]) -> np.dtype:
         return np.result_type(*{self.source.specs[name].dtype for name, _ in parts})
 
     @property
@@ -234,7 +234,7 @@ def _flat_block(config: ModelConfig, *, sparse: bool) -> list[tuple[Any, Any]]:
     return list(nnx.to_flat_state(nnx.state(abstract_block(config, sparse=sparse))))
 
 
-def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
+def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[TensorPart]:
     """The tensors that a parameter consists of, by Hugging Face's names."""
     if path[0] not in ("layers", "sparse_layers"):
         yield ("" if path[0] == "lm_head" else "model.") + ".".join(path), ()
@@ -253,7 +253,7 @@ def _shapes(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
-def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iterator[Part]:
+def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iterator[TensorPart]:
     """The same for a parameter of one layer: one tensor, or one for each expert."""
     prefix = f"model.layers.{index}."
     if path[:2] != ("mlp", "experts") or config.experts is None:
@@ -263,7 +263,7 @@ def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iter
         yield f"{prefix}mlp.experts.{expert}." + ".".join(path[2:]), (expert,)
 
 
-def _has_own_head(source: Source) -> bool:
+def _has_own_head(source: TensorSource) -> bool:
     """transformers 5 ties a head that is on disk only to an equal embedding, whatever config.json says."""
     if HEAD not in source.specs or EMBEDDING not in source.specs:
         return False
@@ -276,7 +276,7 @@ def _has_own_head(source: Source) -> bool:
     return False
 
 
-def _check_dtypes(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
+def _check_dtypes(config: ModelConfig, found: Mapping[str, TensorSpec], directory: Path) -> None:
     """Float8 means something only with scales, and scales belong to the layers' projections."""
     for name, spec in found.items():
         if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
@@ -286,7 +286,7 @@ def _check_dtypes(config: ModelConfig, found: Mapping[str, Spec], directory: Pat
             )
 
 
-def _check_names(config: ModelConfig, found: Mapping[str, Spec], directory: Path) -> None:
+def _check_names(config: ModelConfig, found: Mapping[str, TensorSpec], directory: Path) -> None:
     """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
     wanted = _shapes(config)
     if config.weight_block:

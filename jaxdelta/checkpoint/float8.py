@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxdelta.checkpoint.source import Part, Shape, Source, Spec, aligned
+from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSpec, aligned
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _PROJECTION = re.compile(r"model\.layers\.\d+\..+_proj\.weight")
@@ -57,32 +57,32 @@ def dequantise(
 class Float8:
     """Tensors some of which are in float8, in blocks of one size."""
 
-    source: Source
+    source: TensorSource
     block: tuple[int, int]
 
     def holds(self, name: str) -> bool:
         """Whether it is in float8."""
         return self.source.specs[name].dtype == FLOAT8
 
-    def read(self, shape: Shape, parts: list[Part]) -> Float32[Array, "..."]:
+    def read(self, shape: Shape, parts: list[TensorPart]) -> Float32[Array, "..."]:
         """A parameter all of whose parts are in float8: they, and not their products, go to the device."""
         scales = [(scale_name(name), place) for name, place in parts]
         weight = self._fill(shape, FLOAT8, parts)
         scale = self._fill(scale_shape(shape, self.block), np.dtype(np.float32), scales)
         return dequantise(weight, scale, self.block)
 
-    def _fill(self, shape: Shape, dtype: np.dtype, parts: list[Part]) -> Array:
+    def _fill(self, shape: Shape, dtype: np.dtype, parts: list[TensorPart]) -> Array:
         buffer = aligned(shape, dtype)
         for name, place in parts:
             self.source.read_into(name, buffer[place])
         return jax.device_put(buffer, may_alias=True)
 
-    def plain(self) -> Source:
+    def plain(self) -> TensorSource:
         """The same tensors in float32, without scales, for those who want one at a time."""
         specs = self.source.specs
         hidden = {scale_name(name) for name in specs if self.holds(name)}
         shown = {
-            name: Spec(spec.shape, np.dtype(np.float32)) if self.holds(name) else spec
+            name: TensorSpec(spec.shape, np.dtype(np.float32)) if self.holds(name) else spec
             for name, spec in specs.items()
             if name not in hidden
         }
@@ -98,4 +98,4 @@ class Float8:
             else:
                 self.source.read_into(name, out)
 
-        return Source(shown, read, fill)
+        return TensorSource(shown, read, fill)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from jaxdelta.checkpoint.source import DTYPES, Source, Spec, aligned
+from jaxdelta.checkpoint.source import DTYPES, TensorSource, TensorSpec, aligned
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.loss import VOCAB_SLICE
 
@@ -38,7 +38,9 @@ class _Slice(NamedTuple):
         return self.first + self.array.shape[0]
 
 
-def write_orbax(source: Source, names: Iterable[str], directory: Path, dtype: np.dtype | None = None) -> None:
+def write_orbax(
+    source: TensorSource, names: Iterable[str], directory: Path, dtype: np.dtype | None = None
+) -> None:
     """Writes tensors, cast to `dtype` if there is one, in the memory of one portion and one slice.
 
     Raises:
@@ -69,7 +71,7 @@ def _saving() -> Any:
     return context
 
 
-def open_orbax(directory: Path) -> Source:
+def open_orbax(directory: Path) -> TensorSource:
     """Lists what `write_orbax` wrote; tensors, or some of their rows, are then read one by one.
 
     Raises:
@@ -105,7 +107,7 @@ def open_orbax(directory: Path) -> Source:
                     rows[:] = latest(name, number)[first - part.first : end - part.first]
         return buffer
 
-    return Source(specs, read)
+    return TensorSource(specs, read)
 
 
 def open_arrays(directory: Path) -> dict[str, Any]:
@@ -167,7 +169,9 @@ def _portions(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np
         yield portion
 
 
-def _leaves(source: Source, names: Iterable[str], dtype: np.dtype | None) -> Iterator[tuple[str, np.ndarray]]:
+def _leaves(
+    source: TensorSource, names: Iterable[str], dtype: np.dtype | None
+) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
         rows = source.specs[name].shape[0]
         for start in range(0, rows, VOCAB_SLICE):
@@ -185,7 +189,7 @@ def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return cast
 
 
-def _joined(directory: Path, name: str, parts: list[_Slice]) -> Spec:
+def _joined(directory: Path, name: str, parts: list[_Slice]) -> TensorSpec:
     """Shape and dtype of a tensor that lies in slices, none of which may be missing."""
     rows = 0
     for part in parts:
@@ -195,7 +199,7 @@ def _joined(directory: Path, name: str, parts: list[_Slice]) -> Spec:
     dtype = parts[0].array.dtype.numpy_dtype
     if dtype not in [np.dtype(known) for known in DTYPES.values()]:
         raise JaxDeltaError(f"{directory}: {name} has dtype {dtype}; jaxdelta reads {', '.join(DTYPES)}")
-    return Spec((rows, *parts[0].array.shape[1:]), dtype)
+    return TensorSpec((rows, *parts[0].array.shape[1:]), dtype)
 
 
 def _read_into(buffer: np.ndarray, array: Any, name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.source import DTYPES, Source, Spec, aligned, expert_parts
+from jaxdelta.checkpoint.source import DTYPES, TensorSource, TensorSpec, aligned, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.utils.read_ahead import read_into
 
@@ -29,19 +29,19 @@ def safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
-def open_safetensors(files: list[Path]) -> Source:
+def open_safetensors(files: list[Path]) -> TensorSource:
     """Opens the files' headers, which safetensors checks; tensors are then read straight from their places.
 
     By pread into buffers of our own: mapped pages would count twice in memory, and the library has no way
     to read into a buffer that XLA can use as it lies.
     """
-    places: dict[str, _Place] = {}
+    places: dict[str, _FileSlice] = {}
     for file in files:
         for name, place in _places(file):
             for part, rows, shape in expert_parts(_causal_name(name), place.shape):
                 places[part] = place.rows(rows, shape)
-    specs = {name: Spec(place.shape, place.dtype) for name, place in places.items()}
-    return Source(
+    specs = {name: TensorSpec(place.shape, place.dtype) for name, place in places.items()}
+    return TensorSource(
         specs,
         lambda name, start=0, stop=None: places[name].read(start, stop),
         lambda name, out: places[name].fill(out, places[name].offset),
@@ -49,7 +49,7 @@ def open_safetensors(files: list[Path]) -> Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _FileSlice:
     """Where a tensor lies: its file, its name there, and the offset of its first byte."""
 
     file: Path
@@ -58,7 +58,7 @@ class _Place:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def rows(self, first: int, shape: tuple[int, ...]) -> "_Place":
+    def rows(self, first: int, shape: tuple[int, ...]) -> "_FileSlice":
         """The part that begins at row `first`, when all axes but the last are one."""
         row_bytes = self.shape[-1] * self.dtype.itemsize if first else 0
         return dataclasses.replace(self, offset=self.offset + first * row_bytes, shape=shape)
@@ -78,7 +78,7 @@ class _Place:
             raise JaxDeltaError(f"{self.file}: {self.name} cannot be read ({error.strerror})") from error
 
 
-def _places(file: Path) -> Iterator[tuple[str, _Place]]:
+def _places(file: Path) -> Iterator[tuple[str, _FileSlice]]:
     try:
         with safe_open(file, framework="np"), open(file, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
@@ -94,7 +94,7 @@ def _places(file: Path) -> Iterator[tuple[str, _Place]]:
             )
         offset = 8 + length + entry["data_offsets"][0]
         dtype = np.dtype(DTYPES[entry["dtype"]])
-        yield name, _Place(file, name, offset, tuple(entry["shape"]), dtype)
+        yield name, _FileSlice(file, name, offset, tuple(entry["shape"]), dtype)
 
 
 def _causal_name(stored: str) -> str:

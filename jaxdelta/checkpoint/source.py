@@ -14,12 +14,12 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
 }
 Shape = tuple[int, ...]
-Part = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
+TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Shape and dtype of one tensor on disk."""
 
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Tensors that can be listed at once and read one by one; names as in a causal language model.
 
     `read(name)` reads a tensor, `read(name, start, stop)` those rows of it, and `read_into(name, out)` one
@@ -35,7 +35,7 @@ class Source:
     that are stored fused are listed, and read, one by one.
     """
 
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, TensorSpec]
     read: Callable[..., np.ndarray]
     fill: Callable[[str, np.ndarray], None] | None = None
 

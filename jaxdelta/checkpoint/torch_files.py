@@ -8,13 +8,13 @@ import numpy as np
 
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
-from jaxdelta.checkpoint.source import Source, Spec, expert_parts
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.families.registry import config_from_dict
 
 
-def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
+def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
     """Opens a directory with transformers' PyTorch model; its state dict serves as the tensors.
 
     Raises:
@@ -42,7 +42,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, Source]:
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return _to_numpy(tensors[name][start:stop])
 
-    return config, Source(specs, read)
+    return config, TensorSource(specs, read)
 
 
 def _options(directory: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _require_torch(directory: Path) -> None:
         ) from error
 
 
-def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Spec]]:
+def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
     """The model's tensors, and what of them the files hold: transformers makes up the rest at random."""
     import transformers
 
@@ -81,21 +81,25 @@ def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
         tensors = model.dequantize().state_dict()
     if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
         raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
-    specs = {name: Spec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()}
+    specs = {
+        name: TensorSpec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()
+    }
     for name, shape, _ in report["mismatched_keys"]:
-        specs[name] = Spec(tuple(shape), specs[name].dtype)
+        specs[name] = TensorSpec(tuple(shape), specs[name].dtype)
     for name in report["unexpected_keys"]:
-        specs[name] = Spec((), np.dtype(np.float32))
+        specs[name] = TensorSpec((), np.dtype(np.float32))
     kept = {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
     return _by_expert(tensors, kept)
 
 
-def _by_expert(tensors: dict[str, Any], specs: dict[str, Spec]) -> tuple[dict[str, Any], dict[str, Spec]]:
+def _by_expert(
+    tensors: dict[str, Any], specs: dict[str, TensorSpec]
+) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
     """Fused experts as views, one for each of the tensors they are published as."""
     views, found = {}, {}
     for name, spec in specs.items():
         for part, first, shape in expert_parts(name, spec.shape):
-            found[part] = Spec(shape, spec.dtype)
+            found[part] = TensorSpec(shape, spec.dtype)
             if part != name:
                 views[part] = tensors[name].flatten(0, 1)[first : first + shape[0]]
             elif name in tensors:

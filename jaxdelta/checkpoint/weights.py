@@ -16,7 +16,7 @@ from jaxdelta.model.decoder import Decoder
 
 @runtime_checkable
 class Weights(Protocol):
-    """Where the pass gets a model's weights: a Checkpoint reads them, a Resident model has them."""
+    """Where the pass gets a model's weights: a Checkpoint reads them, a InMemoryWeights model has them."""
 
     @property
     def config(self) -> ModelConfig:
@@ -45,7 +45,7 @@ class Weights(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Resident:
+class InMemoryWeights:
     """A loaded model as `Weights`."""
 
     model: Decoder

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxdelta.errors import JaxDeltaError, UsageError, extra
 from jaxdelta.report.charts import layers as contents
-from jaxdelta.report.charts.chart import Figure, Map, Panel
+from jaxdelta.report.charts.chart import Figure, Heatmap, Panel
 from jaxdelta.report.result import Result
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Plot:
         return _drawing().on_given(panels, given)
 
 
-def _panel(figure: Figure, name: str) -> Panel | Map:
+def _panel(figure: Figure, name: str) -> Panel | Heatmap:
     for panel in figure.panels:
         if panel.title.lower().startswith(name.lower()):
             return panel

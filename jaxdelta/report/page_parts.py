@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from jaxdelta.report.charts.chart import Figure, Map, Number, Panel
+from jaxdelta.report.charts.chart import Figure, Heatmap, Number, Panel
 from jaxdelta.report.charts.with_plotly import chart
 
 
@@ -48,12 +48,12 @@ def figure_section(figure: Figure) -> Element:
     for i, panel in enumerate(figure.panels):
         place = element("div", id=f"{figure.name}-{i}", class_="chart")
         parts = (element("h3", panel.title), place, *_legend(panel))
-        panels.append(element("div", *parts, class_="panel map" if isinstance(panel, Map) else "panel"))
+        panels.append(element("div", *parts, class_="panel map" if isinstance(panel, Heatmap) else "panel"))
     return section
 
 
-def _legend(panel: Panel | Map) -> Iterator[Element]:
-    if isinstance(panel, Map) or panel.depth or len(panel.series) < 2:
+def _legend(panel: Panel | Heatmap) -> Iterator[Element]:
+    if isinstance(panel, Heatmap) or panel.depth or len(panel.series) < 2:
         return
     legend = element("div", class_="legend")
     for series in panel.series:

@@ -12,16 +12,16 @@ import numpy as np
 
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.checkpoint.controls import controlled
-from jaxdelta.checkpoint.weights import Resident, Weights
+from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.model.decoder import Decoder
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
 from jaxdelta.run.context import RunContext
-from jaxdelta.run.memory_plan import Measurement, Work, device_limit
+from jaxdelta.run.memory_plan import Measurement, MemoryDemand, device_limit
 from jaxdelta.run.options import Options, check_rank
-from jaxdelta.run.provenance import Spectra, device, pass_times, run_facts, versions
+from jaxdelta.run.provenance import SpectrumChecks, device, pass_times, run_record, versions
 from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.moments.accumulate import MomentSummaries, TextBlocks
 from jaxdelta.spectra.moments.files import RUN, keep_layer, keep_text, keeping
@@ -36,7 +36,7 @@ from jaxdelta.spectra.scheduler import (
     on_one_device,
 )
 from jaxdelta.spectra.view_summary import MeasurementPlan
-from jaxdelta.spectra.views import parts_looked_at
+from jaxdelta.spectra.views import parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases, parse_phases
 from jaxdelta.statistics.layer_row import LayerRecord, layer_record
 from jaxdelta.sweep.mesh import DeviceMesh, leads, make_devices
@@ -45,7 +45,7 @@ from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
 from jaxdelta.text.documents import read_documents, shuffled
 from jaxdelta.text.excerpt import excerpt
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
@@ -111,14 +111,14 @@ def _opened(
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):
-            name, weights = model.config.model_type, Resident(model)
+            name, weights = model.config.model_type, InMemoryWeights(model)
         else:
             name = str(model)
             weights = open_checkpoint(name, revision=options.revision, loader=options.loader)
         note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
-    if isinstance(weights, Resident) and options.memory == "stream":
+    if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
-    if isinstance(weights, Resident) and options.checkpoint_dir is not None:
+    if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:
         raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
     phases = Phases(_phases(options.phases, weights.config.num_layers))
     with stages("tokenize") as note:
@@ -126,7 +126,7 @@ def _opened(
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
     check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
-    sample = Sample.of(tokens, options.bootstrap, options.seed)
+    sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
     return RunContext(name, weights, weights, sample, phases, options, stages, devices)
 
 
@@ -187,7 +187,7 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
         _keep(summaries.rest(), records, checkpoint)
         if checkpoint:
             checkpoint.wait()
-        spectra = Spectra.of(records)
+        spectra = SpectrumChecks.of(records)
         note(f"closure {found.closure_error:.1e}, certificate {spectra.certificate:.1e}")
         note(f"loss {found.loss:.4f} nats per token")
         if spectra.on_host:
@@ -199,7 +199,7 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
         keep_text(kept, run.sample)
     with stages("overlaps"):
         result = collect(records, run.phases, run.sample, run.options)
-    facts = run_facts(run, found, spectra)
+    facts = run_record(run, found, spectra)
     return Analysis(
         model=run.name,
         num_layers=run.weights.config.num_layers,
@@ -262,7 +262,7 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
     finish = partial(layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=hidden)
     mesh = devices if isinstance(devices, DeviceMesh) else None
     if run.plan.groups:
-        text = TextBlocks.of(sweep.counted, sample.owners)
+        text = TextBlocks.of(sweep.counted, sample.group_of_token)
         keep = partial(keep_layer, kept) if kept else None
         return MomentSummaries(plan, finish, schedule, text, keep, mesh_kernels(mesh) if mesh else None)
     groups = sample.groups if options.resampled else None
@@ -286,16 +286,16 @@ def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run
 def _planned(run: RunContext) -> RunContext:
     """The run with its plan; with the weights loaded if they are to be resident."""
     options, weights, devices, tokens = run.options, run.weights, run.devices, run.sample.tokens
-    resident = options.memory == "resident" or isinstance(weights, Resident)
+    resident = options.memory == "resident" or isinstance(weights, InMemoryWeights)
     with run.stages("plan") as note:
         measurement = Measurement(
             len({view._replace(masked=False) for view in run.views}),
-            len(parts_looked_at(run.views)),
+            len(parts_of_views(run.views)),
             run.sample.documents if options.resampled else 1,
             run.sample.most_in_a_window if options.resampled else 1,
             moments_only=options.keep_moments is not None,
         )
-        work = Work(
+        work = MemoryDemand(
             weights,
             tokens.ids.shape,
             options.compute_dtype,
@@ -312,7 +312,7 @@ def _planned(run: RunContext) -> RunContext:
     run = dataclasses.replace(run, plan=plan, sample=sample)
     if resident and isinstance(weights, Checkpoint):
         with run.stages("load"):
-            return dataclasses.replace(run, weights=Resident(weights.load()))
+            return dataclasses.replace(run, weights=InMemoryWeights(weights.load()))
     return run
 
 

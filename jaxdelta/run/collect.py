@@ -10,14 +10,14 @@ from jaxdelta.spectra.view_summary import COMPARED_VIEWS, ViewSummary
 from jaxdelta.spectra.views import RAW, View
 from jaxdelta.statistics.across_layers.overlap import overlaps, principal_angles
 from jaxdelta.statistics.across_layers.phases import Phases
-from jaxdelta.statistics.across_layers.table import reference_tables, relate, stacked_directions
+from jaxdelta.statistics.across_layers.table import compare_layers, reference_tables, stacked_directions
 from jaxdelta.statistics.across_layers.verdict import verdicts
 from jaxdelta.statistics.layer_row import LayerRecord
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
 
 def collect(
-    layers: Sequence[LayerRecord], phases: Phases, sample: Sample, options: Options
+    layers: Sequence[LayerRecord], phases: Phases, sample: ResamplingGroups, options: Options
 ) -> dict[str, Any]:
     """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""
     *plain, normed = layers
@@ -42,7 +42,7 @@ def collect(
 
 
 def _related(
-    layers: Sequence[LayerRecord], phases: Phases, sample: Sample, options: Options
+    layers: Sequence[LayerRecord], phases: Phases, sample: ResamplingGroups, options: Options
 ) -> dict[str, Any]:
     """What relates the layers, with and without sinks; and the verdict, without sinks if they were masked."""
     if not options.resampled:
@@ -53,7 +53,9 @@ def _related(
         figures = _view(layers, view)
         same = tuple(map(id, figures))  # without sinks, the masked view is the raw one
         if same not in related:
-            related[same] = relate(figures, phases, sample, options.top_k, options.null_draws, options.seed)
+            related[same] = compare_layers(
+                figures, phases, sample, options.top_k, options.null_draws, options.seed
+            )
         overlap[view.name] = related[same]
     return {"overlap": overlap, "verdict": verdicts(related[same])}
 

@@ -8,7 +8,7 @@ from jaxdelta.run.options import Options
 from jaxdelta.spectra.views import View, parse_views
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.sweep.devices import Devices
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.utils.timing import Stages
 
 
@@ -19,7 +19,7 @@ class RunContext:
     name: str
     weights: Weights
     original: Weights
-    sample: Sample
+    sample: ResamplingGroups
     phases: Phases
     options: Options
     stages: Stages

@@ -91,7 +91,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class MemoryDemand:
     """What is to be computed, as far as memory goes.
 
     `data` devices share the windows, `model` devices a layer's weights.

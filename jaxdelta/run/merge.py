@@ -18,11 +18,11 @@ from jaxdelta.run.provenance import document_facts
 from jaxdelta.spectra.moments.files import RUN, load_layer, load_text
 from jaxdelta.spectra.moments.summary import merge
 from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
-from jaxdelta.spectra.views import parse_views, parts_looked_at
+from jaxdelta.spectra.views import parse_views, parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import layer_record
 from jaxdelta.text.excerpt import excerpt
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import PADDING, Tokens
 
 # Of a run's flags: what another must have the same to be put together with it.
@@ -89,7 +89,7 @@ def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
             raise JaxDeltaError(f"{directories[j]}: is of the same text as {directories[i]}")
 
 
-def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> Sample:
+def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> ResamplingGroups:
     """All texts in one row, one after the other; documents and groups are numbered on."""
     tokens = [text for text, _ in texts]
     lengths = np.cumsum([0, *(text.ids.size for text in tokens)])
@@ -111,19 +111,19 @@ def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> Sam
         np.concatenate([text.positions for text in tokens], axis=1),
     )
     owners = np.concatenate([own + start for (_, own), start in zip(texts, groups, strict=False)])
-    return Sample.grouped(whole, owners, options.bootstrap, options.seed)
+    return ResamplingGroups.grouped(whole, owners, options.bootstrap, options.seed)
 
 
 def _layer(directories: Sequence[Path], row: int, options: Options) -> LayerSummary:
     views = parse_views(options.views)
-    parts = parts_looked_at(views)
+    parts = parts_of_views(views)
     merged = merge([load_layer(directory, row, parts) for directory in directories])
     return merged.summary(
         MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
     )
 
 
-def _run_facts(runs: Sequence[Analysis], sample: Sample) -> dict[str, Any]:
+def _run_facts(runs: Sequence[Analysis], sample: ResamplingGroups) -> dict[str, Any]:
     """The first run's, with what holds of all texts: the worst closure, the mean loss."""
     facts = [run.run for run in runs]
     tokens = [run.run.get("loss_tokens", run.n_calib_tokens) for run in runs]

@@ -19,20 +19,20 @@ VERSIONED = ("jax", "jaxlib", "flax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
-class Spectra:
+class SpectrumChecks:
     """The largest defect of all spectra, and the rows of which NumPy had to do some again."""
 
     certificate: float
     on_host: list[int]
 
     @classmethod
-    def of(cls, layers: Sequence[LayerRecord]) -> "Spectra":
+    def of(cls, layers: Sequence[LayerRecord]) -> "SpectrumChecks":
         """Of all layers."""
         again = [layer.on_host for layer in layers]
         return cls(max(layer.certificate for layer in layers), np.flatnonzero(again).tolist())
 
 
-def run_facts(run: RunContext, found: PassResult, spectra: Spectra) -> dict[str, Any]:
+def run_record(run: RunContext, found: PassResult, spectra: SpectrumChecks) -> dict[str, Any]:
     """The `run` of a result, without the seconds of its stages."""
     options, plan, tokens = run.options, run.plan, run.sample.tokens
     assert plan is not None

@@ -94,7 +94,7 @@ def summarise_rows(
     summary = ViewSummary(
         spectrum.singular_values,
         spectrum.directions,
-        spectrum.defect,
+        spectrum.residual,
         jnp.sum(jnp.square(x.sum(axis=0))) / jnp.maximum(jnp.sum(kept), 1),
         products,
         jnp.square(coordinates[:, 0]) / first,

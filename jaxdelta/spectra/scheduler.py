@@ -18,11 +18,11 @@ from jaxtyping import Float64
 
 from jaxdelta.spectra.from_rows import Wanted, factor, finite, summarise_rows, summarise_update, view_rows
 from jaxdelta.spectra.linalg import single_threaded_blas
-from jaxdelta.spectra.spectrum import CERTIFIED, Solved, decompose, host_decompose, solve
+from jaxdelta.spectra.spectrum import MAX_RESIDUAL, Solved, decompose, host_decompose, solve
 from jaxdelta.spectra.token_table import state_products
 from jaxdelta.spectra.view_summary import FACTOR_ROWS, LayerSummary, MeasurementPlan, ViewSummary
 from jaxdelta.spectra.views import Selection, View, without_sinks
-from jaxdelta.sweep.sweep import Update, Wrote, joined
+from jaxdelta.sweep.sweep import BlockUpdate, Update, concatenate_blocks
 from jaxdelta.text.groups import Groups
 from jaxdelta.utils.timing import Clock
 
@@ -47,7 +47,7 @@ class Summaries(Protocol):
     def __exit__(self, *exception: Any) -> None:
         """Ends the threads."""
 
-    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
         """Takes a layer, block by block; yields what is ready."""
 
     def rest(self) -> Iterator[Any]:
@@ -109,9 +109,9 @@ class ThreadedSummaries(Workers):
         self._solver = OneByOne(groups)
         self._numbers, self._compiled = itertools.count(schedule.start), threading.Event()
 
-    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
         """Takes a layer, block by block; yields what is ready."""
-        for update in joined([layer]):
+        for update in concatenate_blocks([layer]):
             yield from self.submit(partial(self._summarise, next(self._numbers), update))
 
     def _summarise(self, number: int, update: Update) -> list[Any]:
@@ -138,9 +138,9 @@ class BatchedSummaries(Workers):
         self._numbers = itertools.count(schedule.start)
         self._batch: list[Update] = []
 
-    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
         """Takes a layer, block by block; yields what is ready."""
-        for update in joined([layer]):
+        for update in concatenate_blocks([layer]):
             self._batch.append(update)
             yield from self.ready()
             if len(self._batch) == self._schedule.at_once:
@@ -300,7 +300,7 @@ def _certified(
         return []
     found = solver.summaries(rows, view, plan)
     for place, (update, kept) in enumerate(rows):
-        if not found[place].certificate <= CERTIFIED:  # also where it is NaN
+        if not found[place].certificate <= MAX_RESIDUAL:  # also where it is NaN
             wanted = Wanted.of(plan, view, *update.h.shape)
             found[place] = _on_host(update, kept, Selection.of(view), solver.groups, wanted)
     return found

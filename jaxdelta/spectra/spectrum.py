@@ -22,7 +22,7 @@ from jaxdelta.spectra.view_summary import resolved
 from jaxdelta.utils.arrays import AnyArray
 
 METHODS = ("gram", "full")
-CERTIFIED = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
+MAX_RESIDUAL = 1e-10  # Certificates measure 1e-15 .. 1e-13; a failed solver leaves 1e-2 or NaN.
 _SIGN_FLOOR = 1e-3
 
 
@@ -39,13 +39,13 @@ class Solved(NamedTuple):
 class Spectrum:
     """All singular values of δ, descending, its top right singular vectors, and how far to trust them.
 
-    Directions beyond the rank are zero, see `resolved`. `defect` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over
+    Directions beyond the rank are zero, see `resolved`. `residual` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over
     the kept v; ‖VVᵀ - I‖ over those that are not zero; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
     """
 
     singular_values: Float64[AnyArray, "*layers r"]
     directions: Float64[AnyArray, "*layers k d"]
-    defect: Float64[AnyArray, "*layers"]
+    residual: Float64[AnyArray, "*layers"]
 
 
 def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") -> Spectrum:
@@ -72,7 +72,7 @@ def decompose(
     else:
         values, vectors, coordinates = _by_gram(x, k, solved or solve(x, k))
     directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
-    return Spectrum(values, directions, _defect(x, values, directions)), coordinates
+    return Spectrum(values, directions, _residual(x, values, directions)), coordinates
 
 
 def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
@@ -95,7 +95,7 @@ def host_decompose(x: Float64[np.ndarray, "n d"], k: int) -> tuple[Spectrum, Flo
     """`decompose` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
     left, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
     directions = orient(vectors[:k], values[:k], jnp.asarray(x).sum(axis=0), len(x))
-    return Spectrum(values, directions, _defect(jnp.asarray(x), values, directions)), left * values
+    return Spectrum(values, directions, _residual(jnp.asarray(x), values, directions)), left * values
 
 
 Decomposition = tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n v"]]
@@ -134,13 +134,13 @@ def orient(
     return jnp.where(resolved(values)[:, None], signs[:, None] * directions, 0)
 
 
-def _defect(
+def _residual(
     x: Float64[Array, "n d"], values: Float64[Array, " r"], directions: Float64[Array, "k d"]
 ) -> Float64[Array, ""]:
-    return defect(product(product(directions, x.T), x), values, directions, jnp.sum(jnp.square(x)))
+    return residual(product(product(directions, x.T), x), values, directions, jnp.sum(jnp.square(x)))
 
 
-def defect(
+def residual(
     image: Float64[Array, "k d"],
     values: Float64[Array, " r"],
     directions: Float64[Array, "k d"],

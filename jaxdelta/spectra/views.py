@@ -90,6 +90,6 @@ class Selection(NamedTuple):
         return cls(*(np.float32(number) for number in numbers))
 
 
-def parts_looked_at(views: Sequence[View]) -> tuple[str, ...]:
+def parts_of_views(views: Sequence[View]) -> tuple[str, ...]:
     """The parts of an update that any of the views is of."""
     return tuple(part for part in PARTS if any(view.part == part for view in views))

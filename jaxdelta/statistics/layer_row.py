@@ -15,11 +15,11 @@ from jaxdelta.statistics.intervals import t_interval
 from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
 from jaxdelta.statistics.per_layer.ranks import numerical_rank
 from jaxdelta.statistics.per_layer.registry import registered
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 
 
 def layer_row(
-    index: int, phase: str, layer: LayerSummary, sample: Sample, k: int, hidden: int
+    index: int, phase: str, layer: LayerSummary, sample: ResamplingGroups, k: int, hidden: int
 ) -> dict[str, Any]:
     """A layer's row: the raw view's statistics, the other views' under their names, the energy ledger."""
     row: dict[str, Any] = {"L": index, "phase": phase}
@@ -35,9 +35,11 @@ def layer_row(
     return row | {"ledger": _ledger(layer.energies)}
 
 
-def view_rows(views: Sequence[ViewSummary], sample: Sample, k: int, hidden: int) -> list[dict[str, Any]]:
+def view_rows(
+    views: Sequence[ViewSummary], sample: ResamplingGroups, k: int, hidden: int
+) -> list[dict[str, Any]]:
     """The statistics of each view; views of the same tokens are computed together, which is faster."""
-    counts = [np.bincount(sample.owners[view.kept], minlength=sample.documents) for view in views]
+    counts = [np.bincount(sample.group_of_token[view.kept], minlength=sample.documents) for view in views]
     alike: dict[Any, list[int]] = {}
     for index, view in enumerate(views):
         alike.setdefault((counts[index].tobytes(), view.products is None), []).append(index)
@@ -49,7 +51,7 @@ def view_rows(views: Sequence[ViewSummary], sample: Sample, k: int, hidden: int)
 
 
 def _rows(
-    views: Sequence[ViewSummary], sample: Sample, counts: Int[np.ndarray, " G"], k: int, hidden: int
+    views: Sequence[ViewSummary], sample: ResamplingGroups, counts: Int[np.ndarray, " G"], k: int, hidden: int
 ) -> list[dict[str, Any]]:
     """The statistics of views with these numbers of tokens in each group."""
     drawn = sample.intervals and np.count_nonzero(counts) > 1
@@ -64,7 +66,7 @@ def _rows(
 
 
 def _view_data(
-    view: ViewSummary, sample: Sample, left_out: Int[np.ndarray, " L"], k: int, hidden: int
+    view: ViewSummary, sample: ResamplingGroups, left_out: Int[np.ndarray, " L"], k: int, hidden: int
 ) -> ViewData:
     """The view as statistics take it: all that they know of how spectra and text keep things."""
     tokens, half_cosines, kept = None, None, np.asarray(view.kept)
@@ -72,7 +74,7 @@ def _view_data(
         half_cosines = split_half_cosines(view.group_moments, sample.halves)
     if (products := view.kept_products) is not None:
         weights = np.concatenate([np.ones((1, sample.documents)), sample.without[left_out]])
-        tokens = TokenTable(*products, sample.owners[kept], weights)
+        tokens = TokenTable(*products, sample.group_of_token[kept], weights)
     return ViewData(
         singular_values=view.singular_values,
         tokens=tokens,
@@ -89,7 +91,7 @@ def _view_data(
     )
 
 
-def _token_at(sample: Sample, row: int) -> dict[str, Any]:
+def _token_at(sample: ResamplingGroups, row: int) -> dict[str, Any]:
     position, tokens = int(sample.places[row]), sample.tokens
     where = divmod(position, tokens.ids.shape[1])
     return {"token": tokens.text(*where), "position": position, "document": int(tokens.documents[where])}
@@ -200,7 +202,7 @@ class LayerRecord(NamedTuple):
 
 
 def layer_record(
-    number: int, layer: LayerSummary, phases: Phases, sample: Sample, k: int, hidden: int
+    number: int, layer: LayerSummary, phases: Phases, sample: ResamplingGroups, k: int, hidden: int
 ) -> LayerRecord:
     """The record of a layer; the last layer normed comes after the last, in its place."""
     index = min(number, len(phases.of_layer) - 1)

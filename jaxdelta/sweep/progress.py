@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from jaxdelta.sweep.sweep import Sweep, Wrote
+from jaxdelta.sweep.sweep import BlockUpdate, Sweep
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left, {rate_fmt}"
 
 
-def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[Wrote]]:
+def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[BlockUpdate]]:
     """The sweep's layers, with a bar that moves with every block.
 
     A block that passes a layer counts as its share of the tokens, so that the rate is that of the text
@@ -33,7 +33,7 @@ def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[Wrote]
             yield _counted(blocks, bar, share)
 
 
-def _counted(blocks: Iterator[Wrote], bar: "tqdm[None]", share: float) -> Iterator[Wrote]:
+def _counted(blocks: Iterator[BlockUpdate], bar: "tqdm[None]", share: float) -> Iterator[BlockUpdate]:
     for wrote in blocks:
         yield wrote
         bar.update(share)

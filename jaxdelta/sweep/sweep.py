@@ -80,7 +80,7 @@ class Resume:
     keep: Keep | None = None
 
 
-class Wrote(NamedTuple):
+class BlockUpdate(NamedTuple):
     """What a layer wrote into a block of windows. For the last layer `normed` is the same with the last state
     taken after the final norm, whose change is counted as the MLP's."""
 
@@ -107,7 +107,7 @@ class PassResult:
 class Sweep:
     """A pass of a text through all layers.
 
-    Iterating yields the layers, and iterating over a layer yields a Wrote for each block; blocks that the
+    Iterating yields the layers, and iterating over a layer yields a BlockUpdate for each block; blocks that the
     caller leaves out are passed before the next layer. After the last layer `finish` returns the PassResult.
 
     Args:
@@ -226,7 +226,7 @@ class Sweep:
         abstract: Any = self._devices.abstract_windows
         return State(abstract(shape, self._dtypes[1]), abstract(shape, jnp.float32))
 
-    def __iter__(self) -> Iterator[Iterator[Wrote]]:
+    def __iter__(self) -> Iterator[Iterator[BlockUpdate]]:
         config, lowered, final = self.weights.config, self.trace(), None
         self._final = None
         with (
@@ -258,7 +258,7 @@ class Sweep:
 
     def _pass(
         self, index: int, step: Callable[..., Any], final: "_FinalNorm | None" = None
-    ) -> Iterator[Wrote]:
+    ) -> Iterator[BlockUpdate]:
         """Takes all blocks through a layer; ends when they are computed, so that the layer can be dropped."""
         with contextlib.closing(iter(self._states)) as waiting:
             for block, rows in enumerate(self._rows):
@@ -276,7 +276,7 @@ class Sweep:
                 if final:
                     first = self._devices.put_windows(self._enter(self.tokens[block]))
                     normed = final(block, Ends(first, entered, h, written), update.attention, rows)
-                yield Wrote(self._unpadded(update, block), normed and self._unpadded(normed, block))
+                yield BlockUpdate(self._unpadded(update, block), normed and self._unpadded(normed, block))
         with self._clock("compute"):
             self._states.block_until_ready()
 
@@ -359,14 +359,14 @@ def _padded(places: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p
     return [np.resize(some, max(map(len, places))) for some in places]
 
 
-def _all_of(wrote: Iterator[Wrote]) -> Iterator[Iterator[Wrote]]:
+def _all_of(wrote: Iterator[BlockUpdate]) -> Iterator[Iterator[BlockUpdate]]:
     """Yields the layer's blocks, then runs any blocks that the caller did not ask for."""
     yield wrote
     for _ in wrote:
         pass
 
 
-def joined(layers: Iterable[Iterable[Wrote]]) -> Iterator[Update]:
+def concatenate_blocks(layers: Iterable[Iterable[BlockUpdate]]) -> Iterator[Update]:
     """Every layer's Update of all blocks; after the last layer's also its normed one, if there is one."""
     for blocks in layers:
         updates, normed = map(list, zip(*blocks, strict=True))

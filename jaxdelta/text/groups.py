@@ -28,42 +28,46 @@ class Groups(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class ResamplingGroups:
     """The tokens of every update and the groups of them that resampling draws.
 
-    Tokens of one document are not independent, so a group is a document, or several of them. `owners[i]` is
+    Tokens of one document are not independent, so a group is a document, or several of them. `group_of_token[i]` is
     the group of token i; `draws[b, g]` is how often group g is in bootstrap draw b (no rows without
     intervals); `halves` as in `Groups`.
     """
 
     tokens: Tokens
-    owners: Int[np.ndarray, " n"]
+    group_of_token: Int[np.ndarray, " n"]
     draws: Float64[np.ndarray, "B G"]
     halves: Float64[np.ndarray, "R 2 G"]
 
     @classmethod
-    def of(cls, tokens: Tokens, bootstrap: int, seed: int) -> "Sample":
+    def of(cls, tokens: Tokens, bootstrap: int, seed: int) -> "ResamplingGroups":
         """The groups of a text, `bootstrap` draws of them, and random divisions of them into halves."""
         return cls.grouped(tokens, _groups_of(tokens, seed), bootstrap, seed)
 
     @classmethod
-    def grouped(cls, tokens: Tokens, owners: Int[np.ndarray, " n"], bootstrap: int, seed: int) -> "Sample":
+    def grouped(
+        cls, tokens: Tokens, group_of_token: Int[np.ndarray, " n"], bootstrap: int, seed: int
+    ) -> "ResamplingGroups":
         """The same with the group of every token given."""
-        count = int(owners.max()) + 1
+        count = int(group_of_token.max()) + 1
         draws, halves = cluster_weights(count, bootstrap, seed), half_weights(count, HALVINGS, seed)
-        return cls(tokens, owners, draws, halves)
+        return cls(tokens, group_of_token, draws, halves)
 
-    def coarser(self, most: int, seed: int) -> "Sample":
+    def coarser(self, most: int, seed: int) -> "ResamplingGroups":
         """At most this number of groups, neighbours merged."""
         if self.documents <= most:
             return self
-        return Sample.grouped(self.tokens, self.owners * most // self.documents, len(self.draws), seed)
+        return ResamplingGroups.grouped(
+            self.tokens, self.group_of_token * most // self.documents, len(self.draws), seed
+        )
 
     @property
     def most_in_a_window(self) -> int:
         """The largest number of groups that a window has tokens of."""
         window = np.nonzero(self.tokens.counted)[0]
-        pairs = np.unique(window * self.documents + self.owners)
+        pairs = np.unique(window * self.documents + self.group_of_token)
         return int(np.bincount(pairs // self.documents).max())
 
     @property
@@ -79,7 +83,7 @@ class Sample:
     @property
     def membership(self) -> Float64[np.ndarray, "G n"]:
         """1 where a token is in a group, else 0."""
-        return (self.owners == np.arange(self.documents)[:, None]).astype(np.float64)
+        return (self.group_of_token == np.arange(self.documents)[:, None]).astype(np.float64)
 
     @property
     def without(self) -> Float64[np.ndarray, "G G"]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from jaxdelta.errors import JaxDeltaError
 
 # Texts -> of each, its token ids and the characters at which the tokens begin.
-Encoder = Callable[[Sequence[str]], list[tuple[list[int], list[int]]]]
+Tokenize = Callable[[Sequence[str]], list[tuple[list[int], list[int]]]]
 
 
-def load_encoder(directory: Path) -> Encoder:
+def load_encoder(directory: Path) -> Tokenize:
     """The model's own tokenizer, straight from tokenizer.json where there is one, else by transformers.
 
     Raises:
@@ -35,7 +35,7 @@ def load_encoder(directory: Path) -> Encoder:
     return encode
 
 
-def _transformers_encoder(directory: Path) -> Encoder:
+def _transformers_encoder(directory: Path) -> Tokenize:
     if not any(
         (directory / name).exists() for name in ("vocab.json", "tokenizer.model", "tokenizer_config.json")
     ):

@@ -11,7 +11,7 @@ from jaxtyping import Int, Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.text.documents import check_unicode
-from jaxdelta.text.tokenizer import Encoder
+from jaxdelta.text.tokenizer import Tokenize
 from jaxdelta.text.tokens import PADDING, Tokens
 
 SEPARATOR = "\n\n"
@@ -23,7 +23,7 @@ PART_LETTERS, BATCH_LETTERS = 1 << 16, 1 << 21  # of a text tokenized by itself;
 
 def tokenize(
     documents: Iterable[str],
-    encode: Encoder,
+    encode: Tokenize,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     vocab_size: int,
@@ -65,26 +65,26 @@ def tokenize(
     return tokens
 
 
-class Encoded(NamedTuple):
+class TokenizedText(NamedTuple):
     """The tokens of a text, and the characters at which they begin; the last bound is where they end."""
 
     ids: Int32[np.ndarray, " n"]
     bounds: Int32[np.ndarray, " bounds"]
 
-    def part(self, start: int, stop: int) -> "Encoded":
+    def part(self, start: int, stop: int) -> "TokenizedText":
         """Tokens start, ..., stop - 1."""
-        return Encoded(self.ids[start:stop], self.bounds[start : stop + 1])
+        return TokenizedText(self.ids[start:stop], self.bounds[start : stop + 1])
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Tokens that are one segment, and the document that they are of."""
 
     document: int
     text: str
-    tokens: Encoded
+    tokens: TokenizedText
 
 
-def _stream(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
+def _stream(documents: Iterator[str], encode: Tokenize, max_tokens: int, seq_len: int) -> Tokens:
     lengths: list[int] = []
 
     def taken() -> Iterator[str]:
@@ -106,7 +106,7 @@ def _stream(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len:
     return _laid_out(ids, owners, text_of, sizes, windows, np.zeros_like(sizes))
 
 
-def _packed(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Tokens:
+def _packed(documents: Iterator[str], encode: Tokenize, max_tokens: int, seq_len: int) -> Tokens:
     pieces = list(_pieces(documents, encode, max_tokens, seq_len))
     sizes = np.array([len(piece.tokens.ids) for piece in pieces], np.int64)
     _enough(int(sizes.sum()))
@@ -161,7 +161,7 @@ def _laid_out(
     return Tokens(spread(ids, 0), documents, text, np.where(beyond < 0, spread(positions, 0), beyond))
 
 
-def _pieces(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len: int) -> Iterator[Piece]:
+def _pieces(documents: Iterator[str], encode: Tokenize, max_tokens: int, seq_len: int) -> Iterator[Segment]:
     """Pieces of at most seq_len tokens and no less than 2, max_tokens in all where there are so many."""
     left, letters = max_tokens, LETTERS_PER_TOKEN * max_tokens
     parts = ((i, part) for i, document in enumerate(documents) for part in _parts(iter([document]), letters))
@@ -171,7 +171,7 @@ def _pieces(documents: Iterator[str], encode: Encoder, max_tokens: int, seq_len:
             piece = tokens.part(start, start + seq_len)
             if len(piece.ids) > 1:
                 left -= len(piece.ids)
-                yield Piece(number, text, piece)
+                yield Segment(number, text, piece)
         if left < 2:
             return
 
@@ -210,8 +210,8 @@ def _last_line(text: str, start: int, stop: int) -> int:
 
 
 def _encoded(
-    parts: Iterator[tuple[int, str]], encode: Encoder, count: int
-) -> Iterator[tuple[int, str, Encoded]]:
+    parts: Iterator[tuple[int, str]], encode: Tokenize, count: int
+) -> Iterator[tuple[int, str, TokenizedText]]:
     """Each numbered text with its tokens, at a time as many texts as `count` tokens in all may need.
 
     A part that continues a text is tokenized with the line end before it, whose tokens are then dropped:
@@ -228,7 +228,7 @@ def _encoded(
         for end, (number, text), (ids, starts) in zip(before, batch, encodings, strict=True):
             first = bisect_left(starts, len(end))
             bounds = np.array([*starts[first:], len(end) + len(text)], np.int32) - np.int32(len(end))
-            found = Encoded(np.array(ids[first:], np.int32), bounds)
+            found = TokenizedText(np.array(ids[first:], np.int32), bounds)
             count -= len(found.ids)
             yield number, text, found
 
@@ -243,7 +243,7 @@ def _batch(parts: Iterator[tuple[int, str]], letters: int) -> list[tuple[int, st
     return batch
 
 
-def _joined(parts: Iterator[tuple[int, str, Encoded]], count: int) -> tuple[str, Encoded]:
+def _joined(parts: Iterator[tuple[int, str, TokenizedText]], count: int) -> tuple[str, TokenizedText]:
     """A text from its parts, until they have `count` tokens, and those."""
     texts, ids, bounds, length, found = [], [], [], 0, 0
     for _, text, tokens in parts:
@@ -255,7 +255,7 @@ def _joined(parts: Iterator[tuple[int, str, Encoded]], count: int) -> tuple[str,
         if found >= count:
             break
     bounds.append(np.array([length], np.int32))
-    return "".join(texts), Encoded(np.concatenate(ids), np.concatenate(bounds)).part(0, count)
+    return "".join(texts), TokenizedText(np.concatenate(ids), np.concatenate(bounds)).part(0, count)
 
 
 def best_fit(

@@ -150,7 +150,7 @@ def curve(path: pathlib.Path, rows: int = 8) -> str:
     return "| step | training | held out |\n|---|---|---|\n" + table(cells)
 
 
-def run_facts(facts: dict, losses: dict[str, float]) -> dict[str, str]:
+def run_record(facts: dict, losses: dict[str, float]) -> dict[str, str]:
     """What the card says of the run: how far it is, how long it took, and whether it beats the baselines."""
     step, steps = facts["step"], facts["steps"]
     seen, done = step * facts["tokens_a_step"], step >= steps
@@ -205,7 +205,7 @@ def main(_: list[str]) -> None:
     facts = json.loads((work_dir / "facts.json").read_text())
     losses = json.loads((work_dir / "baselines.json").read_text())
     manifest = json.loads((pathlib.Path(CORPUS_DIR.value) / "manifest.json").read_text())
-    known = run_facts(facts, losses) | data_facts(manifest) | model_facts(folder)
+    known = run_record(facts, losses) | data_facts(manifest) | model_facts(folder)
     part = folder / ".README.md.part"
     part.write_text(CARD.substitute(known))
     part.replace(folder / "README.md")

@@ -14,7 +14,7 @@ from jaxdelta.report.charts.chart import (
     YELLOW,
     Axis,
     Figure,
-    Map,
+    Heatmap,
     Number,
     Panel,
     Series,
@@ -24,8 +24,7 @@ from jaxdelta.report.charts.chart import (
 )
 from jaxdelta.report.result import Result
 from jaxdelta.statistics.across_layers.nulls import isotropic_cos_mean
-from jaxdelta.statistics.across_layers.verdict import ALL as OWN_RANK
-from jaxdelta.statistics.across_layers.verdict import FEW as SHARED_RANK
+from jaxdelta.statistics.across_layers.verdict import OWN_RANK, SHARED_RANK
 
 
 def overlaps(analysis: Result) -> Figure:
@@ -35,15 +34,15 @@ def overlaps(analysis: Result) -> Figure:
     bands = phase_bands(analysis)
     cosines = np.abs(analysis.top1_cos)
     chance = isotropic_cos_mean(d)
-    maps = [Map("|cos| between first directions v_L", "|cos|", cosines, SHARE, chance, bands)]
+    maps = [Heatmap("|cos| between first directions v_L", "|cos|", cosines, SHARE, chance, bands)]
     if analysis.principal_cosines is not None:
         angles = analysis.principal_cosines.astype(np.float64)
         shared = np.square(angles).mean(axis=2)
         angle = _random_angle(k, d)
         smallest = np.degrees(np.arccos(np.clip(angles[:, :, 0], 0, 1)))
         maps += [
-            Map(f"Shared part of the first {k} directions", "mean cos² θ", shared, SHARE, k / d, bands),
-            Map("Smallest principal angle", "θ₁ (°)", smallest, (0.0, 90.0), angle, bands, reverse=True),
+            Heatmap(f"Shared part of the first {k} directions", "mean cos² θ", shared, SHARE, k / d, bands),
+            Heatmap("Smallest principal angle", "θ₁ (°)", smallest, (0.0, 90.0), angle, bands, reverse=True),
         ]
     return Figure(
         "overlaps",
@@ -151,7 +150,7 @@ def _angles_said(k: int, analysis: Result) -> str:
     return f"θ are the principal angles between the layers' {k} directions; "
 
 
-def _listed(maps: Sequence[Map]) -> str:
+def _listed(maps: Sequence[Heatmap]) -> str:
     return ", ".join(f"{one.label} {one.chance:.3g}" for one in maps if one.chance is not None)
 
 

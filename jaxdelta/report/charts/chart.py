@@ -83,7 +83,7 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Map:
+class Heatmap:
     """A value for every two layers; `chance` is what random directions give, `reverse` that small is much."""
 
     title: str
@@ -102,7 +102,7 @@ class Figure:
     name: str
     title: str
     caption: str
-    panels: tuple[Panel | Map, ...] = ()
+    panels: tuple[Panel | Heatmap, ...] = ()
 
     @property
     def text(self) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 from jaxdelta.report.charts import layers as contents
-from jaxdelta.report.charts.chart import DEPTH, MAP, Axis, Figure, Map, Numbers, Panel, Series
+from jaxdelta.report.charts.chart import DEPTH, MAP, Axis, Figure, Heatmap, Numbers, Panel, Series
 from jaxdelta.report.result import Result
 
 if TYPE_CHECKING:
@@ -52,22 +52,22 @@ def draw(figure: Figure) -> Picture:
     return picture
 
 
-def on_new(panels: Sequence[Panel | Map]) -> "list[Axes]":
+def on_new(panels: Sequence[Panel | Heatmap]) -> "list[Axes]":
     """Panels in a new picture of pyplot's, which a notebook shows."""
     return _fill(plt.figure(layout="constrained"), panels)
 
 
-def on_given(panels: Sequence[Panel | Map], axes: "Sequence[Axes]") -> "list[Axes]":
+def on_given(panels: Sequence[Panel | Heatmap], axes: "Sequence[Axes]") -> "list[Axes]":
     """Panels on as many axes as there are panels."""
     for panel, each in zip(panels, axes, strict=True):
         draw_panel(panel, each, legend_below=False)
     return list(axes)
 
 
-def _fill(picture: Picture, panels: Sequence[Panel | Map]) -> "list[Axes]":
+def _fill(picture: Picture, panels: Sequence[Panel | Heatmap]) -> "list[Axes]":
     """Panels two in a row, and the picture of the size they need."""
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
-    height = MAP_HEIGHT if any(isinstance(panel, Map) for panel in panels) else PANEL_HEIGHT
+    height = MAP_HEIGHT if any(isinstance(panel, Heatmap) for panel in panels) else PANEL_HEIGHT
     picture.set_size_inches(WIDTH * columns / 2, height * rows)
     axes = [picture.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
     for panel, each in zip(panels, axes, strict=True):
@@ -93,10 +93,10 @@ def overview(analysis: Result) -> Picture:
     return picture
 
 
-def draw_panel(panel: Panel | Map, axes: "Axes", legend_below: bool = True) -> None:
+def draw_panel(panel: Panel | Heatmap, axes: "Axes", legend_below: bool = True) -> None:
     """A panel with its title, axes, legend and phases."""
     axes.set_title(panel.title, fontsize="medium", pad=18, loc="left")
-    if isinstance(panel, Map):
+    if isinstance(panel, Heatmap):
         _draw_map(panel, axes)
         return
     for series in panel.series:
@@ -147,7 +147,7 @@ def _stack(name: str, color: str, x: np.ndarray, y: np.ndarray, axes: "Axes") ->
     axes.bar(x, y, 0.8, base, color=color, label=name)
 
 
-def _draw_map(panel: Map, axes: "Axes") -> None:
+def _draw_map(panel: Heatmap, axes: "Axes") -> None:
     colors = MAP + "_r" * panel.reverse
     image = axes.imshow(panel.values, vmin=panel.range[0], vmax=panel.range[1], cmap=colors)
     for first, _, _ in panel.bands[1:]:
@@ -161,7 +161,7 @@ def _draw_map(panel: Map, axes: "Axes") -> None:
         bar.ax.axhline(panel.chance, color="white", linewidth=1.5)
 
 
-def _name_phases(panel: Panel | Map, axes: "Axes") -> None:
+def _name_phases(panel: Panel | Heatmap, axes: "Axes") -> None:
     for first, last, name in panel.bands:
         axes.text(
             (first + last) / 2,

@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxdelta.report.charts.chart import DEPTH, GREY, MAP, Axis, Band, Map, Panel, Series
+from jaxdelta.report.charts.chart import DEPTH, GREY, MAP, Axis, Band, Heatmap, Panel, Series
 
 DIGITS = 5
 BAND = "rgba(128,128,128,{})"
 LINES_HEIGHT, MAP_HEIGHT = 350, 450  # pixels
 
 
-def chart(panel: Panel | Map) -> dict[str, Any]:
+def chart(panel: Panel | Heatmap) -> dict[str, Any]:
     """{"data": …, "layout": …} of a panel."""
-    return _map(panel) if isinstance(panel, Map) else _lines(panel)
+    return _map(panel) if isinstance(panel, Heatmap) else _lines(panel)
 
 
 def rounded(values: Iterable[Any]) -> list[float | None]:
@@ -139,7 +139,7 @@ def _depth_scale(layers: int) -> dict[str, Any]:
     }
 
 
-def _map(panel: Map) -> dict[str, Any]:
+def _map(panel: Heatmap) -> dict[str, Any]:
     chance = "" if panel.chance is None else f"<br>random directions {panel.chance:.3f}"
     label = escaped(panel.label)
     trace = {

@@ -7,12 +7,11 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from jaxdelta.report.charts.chart import GREY, ORDER, SHARE, Axis, Figure, Map, Panel, Series, phase_bands
+from jaxdelta.report.charts.chart import GREY, ORDER, SHARE, Axis, Figure, Heatmap, Panel, Series, phase_bands
 from jaxdelta.report.compare.compare import Comparison, Pair, Part, relative_rank, steadiness
 from jaxdelta.report.compare.metrics import Curve, Measure
 from jaxdelta.report.page_parts import as_file, bounded, document, element, figure_section, number, table
-from jaxdelta.statistics.across_layers.verdict import ALL as OWN_RANK
-from jaxdelta.statistics.across_layers.verdict import FEW as SHARED_RANK
+from jaxdelta.statistics.across_layers.verdict import OWN_RANK, SHARED_RANK
 
 DEPTH = Axis("relative depth (L + ½)/N", range=(0.0, 1.0), place="depth")
 WORDS = {
@@ -159,13 +158,13 @@ def _line(name: str, values: Iterable[Any], color: str, dash: str = "solid") -> 
     return Series(name, [(layer + 0.5) / len(y) for layer in range(len(y))], y, color, dash=dash)
 
 
-def _maps(found: Comparison, pair: Pair) -> tuple[Map, Map]:
+def _maps(found: Comparison, pair: Pair) -> tuple[Heatmap, Heatmap]:
     """Every layer of the first run beside every layer of the other."""
     bands = phase_bands(found.runs[0])
     places = f"{found.labels[0]} down, {found.labels[pair.other]} across"
     return (
-        Map(f"|cos| of v_L: {places}", "|cos|", pair.cosines, SHARE, pair.cos_chance, bands),
-        Map(f"Shared part: {places}", "mean cos² θ", pair.shared, SHARE, pair.shared_chance, bands),
+        Heatmap(f"|cos| of v_L: {places}", "|cos|", pair.cosines, SHARE, pair.cos_chance, bands),
+        Heatmap(f"Shared part: {places}", "mean cos² θ", pair.shared, SHARE, pair.shared_chance, bands),
     )
 
 

@@ -19,8 +19,8 @@ from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, Set
 from jaxdelta.spectra.moments.sums import BlockTokens, Moments, assembled, parts_of
 from jaxdelta.spectra.scheduler import Finish, Schedule, Workers
 from jaxdelta.spectra.view_summary import MeasurementPlan
-from jaxdelta.spectra.views import parts_looked_at
-from jaxdelta.sweep.sweep import Update, Wrote
+from jaxdelta.spectra.views import parts_of_views
+from jaxdelta.sweep.sweep import BlockUpdate, Update
 
 # A token whose state is longer than this times the sinks' bound, as far as the median is known, is set aside.
 _SUSPECT = 0.5
@@ -73,7 +73,7 @@ class MomentSummaries(Workers):
         self._plan, self._finish, self._text, self._keep = plan, finish, text, keep
         self._clock, self._numbers = schedule.clock, itertools.count(schedule.start)
 
-    def add(self, layer: Iterable[Wrote]) -> Iterator[Any]:
+    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
         """Takes a layer, block by block; yields what is ready.
 
         `keep` is called with the number and the moments of each layer.
@@ -101,7 +101,7 @@ class MomentAccumulator:
 
     def __init__(self, text: TextBlocks, plan: MeasurementPlan, kernels: MomentKernels):
         self._text, self._plan, self._kernels = text, plan, kernels
-        self._parts = parts_looked_at(plan.views)
+        self._parts = parts_of_views(plan.views)
         self._masked = any(view.masked for view in plan.views)
         self._waiting: list[tuple[Update, BlockTokens, Bool[np.ndarray, " m"], jax.Array]] = []
         self._tables: list[dict[str, np.ndarray]] = []

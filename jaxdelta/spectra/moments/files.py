@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.files import check_new, link_or_copy, new_directory
 
@@ -80,7 +80,7 @@ def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> LayerMome
     return LayerMoments(parts, *sums, named("table"), aside, (located,), channels)
 
 
-def keep_text(directory: Path, sample: Sample) -> None:
+def keep_text(directory: Path, sample: ResamplingGroups) -> None:
     """Writes the tokens, their text, and the groups of those that count."""
     tokens = sample.tokens
     letters = [tokens.text(*place).encode() for place in np.ndindex(tokens.ids.shape)]
@@ -88,7 +88,7 @@ def keep_text(directory: Path, sample: Sample) -> None:
         "ids": tokens.ids,
         "documents": tokens.documents,
         "positions": np.asarray(tokens.positions),
-        "owners": np.asarray(sample.owners),
+        "owners": np.asarray(sample.group_of_token),
         "letters": np.frombuffer(b"".join(letters), np.uint8),
         "ends": np.cumsum([len(part) for part in letters]),
     }

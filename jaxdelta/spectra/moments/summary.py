@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.linalg import eigh, product
 from jaxdelta.spectra.moments.sums import add_rows
-from jaxdelta.spectra.spectrum import CERTIFIED, defect, orient
+from jaxdelta.spectra.spectrum import MAX_RESIDUAL, orient, residual
 from jaxdelta.spectra.view_summary import (
     COMPARED_VIEWS,
     FACTOR_ROWS,
@@ -195,7 +195,7 @@ def _summary(moments: ViewMoments, size: int) -> ViewSummary:
     """The summary of a view without its tokens; NumPy solves again what fails its certificate."""
     matrix = _total(moments)
     found = _summarise(moments, matrix, *_solve(matrix), size)
-    if failed := not float(found.certificate) <= CERTIFIED:
+    if failed := not float(found.certificate) <= MAX_RESIDUAL:
         found = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
     return jax.tree.map(np.asarray, found)._replace(on_host=failed)
 
@@ -235,7 +235,7 @@ def _summarise(
     return ViewSummary(
         values,
         basis,
-        defect(image, values, basis, jnp.trace(matrix)),
+        residual(image, values, basis, jnp.trace(matrix)),
         jnp.sum(jnp.square(left)) / jnp.maximum(n, 1),
         group_moments=within,
         group_rest=_rest(moments, within),

@@ -38,7 +38,7 @@ _CHOSEN_FROM = 10  # dimensions, among which the 8 of a draw's shared subspace a
 
 
 @dataclasses.dataclass(frozen=True)
-class OverlapDraws:
+class OverlapBootstrap:
     """What `Overlaps` holds, in each of B draws; v1_cos is |<v_b, v>|, adjacent |<v_L, v_L+1>|.
 
     Captures are NaN for the layers that are not of the phase.
@@ -54,13 +54,13 @@ class OverlapDraws:
 
 
 @one_blas_thread
-def resampled_overlaps(
+def bootstrap_overlaps(
     coupling: Float32[np.ndarray, "N G c d"],
     basis: Float[np.ndarray, "N c d"],
     k: int,
     weights: Float[np.ndarray, "B G"],
     members: Bool[np.ndarray, "P N"],
-) -> OverlapDraws:
+) -> OverlapBootstrap:
     """The overlaps of the layers' directions under each draw's weights of the documents.
 
     Args:
@@ -85,7 +85,7 @@ def resampled_overlaps(
     chunks = min(max(threads, -(-size // _CHUNK_BYTES)), len(weights))
     with ThreadPoolExecutor(threads, "draws") as pool:
         parts = list(pool.map(draws, np.array_split(weights, chunks)))
-    return OverlapDraws(*(np.moveaxis(np.concatenate(part), 0, -1) for part in zip(*parts, strict=True)))
+    return OverlapBootstrap(*(np.moveaxis(np.concatenate(part), 0, -1) for part in zip(*parts, strict=True)))
 
 
 class _Ritz(NamedTuple):
@@ -115,7 +115,7 @@ def _draws(
     members: Bool[np.ndarray, "P N"],
     phases: list[Shared],
 ) -> tuple[np.ndarray, ...]:
-    """A chunk's OverlapDraws, draws first; `first` are the full text's v."""
+    """A chunk's OverlapBootstrap, draws first; `first` are the full text's v."""
     draws, rotation = len(weights), ritz.rotation
     k = rotation.shape[2]
     v = np.empty((draws, *first.shape), np.float32)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32, Float64, Int
 
 from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.spectra.view_summary import ViewSummary
-from jaxdelta.statistics.across_layers.bootstrap import OverlapDraws, resampled_overlaps
+from jaxdelta.statistics.across_layers.bootstrap import OverlapBootstrap, bootstrap_overlaps
 from jaxdelta.statistics.across_layers.nulls import (
     PhaseNulls,
     adjacent_null,
@@ -29,7 +29,7 @@ from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.across_layers.subspaces import alignment_index
 from jaxdelta.statistics.intervals import benjamini_hochberg, p_value, t_interval
 from jaxdelta.statistics.layer_row import records
-from jaxdelta.text.groups import Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.utils.arrays import AnyArray
 
 ORDERS = 2000  # of segments tried by the phase test
@@ -61,8 +61,13 @@ def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
 
 
 @one_blas_thread
-def relate(
-    layers: Sequence[ViewSummary], phases: Phases, sample: Sample, k: int, null_draws: int, seed: int
+def compare_layers(
+    layers: Sequence[ViewSummary],
+    phases: Phases,
+    sample: ResamplingGroups,
+    k: int,
+    null_draws: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything that relates the layers of one view, each figure beside chance and with its interval."""
     directions, members = stacked_directions(layers, k), phases.members
@@ -88,13 +93,13 @@ def relate(
 
 
 def _draws(
-    layers: Sequence[ViewSummary], members: Bool[np.ndarray, "P N"], k: int, sample: Sample
-) -> OverlapDraws:
+    layers: Sequence[ViewSummary], members: Bool[np.ndarray, "P N"], k: int, sample: ResamplingGroups
+) -> OverlapBootstrap:
     """The overlaps without each document, then in each draw of documents."""
     coupling = np.stack([np.asarray(layer.coupling) for layer in layers])
     basis = np.stack([figures.basis for figures in layers])
     weights = np.concatenate([sample.without, sample.draws])
-    return resampled_overlaps(coupling, basis, k, weights, members)
+    return bootstrap_overlaps(coupling, basis, k, weights, members)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,7 @@ class _Nulls:
 class _Bounds:
     """Intervals from draws of documents, where there are any; in the first draws each is left out once."""
 
-    draws: OverlapDraws | None
+    draws: OverlapBootstrap | None
     documents: int
 
     def intervals(
@@ -151,7 +156,7 @@ def _adjacent(
         records({"L": np.arange(len(cosines)), "abs_cos": cosines}),
         bounds.intervals(cosines, "adjacent"),
         records({"isotropic_p": isotropic_p_value(cosines, d)}),
-        _beside(cosines, nulls.adjacent if nulls else None),
+        _with_null(cosines, nulls.adjacent if nulls else None),
         strict=True,
     )
     rows = [place | interval | isotropic | chance for place, interval, isotropic, chance in figures]
@@ -168,7 +173,7 @@ def _phases(found: Overlaps, phases: Phases, nulls: _Nulls | None, bounds: _Boun
     intra = bounds.intervals(found.intra_cos_mean, "intra")
     cross = bounds.intervals(found.cross_cos_mean, "cross")
     rank = bounds.intervals(found.stacked_rank, "stacked_rank", scale="log")
-    chance = _beside(found.intra_cos_mean, nulls.matched.intra if nulls else None)
+    chance = _with_null(found.intra_cos_mean, nulls.matched.intra if nulls else None)
     rows = []
     for p, (name, inside) in enumerate(zip(phases.names, phases.members, strict=True)):
         row: dict[str, Any] = {
@@ -203,7 +208,7 @@ def _layers(
     def entries(name: str) -> list[dict[str, Any]]:
         values = getattr(found, name)[p, layer]
         intervals = bounds.intervals(values, name, (p, layer))
-        chance = _beside(values, getattr(nulls.matched, name)[p] if nulls else None)
+        chance = _with_null(values, getattr(nulls.matched, name)[p] if nulls else None)
         isotropic = records({"isotropic_mean": nulls.isotropic[name][p]}) if nulls else chance
         figures = zip(records({"value": values}), intervals, chance, isotropic, strict=True)
         return [value | interval | beside | mean for value, interval, beside, mean in figures]
@@ -249,7 +254,7 @@ def _stability(cosines: Float64[np.ndarray, "N B"]) -> list[dict[str, Any]]:
     ]
 
 
-def _beside(
+def _with_null(
     values: Float64[AnyArray, " n"], null: Float64[np.ndarray, "n m"] | None
 ) -> list[dict[str, float]]:
     """Of each value chance's mean and 95 % point, its p-value, what is above chance; of no null nothing."""

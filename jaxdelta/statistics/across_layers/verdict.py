@@ -15,7 +15,7 @@ direction, so that the stacked v_L have a rank close to their number. The rules 
 from typing import Any
 
 PREDICTIONS = {"C": "shared", "E": "own"}
-LEVEL, FEW, ALL = 0.05, 0.5, 0.8
+ALPHA, SHARED_RANK, OWN_RANK = 0.05, 0.5, 0.8
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
@@ -54,24 +54,24 @@ def _shared(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
     intra, rank = row["intra"], _relative_rank(row)
     if intra["interval"][1] < intra["null_mean"]:
         return CONTRADICTED, "less |cos| within the phase than chance"
-    if rank[0] > ALL:
-        return CONTRADICTED, f"the rank of the v_L is above {ALL:g} of their number"
+    if rank[0] > OWN_RANK:
+        return CONTRADICTED, f"the rank of the v_L is above {OWN_RANK:g} of their number"
     failed = {
-        "|cos| within the phase is not above chance": intra["null_p"] > LEVEL
+        "|cos| within the phase is not above chance": intra["null_p"] > ALPHA
         or intra["interval"][0] <= intra["null_mean"],
-        "layers equally far away are as close, or too few to tell": gap_p is None or gap_p > LEVEL,
-        f"the rank of the v_L may exceed {FEW:g} of their number": rank[1] > FEW,
+        "layers equally far away are as close, or too few to tell": gap_p is None or gap_p > ALPHA,
+        f"the rank of the v_L may exceed {SHARED_RANK:g} of their number": rank[1] > SHARED_RANK,
     }
     return _unless(failed, "few dimensions, shared within the phase")
 
 
 def _own(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
     rank = _relative_rank(row)
-    if rank[1] < ALL:
-        return CONTRADICTED, f"the rank of the v_L is below {ALL:g} of their number"
+    if rank[1] < OWN_RANK:
+        return CONTRADICTED, f"the rank of the v_L is below {OWN_RANK:g} of their number"
     failed = {
-        f"the rank of the v_L may be below {ALL:g} of their number": rank[0] < ALL,
-        "more |cos| within the phase than chance": row["intra"]["null_p"] <= LEVEL,
+        f"the rank of the v_L may be below {OWN_RANK:g} of their number": rank[0] < OWN_RANK,
+        "more |cos| within the phase than chance": row["intra"]["null_p"] <= ALPHA,
     }
     return _unless(failed, "a direction of its own for every layer")
 
