@@ -18,13 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.spectra.scheduler import measure
-from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.linalg import single_threaded_blas
+from jaxdelta.spectra.scheduler import OneByOne, summarise_batch
+from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import MASKED, RAW
 from jaxdelta.statistics.across_layers.nulls import adjacent_null, layer_draws, phase_nulls
 from jaxdelta.statistics.across_layers.overlap import overlaps
@@ -41,7 +43,7 @@ from jaxdelta.statistics.per_layer.ranks import (
     stable_rank,
 )
 from jaxdelta.statistics.per_layer.registry import registered
-from jaxdelta.sweep.sweep import BlockUpdate, Update
+from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
@@ -170,14 +172,14 @@ def tokens_of(document: np.ndarray) -> Tokens:
 
 def measured(
     layers: list[tuple[np.ndarray, np.ndarray]], sample: ResamplingGroups, k: int, views: Any = (RAW,)
-) -> list[LayerFigures]:
-    """The package's figures of these δ and h."""
+) -> list[LayerSummary]:
+    """The package's summaries of these δ and h."""
     shape = layers[0][0].shape
     nothing = jnp.zeros(shape, jnp.float32)
     updates = [Update(jnp.asarray(x, jnp.float32), nothing, jnp.asarray(h, jnp.float32)) for x, h in layers]
-    return measure(
-        [[BlockUpdate(update)] for update in updates], shape, Design(k, views=views, groups=sample.groups)
-    )
+    with jax.enable_x64(True), single_threaded_blas():
+        plan = MeasurementPlan(k, views=views, resampled=True)
+        return summarise_batch(updates, plan, OneByOne(sample.groups))
 
 
 def coverage(quick: bool) -> list[Check]:
@@ -211,7 +213,7 @@ def intervals_of(world: World, seed: int) -> dict[tuple[str, int], Interval]:
         row = layer_row(index, PHASES.of_layer[index], layer, sample, TOP, HIDDEN)
         for name, (low, high) in row["intervals"].items():
             found[name, index] = (figure(row, name), low, high)
-    relations = compare_layers([layer.views[RAW] for layer in figures], PHASES, sample, 0, 0)
+    relations = compare_layers([layer.views[RAW] for layer in figures], PHASES, sample, TOP, 0, 0)
     for index, row in enumerate(relations["adjacent"]):
         found["adjacent", index] = (row["abs_cos"], *row["interval"])
     for key in ("phases", "layers"):
@@ -286,7 +288,7 @@ def subspaces(quick: bool) -> list[Check]:
         deltas = [rng.normal(size=(TOKENS, k)) @ basis + e for basis, e in zip(bases, noise, strict=True)]
         sample = ResamplingGroups.of(tokens_of(np.arange(TOKENS) * DOCUMENTS // TOKENS), 0, seed)
         figures = [layer.views[RAW] for layer in measured([(x, x) for x in deltas], sample, k)]
-        directions = stacked_directions(figures)
+        directions = stacked_directions(figures, k)
         phase = shared_subspaces(inner_products(directions), members)[0]
         found = phase.whole.T @ directions.reshape(-1, d)[phase.rows]
         sine = np.linalg.norm(found - found @ truth.T @ truth, 2)

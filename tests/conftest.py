@@ -136,6 +136,15 @@ def analysed(tiny_checkpoint: Path) -> Any:
     return analyze(str(tiny_checkpoint), TEXT, top_k=4, phases=PHASES, bootstrap=20, null_draws=20)
 
 
+def summarise_from(monkeypatch: pytest.MonkeyPatch, maker: str) -> None:
+    """Runs that follow summarise their layers from `rows` or from `moments`, whatever either costs."""
+    from jaxdelta.run.memory_plan import MemoryDemand
+
+    monkeypatch.setattr(
+        MemoryDemand, "_makers", lambda work: [work.measurement.groups if maker == "moments" else 0]
+    )
+
+
 @pytest.fixture
 def small(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
     """A checkpoint of two layers, to be spoiled."""

@@ -3,7 +3,8 @@
     python on_mesh.py runs CHECKPOINT TEXT DIRECTORY   all MESHES on four devices, each saved under its name
     python on_mesh.py script MODE FLAG ...             delta_svd.py; MODE is short or long, or MODE-broken
 
-`long`: the text counts as one that is too long to keep. `broken`: of several processes the last fails.
+`short`: the layers are summarised from rows, `long`: from moments. `broken`: of several processes the last
+fails.
 """
 
 import os
@@ -42,10 +43,9 @@ MESHES: dict[str, list[tuple[str, Blocks, dict[str, Any]]]] = {
 def divide(mode: str, blocks: Blocks) -> None:
     """Runs that follow are divided so."""
     from jaxdelta.run.memory_plan import MemoryDemand
-    from jaxdelta.text import groups
 
-    groups.LONG = 4096 if mode == "short" else 100
-    MemoryDemand._divisions = lambda work: iter([blocks])
+    MemoryDemand._makers = lambda work: [0 if mode == "short" else work.measurement.groups]
+    MemoryDemand._divisions = lambda work, groups: iter([blocks])
 
 
 def runs(checkpoint: str, text: str, directory: str) -> None:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import EXPERTS
+from conftest import EXPERTS, summarise_from
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -23,10 +22,9 @@ from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.tables import tables
 from jaxdelta.run import analyze as analysis
-from jaxdelta.run import memory_plan
 from jaxdelta.run.analyze import analyze
 from jaxdelta.run.options import Options
-from jaxdelta.spectra import from_rows
+from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.spectrum import Spectrum, decompose
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import SEPARATOR
@@ -268,20 +266,6 @@ def test_methods_agree(tiny_checkpoint: Path, result: Analysis) -> None:
     np.testing.assert_allclose(result.directions, full.directions, rtol=0, atol=1e-6)
 
 
-def test_batches_of_an_accelerator_give_the_same(
-    tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(
-        memory_plan, "layers_at_once", lambda n, d, free, devices=1: 3
-    )  # rows 0 to 2, then 3 and 4
-    batched = run(tiny_checkpoint)
-    for row, other in zip(result.per_layer, batched.per_layer, strict=True):
-        for key in PER_LAYER[2:]:
-            np.testing.assert_allclose(row[key], other[key], rtol=1e-10, err_msg=key)
-    np.testing.assert_allclose(result.directions, batched.directions, rtol=0, atol=1e-6)
-
-
 def test_a_failed_spectrum_is_computed_again(
     tiny_checkpoint: Path, result: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +274,7 @@ def test_a_failed_spectrum_is_computed_again(
         spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
         return spoiled, coordinates * np.nan
 
-    monkeypatch.setattr(from_rows, "decompose", fails)
+    monkeypatch.setattr(scheduler, "decompose", fails)
     mended = run(tiny_checkpoint, top_k=7)  # so many in no other test: what is compiled here is wrong
     assert result.run["rows_on_host"] == []
     assert mended.run["rows_on_host"] == [0, 1, 2, 3, 4]
@@ -504,17 +488,32 @@ def test_all_layers_write_nothing(changed: Callable[..., Path], tmp_path: Path) 
     assert "nan" not in tables(found).lower()
 
 
-def test_more_directions_than_a_layer_writes(changed: Callable[..., Path]) -> None:
+def test_more_directions_than_a_layer_writes(
+    changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directions that are missing are zero, and a note says so."""
+
     def narrow(tensors: dict[str, np.ndarray]) -> None:
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             tensors[f"model.layers.2.{name}.weight"][2:] = 0  # writes into two dimensions only
 
     directory = changed(narrow)
-    with pytest.raises(UsageError, match="top_k=4 is larger than the rank 2 of layer 2's update"):
-        run(directory)
-    found = run(directory, top_k=2)
-    assert found.per_layer[2]["eff_rank"] <= 2
-    assert not found.directions[2, :, 2:].any()
+    found, two = run(directory), run(directory, top_k=2)
+    row = found.per_layer[2]
+    assert row["note"] == "rank 2: the directions beyond it are zero"
+    assert row["mlp"]["note"] == row["note"] and "note" not in two.per_layer[2]
+    assert row["eff_rank"] <= 2 and row["top_singvals"][2:] == pytest.approx([0, 0], abs=1e-6)
+    assert all("note" not in other for other in (*found.per_layer[:2], found.per_layer[3]))
+    assert not found.directions[2, 2:].any() and not found.directions[2, :, 2:].any()
+    np.testing.assert_allclose(found.directions[2, :2], two.directions[2], rtol=0, atol=1e-6)
+    assert not found.principal_cosines[2, :, 2:].any()
+    assert found.run["certificate"] < 1e-12 and found.run["rows_on_host"] == []
+    found.save(tmp_path / "a.json")  # finite throughout
+    assert "nan" not in tables(found).lower()
+    assert run(directory, svd="full").per_layer[2]["note"] == row["note"]
+    summarise_from(monkeypatch, "moments")
+    moments = run(directory)
+    assert moments.per_layer[2]["note"] == row["note"] and not moments.directions[2, 2:].any()
 
 
 def test_weights_that_are_not_finite(changed: Callable[..., Path]) -> None:

@@ -11,7 +11,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+from stopped_runs import differing
 
+from jaxdelta import Analysis
 from jaxdelta.run.resume import RUN
 
 KILLS, LAYERS, SEED = 20, 8, 5
@@ -20,8 +22,11 @@ KILLS, LAYERS, SEED = 20, 8, 5
 @pytest.fixture
 def command(
     tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], ForkServerProcess]]:
-    """command(name): starts the script, which is to write NAME.json and keeps its checkpoint in NAME."""
+) -> Iterator[Callable[..., ForkServerProcess]]:
+    """command(name): starts the script, which is to write NAME.json and keeps its checkpoint in NAME.
+
+    With `in_batches` it summarises its layers as on an accelerator.
+    """
     # A second run compiles nothing: most moments would be in the midst of that.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -35,13 +40,13 @@ def command(
     model = make_checkpoint(tmp_path / "model", num_hidden_layers=LAYERS)
     started: list[ForkServerProcess] = []
 
-    def start(name: str) -> ForkServerProcess:
+    def start(name: str, in_batches: bool = False) -> ForkServerProcess:
         flags = {
             "model": model, "out": tmp_path / f"{name}.json", "checkpoint_dir": tmp_path / name, "top_k": 4,
             "bootstrap": 20, "null_draws": 20, "max_tokens": 200, "views": "masked",
         }  # fmt: skip
         given = [*(f"--{flag}={value}" for flag, value in flags.items()), "--noreport"]
-        started.append(context.Process(target=delta_svd, args=(given, tmp_path / f"{name}.log")))
+        started.append(context.Process(target=delta_svd, args=(given, tmp_path / f"{name}.log", in_batches)))
         started[-1].start()
         return started[-1]
 
@@ -52,8 +57,8 @@ def command(
 
 
 def newest(directory: Path) -> int:
-    """The last layer whose figures are there."""
-    return max((int(path.name[8:14]) for path in directory.glob(f"{RUN}/figures-??????")), default=-1)
+    """The last layer whose record is there."""
+    return max((int(path.name[7:13]) for path in directory.glob(f"{RUN}/record-??????")), default=-1)
 
 
 def wait_for_moment(process: ForkServerProcess, directory: Path, rng: random.Random) -> None:
@@ -87,6 +92,31 @@ def test_killed_twenty_times(command: Callable[[str], ForkServerProcess], tmp_pa
             name = f"run-{len(ended) - 1}" if kills < KILLS else name
     assert kills == KILLS
     assert resumed > KILLS / 2
+
+
+def test_killed_in_batches(command: Callable[..., ForkServerProcess], tmp_path: Path) -> None:
+    """Each time as soon as another batch is kept."""
+    whole = command("whole", in_batches=True)
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
+    kept = []
+    for wanted in (1, 3, 5):
+        process = command("run", in_batches=True)
+        while process.is_alive() and newest(tmp_path / "run") < wanted:
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
+        kept.append(newest(tmp_path / "run"))
+    assert kept == sorted(kept)
+    last = command("run", in_batches=True)
+    last.join()
+    log = (tmp_path / "run.log").read_text()
+    assert last.exitcode == 0 and "resumed after layer" in log and "damaged" not in log
+    # It may go on within a batch: the last one may then be of another size, which changes last bits.
+    found, wanted = (Analysis.load(tmp_path / f"{name}.json") for name in ("run", "whole"))
+    assert max(differing(found, wanted).values()) < 1e-12
+    assert not [*(tmp_path / "run").iterdir()]
 
 
 def assert_same(directory: Path, name: str) -> None:

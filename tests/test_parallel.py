@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EXPERTS, QUICK
+from conftest import EXPERTS, QUICK, summarise_from
 from flax import nnx
 from on_mesh import MESHES
 
@@ -20,7 +20,7 @@ from jaxdelta import Analysis, analyze
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.errors import UsageError
-from jaxdelta.run.memory_plan import MemoryDemand
+from jaxdelta.run.memory_plan import Measurement, MemoryDemand
 from jaxdelta.run.resume import RUN
 from jaxdelta.sweep.devices import ALL, DATA, WHOLE, OneDevice
 from jaxdelta.sweep.mesh import DeviceMesh, make_devices, parse_mesh, share
@@ -275,13 +275,16 @@ def test_a_device_has_its_share(checkpoint: Path) -> None:
                 assert same.get_value().addressable_data(1).shape == share(path, leaf, 2).shape
 
 
-@pytest.mark.parametrize("pool", [None, (3, 20)], ids=["short", "long"])
-def test_the_plan_is_a_devices(checkpoint: Path, pool: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("maker", ["rows", "moments"])
+def test_the_plan_is_a_devices(checkpoint: Path, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    summarise_from(monkeypatch, maker)
     opened = open_checkpoint(str(checkpoint))
-    one = MemoryDemand(opened, (61, 512), "float32", "float32", False, pool)
+    one = MemoryDemand(
+        opened, (61, 512), "float32", "float32", False, Measurement(views=4, parts=3, groups=20)
+    )
     four = dataclasses.replace(one, data=2, model=2)
     alone, split = one.plan(10**10), four.plan(10**10)
-    assert split.blocks.windows % (2 if pool is None else 4) == 0
+    assert split.blocks.windows % (2 if maker == "rows" else 4) == 0
     assert split.parts["states"] == pytest.approx(alone.parts["states"] / 2, rel=0.02)
     assert alone.parts["weights"] / 2 < split.parts["weights"] < 0.6 * alone.parts["weights"]
     blocks = alone.blocks._replace(windows=2 * (alone.blocks.windows // 2))

@@ -4,45 +4,25 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from stopped_runs import TEXT, bits, in_blocks, run, stopped, text
 
-from jaxdelta import Analysis, analyze, load_model
+from jaxdelta import analyze, load_model
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.run import analyze as analysis
-from jaxdelta.run import resume
-from jaxdelta.run.memory_plan import MemoryDemand
+from jaxdelta.run import record_files, resume
 from jaxdelta.run.resume import RUN, Run
-from jaxdelta.spectra import summary_files
-from jaxdelta.spectra.view_summary import LayerFigures
+from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.states import LOCATIONS, State, States, scratch_directory
-from jaxdelta.sweep.sweep import Blocks, Sweep
-from jaxdelta.text import groups
-from jaxdelta.text.tokens import Tokens
-from jaxdelta.text.windows import tokenize
 from jaxdelta.utils.files import locked
 
 LAYERS = 4  # of the tiny checkpoint
-OPTIONS: dict[str, Any] = {"top_k": 4, "bootstrap": 20, "null_draws": 20}
-
-Stopped = RuntimeError
-
-
-def text(count: int = 14) -> Tokens:
-    """Documents in windows of 64."""
-    words = [f"document {i} says {'something ' * (i % 7 + 1)}" for i in range(count)]
-    return tokenize(
-        words, lambda texts: [(list(text.encode()), list(range(len(text)))) for text in texts],
-        max_tokens=700, vocab_size=256, layout="packed", seq_len=64,
-    )  # fmt: skip
-
-
-TEXT = text()
 
 
 @pytest.fixture(autouse=True)
@@ -53,61 +33,10 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`short`: kept whole; else where the states of a long text wait, in several blocks."""
+    """`short`: from rows; else where the states wait of a text in several blocks, from moments."""
     if request.param != "short":
-        monkeypatch.setattr(groups, "LONG", 100)
-        monkeypatch.setattr(MemoryDemand, "_divisions", lambda work: iter([Blocks(3, 64, request.param)]))
+        in_blocks(monkeypatch, request.param)
     return request.param
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    """The next run stops when this layer is to pass; behind the last one, when the loss is to be computed."""
-
-    def fails(*_: object) -> None:
-        raise Stopped("the machine is taken away")
-
-    step = Sweep._step
-
-    def stops(sweep: Sweep, kind: Any, layers: Any, window: Any) -> Any:
-        steps.append(None)
-        return fails() if sweep.start + len(steps) > layer else step(sweep, kind, layers, window)
-
-    steps: list[None] = []
-    monkeypatch.setattr(Sweep, "_step", stops)
-    monkeypatch.setattr(Sweep, "finish", fails)
-
-
-def run(
-    model: Path, directory: Path | None, tokens: Tokens = TEXT, **options: Any
-) -> tuple[Analysis, list[str]]:
-    """The result, and what is said of going on."""
-    said: list[str] = []
-    where = None if directory is None else str(directory)
-    result = analyze(str(model), tokens, listener=said.append, checkpoint_dir=where, **OPTIONS | options)
-    return result, told(said)
-
-
-def stopped(model: Path, directory: Path, layer: int, **options: Any) -> list[str]:
-    """A run that is stopped before this layer; what is said of going on."""
-    said: list[str] = []
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Stopped):
-        stop_at(patched, layer)
-        where = str(directory)
-        analyze(str(model), TEXT, listener=said.append, checkpoint_dir=where, **OPTIONS | options)
-    return told(said)
-
-
-def told(said: list[str]) -> list[str]:
-    return [line.strip() for line in said if "resumed" in line or "damaged" in line]
-
-
-def bits(result: Analysis) -> tuple[str, bytes]:
-    """All but times and the directories' names."""
-    facts = {name: x for name, x in result.run.items() if "second" not in name}
-    facts["flags"] = facts["flags"] | {"checkpoint_dir": None, "scratch": None}
-    fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    kept = {name: x for name, x in fields.items() if name not in Analysis.ARRAYS}
-    return json.dumps(kept | {"run": facts}), result.arrays_file()
 
 
 # ------------------------------------------------------------------------------------------------ going on
@@ -121,14 +50,14 @@ def test_stopped_at_every_layer(place: str, tiny_checkpoint: Path, tmp_path: Pat
     where = {"scratch": str(scratch)}
     for layer in range(1, LAYERS + 1):
         said = stopped(tiny_checkpoint, directory, layer, **where)
-        # A layer is finished when its figures are there: while the next one passes.
+        # A layer is finished when its record is there: while the next one passes.
         assert said == ([f"resumed after layer {layer - 3}"] if layer >= 3 else [])
         steps = range(max(0, layer - 3), layer - 1)
         assert {path.name for path in (directory / RUN).iterdir()} == {
             "manifest.json",
             *(f"step-{step:06}{suffix}" for step in steps for suffix in ("", ".json")),
             *(f"step-{step:06}" for step in {layer - 1} & set(range(LAYERS - 1))),
-            *(f"figures-{index:06}" for index in range(layer - 1)),
+            *(f"record-{index:06}" for index in range(layer - 1)),
         }
     found, said = run(tiny_checkpoint, directory, **where)
     assert said == [f"resumed after layer {LAYERS - 2}"]
@@ -186,12 +115,6 @@ def test_the_caller_removes_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["of the user"]
 
 
-def test_batches_on_an_accelerator(tmp_path: Path) -> None:
-    """Where three layers are measured in one call, states are kept behind the third: the batches stay."""
-    with resume.opened(str(tmp_path), {}, 8, 3, print) as kept:
-        assert [layer for layer in range(8) if kept.keeps(layer)] == [2, 5]
-
-
 # --------------------------------------------------------------------------------------------- other runs
 
 
@@ -219,7 +142,7 @@ def test_each_entry_of_the_manifest_is_compared(left: Path) -> None:
         mend = r"choose another --checkpoint_dir, or delete .*jaxdelta-run"
         with (
             pytest.raises(JaxDeltaError, match=f"another run: {name} was .*; {mend}"),
-            resume.opened(str(left), other, LAYERS, 1, print),
+            resume.opened(str(left), other, LAYERS, print),
         ):
             pass
 
@@ -279,7 +202,7 @@ def test_a_loaded_model_has_no_name(tiny_checkpoint: Path, tmp_path: Path) -> No
 def restored(directory: Path) -> tuple[int, list[str], States]:
     """The layer to go on with, what is said, and the states."""
     said: list[str] = []
-    states, kept = States("host"), Run(directory / RUN, LAYERS, 1, said.append)
+    states, kept = States("host"), Run(directory / RUN, LAYERS, said.append)
     start = kept.restore(states)
     kept.close()
     return start, said, states
@@ -308,7 +231,7 @@ def test_no_damage_passes(left: Path, tmp_path: Path) -> None:
         lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
         Path.unlink,
     ]
-    names = f"step-{LAYERS - 2:06}", f"figures-{LAYERS - 2:06}"
+    names = f"step-{LAYERS - 2:06}", f"record-{LAYERS - 2:06}"
     found = []
     for number in range(len(files_of(left, *names))):
         for damage in damages:
@@ -338,7 +261,7 @@ def test_the_step_before_is_used(copy: Path, tiny_checkpoint: Path) -> None:
 
 
 def test_nothing_whole_is_left(copy: Path, tiny_checkpoint: Path) -> None:
-    shutil.rmtree(copy / RUN / "figures-000000")
+    shutil.rmtree(copy / RUN / "record-000000")
     found, said = run(tiny_checkpoint, copy)
     assert [line.split(" (")[0] for line in said] == [
         f"what was kept after layer {layer} is damaged" for layer in (LAYERS - 2, LAYERS - 3)
@@ -363,45 +286,45 @@ def test_a_piece_that_cannot_be_written(
 
     def fails(path: Path, arrays: Any) -> str:
         calls.append(path.name)
-        if path.name == "figures-000001":
+        if path.name == "record-000001":
             raise JaxDeltaError(f"{path}: cannot be written")
         return save(path, arrays)
 
     monkeypatch.setattr(resume, "_save", fails)
-    with pytest.raises(JaxDeltaError, match=r"figures-000001: cannot be written"):
+    with pytest.raises(JaxDeltaError, match=r"record-000001: cannot be written"):
         run(tiny_checkpoint, tmp_path)
     monkeypatch.undo()
-    assert calls[-1] == "figures-000001"
+    assert calls[-1] == "record-000001"
     assert run(tiny_checkpoint, tmp_path)[1] == ["resumed after layer 0"]
 
 
 # ------------------------------------------------------------------------------------------------- pieces
 
 
-def test_figures_come_back(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_come_back(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All bits, all types, and what is one object stays one."""
-    for one in found_figures(tiny_checkpoint, monkeypatch):
-        other = summary_files.unpack(summary_files.pack(one))
+    for one in found_records(tiny_checkpoint, monkeypatch):
+        other = record_files.unpack(record_files.pack(one))
         assert list(one.views) == list(other.views)
-        assert one.ledger == other.ledger
+        assert one._replace(views={}) == other._replace(views={})
         same = [[a is b for a in of.views.values() for b in of.views.values()] for of in (one, other)]
         assert same[0] == same[1]
         for mine, its in zip(one.views.values(), other.views.values(), strict=True):
             assert_same_tree(mine, its)
 
 
-def found_figures(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerFigures]:
-    """Of a short text, and of a long one."""
-    found: list[LayerFigures] = []
-    described = analysis.described
+def found_records(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[LayerRecord]:
+    """From rows, and from moments."""
+    found: list[LayerRecord] = []
+    collect = analysis.collect
 
-    def listened(layers: Iterable[LayerFigures], *rest: Any) -> Iterator[Any]:
-        return described((found.append(layer) or layer for layer in layers), *rest)
+    def listened(layers: list[LayerRecord], *rest: Any) -> Any:
+        found.extend(layers)
+        return collect(layers, *rest)
 
-    monkeypatch.setattr(analysis, "described", listened)
+    monkeypatch.setattr(analysis, "collect", listened)
     run(model, None)
-    monkeypatch.setattr(groups, "LONG", 100)
-    monkeypatch.setattr(MemoryDemand, "_divisions", lambda work: iter([Blocks(3, 64, "host")]))
+    in_blocks(monkeypatch, "host")
     run(model, None)
     assert len(found) == 2 * (LAYERS + 1)
     return found

@@ -2,17 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
 from test_reference_scripts import ROOT, load_script, run_script
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.spectra.group_moments import moments_by_group, without_groups
 from jaxdelta.statistics.intervals import t_interval
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -55,21 +51,3 @@ def test_a_figure_that_one_document_decides_has_a_wide_interval() -> None:
     (low, high), (lower, higher) = (t_interval(10.0, values) for values in (even, uneven))
     assert high - low == pytest.approx(2 * 2.064 * even.std() * np.sqrt(24), rel=0.15)
     assert higher - lower > 2 * (high - low)
-
-
-@pytest.mark.parametrize("library", [np, jnp], ids=["numpy", "jax"])
-@pytest.mark.parametrize("axes", [24, 16])
-def test_eigenvalues_without_a_document_are_those_of_the_others(axes: int, library: Any) -> None:
-    """Followed along all axes, and along the first of them."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 24)) * 0.8 ** np.arange(24)
-    _, values, vectors = np.linalg.svd(x, full_matrices=False)
-    membership = (np.arange(300) // 12 == np.arange(25)[:, None]).astype(np.float64)
-    with jax.enable_x64(True):
-        leading = library.asarray(x @ vectors[:axes].T)
-        among = moments_by_group(leading, library.asarray(membership))
-        beyond = membership @ np.square(x).sum(axis=1) - np.trace(among, axis1=1, axis2=2)
-        found = np.asarray(without_groups(library.square(values), among, library.asarray(beyond)))
-    exact = np.array([np.linalg.svd(x[group == 0], compute_uv=False) ** 2 for group in membership])
-    np.testing.assert_allclose(found.sum(axis=1), exact.sum(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(found[:, :10], exact[:, :10], rtol=3e-3 if axes < 24 else 1e-10)

@@ -22,6 +22,7 @@ from jaxdelta.run.context import RunContext
 from jaxdelta.run.memory_plan import Measurement, MemoryDemand, device_limit
 from jaxdelta.run.options import Options, check_rank
 from jaxdelta.run.provenance import SpectrumChecks, device, pass_times, run_record, versions
+from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.moments.accumulate import MomentSummaries, TextBlocks
 from jaxdelta.spectra.moments.files import RUN, keep_layer, keep_text, keeping
 from jaxdelta.spectra.moments.on_mesh import mesh_kernels
@@ -31,7 +32,6 @@ from jaxdelta.spectra.scheduler import (
     Schedule,
     Summaries,
     ThreadedSummaries,
-    in_batches,
     layers_pending,
     on_one_device,
 )
@@ -125,7 +125,7 @@ def _opened(
         tokens = _tokens(calibration, weights, options)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
-    check_rank(options.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
+    check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
     sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
     return RunContext(name, weights, weights, sample, phases, options, stages, devices)
 
@@ -266,7 +266,7 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
         keep = partial(keep_layer, kept) if kept else None
         return MomentSummaries(plan, finish, schedule, text, keep, mesh_kernels(mesh) if mesh else None)
     groups = sample.groups if options.resampled else None
-    if mesh is None and not in_batches():
+    if mesh is None and not scheduler.in_batches():
         return ThreadedSummaries(plan, finish, schedule, groups)
     at_once = schedule.at_once
     solver = on_mesh(mesh, at_once, groups) if mesh else on_one_device(at_once, groups)

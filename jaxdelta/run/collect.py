@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.run.options import Options, check_rank
+from jaxdelta.run.options import Options
 from jaxdelta.spectra.view_summary import COMPARED_VIEWS, ViewSummary
 from jaxdelta.spectra.views import RAW, View
 from jaxdelta.statistics.across_layers.overlap import overlaps, principal_angles
@@ -13,7 +13,6 @@ from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.across_layers.table import compare_layers, reference_tables, stacked_directions
 from jaxdelta.statistics.across_layers.verdict import verdicts
 from jaxdelta.statistics.layer_row import LayerRecord
-from jaxdelta.statistics.per_layer.ranks import numerical_rank
 from jaxdelta.text.groups import ResamplingGroups
 
 
@@ -23,11 +22,6 @@ def collect(
     """The Analysis' fields that follow from the layers' figures: the last is the last layer's, normed."""
     *plain, normed = layers
     chosen = [*plain[:-1], normed if options.last_state == "normed" else plain[-1]]
-    last = len(plain) - 1
-    for index, layer in enumerate(layers):
-        rank = numerical_rank(layer.views[RAW].singular_values)
-        check_rank(options.top_k, rank or options.top_k, f"layer {min(index, last)}'s update")
-
     raw = _view(chosen, RAW)
     directions = stacked_directions(raw, options.top_k)
     angles = principal_angles(directions)

@@ -53,7 +53,7 @@ class Measurement:
         m = min(n, d)
         return self.views * (n * d * m + 3.0 * m**3)
 
-    def moment_work(self, n: int, d: int, blocks: int) -> float:
+    def moment_work(self, n: int, d: int, blocks: float) -> float:
         """Time of a layer from moments: float32 products of each part, a full eigensolution of each view.
 
         The weights of the terms, also in `row_work`, were measured on one core at d = 1024; 10⁹ is what
@@ -116,15 +116,18 @@ class MemoryDemand:
         """The first division that fits: as coarse as possible, with the states on the device if possible.
 
         Raises:
-            JaxDeltaError: none fits; the message says how much is missing.
+            JaxDeltaError: none fits; the message says how much the smallest lacks.
         """
+        tried: list[Plan] = []
         for groups in self._makers():
             for blocks in self._divisions(groups):
                 plan = self._plan(blocks, groups, limit)
                 if plan.total <= limit:
                     return plan
+                tried.append(plan)
+        least = min(tried, key=lambda plan: plan.total)
         raise JaxDeltaError(
-            f"{plan}: {_size(plan.total - limit)} too much; fewer tokens (--max_tokens)"
+            f"{least}: {_size(least.total - limit)} too much; fewer tokens (--max_tokens)"
             f"{' or --memory=stream' if self.resident else ''} would need less"
         )
 
@@ -145,7 +148,7 @@ class MemoryDemand:
         if measurement.moments_only:
             return moments
         n, d = self._shape
-        blocks = -(-n // (self.data * block_tokens()))
+        blocks = n / (self.data * block_tokens())
         cheaper = measurement.row_work(n, d) <= measurement.moment_work(n, d, blocks)
         room = max(moment_bytes(measurement.parts, measurement.groups, d), SPARE_BYTES)
         return [0, *moments] if cheaper and self._rows(0)[1] <= room else [*moments, 0]

@@ -113,7 +113,7 @@ class Options:
         return self.bootstrap > 0 or self.null_draws > 0
 
 
-def check_rank(top_k: int, rank: int, what: str) -> None:
-    """Refuses more directions than `what` has."""
-    if top_k > rank:
-        raise UsageError(f"top_k={top_k} is larger than the rank {rank} of {what}")
+def check_rank(top_k: int, tokens: int, hidden: int) -> None:
+    """Refuses more directions than an update of these `tokens` can have."""
+    if top_k > (rank := min(tokens, hidden)):
+        raise UsageError(f"top_k={top_k} is larger than the rank {rank} of a layer's update")

@@ -22,7 +22,11 @@ def pack(record: LayerRecord) -> bytes:
     summaries = list({id(summary): summary for summary in record.views.values()}.values())
     numbers = {id(summary): number for number, summary in enumerate(summaries)}
     header = record._asdict() | {
-        "views": {view.name: numbers[id(summary)] for view, summary in record.views.items()}
+        "views": {view.name: numbers[id(summary)] for view, summary in record.views.items()},
+        "scalars": [
+            {name: value for name, value in summary._asdict().items() if isinstance(value, int)}
+            for summary in summaries
+        ],
     }
     arrays = {
         f"{number}.{name}": value
@@ -37,13 +41,13 @@ def pack(record: LayerRecord) -> bytes:
 
 def unpack(data: bytes) -> LayerRecord:
     """The record that was packed."""
-    fields: dict[int, dict[str, Any]] = {}
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         header = json.loads(str(arrays[_HEADER]))
+        fields: list[dict[str, Any]] = header.pop("scalars")
         for key in arrays.files:
             if key != _HEADER:
                 number, _, name = key.partition(".")
-                fields.setdefault(int(number), {})[name] = arrays[key]
-    summaries = {number: ViewSummary(**values) for number, values in fields.items()}
+                fields[int(number)][name] = arrays[key]
+    summaries = [ViewSummary(**values) for values in fields]
     header["views"] = {ALL[name]: summaries[number] for name, number in header["views"].items()}
     return LayerRecord(**header)

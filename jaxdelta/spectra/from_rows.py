@@ -21,7 +21,7 @@ from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import Groups
 from jaxdelta.utils.arrays import AnyArray
 
-LEADING_AXES = 48  # of the groups' moments: more change the halves' cosines by less than 0.001
+LEADING_AXES = 48  # of the groups' moments; for what they leave out see `split_half_cosines`
 _TINY = np.finfo(np.float64).tiny
 
 Decomposition = tuple[Spectrum, Float64[AnyArray, "n v"]]

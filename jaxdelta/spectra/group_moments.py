@@ -62,16 +62,20 @@ def split_half_cosines(
 ) -> Float64[np.ndarray, " R"]:
     """|<v', v''>| of the first right singular vectors of two halves of the groups, NaN where a half has none.
 
-    Both are found within the q leading axes: measured on spectra from flat to i⁻¹, 48 of them leave an error
-    below 0.009.
+    Both are found within the q leading axes. Measured on σ_i = i⁻ᵖ: of the mean over ten divisions 48 axes
+    leave an error below 0.015, most near p = 1/4 and below 0.009 from p = 1/2 to 1; 128 axes below 0.007.
     """
     repeats, _, groups = halves.shape
     q = group_moments.shape[1]
     moments = halves.reshape(2 * repeats, groups) @ group_moments.reshape(groups, q * q)
-    first = _first_vectors(moments.reshape(2 * repeats, q, q)).reshape(repeats, 2, q)
-    lengths = np.linalg.norm(first, axis=-1).prod(axis=-1)
-    cosines = np.abs(np.sum(first[:, 0] * first[:, 1], axis=-1)) / np.where(lengths > 0, lengths, 1)
-    return np.where(lengths > 0, np.minimum(cosines, 1), np.nan)
+    moments = moments.reshape(2 * repeats, q, q)
+    first = _first_vectors(moments).reshape(repeats, 2, q)
+    first /= np.maximum(np.linalg.norm(first, axis=-1, keepdims=True), _TINY)
+    cosines = np.minimum(np.abs(np.sum(first[:, 0] * first[:, 1], axis=-1)), 1)
+    # Beyond float32's resolution there is only the rounding of masked tokens' coordinates.
+    energy = np.trace(moments, axis1=1, axis2=2)
+    there = energy > np.finfo(np.float32).eps ** 2 * energy.max(initial=0)
+    return np.where(there.reshape(repeats, 2).all(axis=1), cosines, np.nan)
 
 
 def _first_vectors(moments: Float64[np.ndarray, "B q q"]) -> Float64[np.ndarray, "B q"]:

@@ -86,6 +86,11 @@ class Workers:
         while len(self._pending) >= self._most:
             yield from self._pending.popleft().result()
 
+    def ready(self) -> Iterator[Any]:
+        """Yields the oldest results that are there, without waiting."""
+        while self._pending and self._pending[0].done():
+            yield from self._pending.popleft().result()
+
     def rest(self) -> Iterator[Any]:
         """Yields all results that are pending."""
         while self._pending:
@@ -137,6 +142,7 @@ class BatchedSummaries(Workers):
         """Takes a layer, block by block; yields what is ready."""
         for update in concatenate_blocks([layer]):
             self._batch.append(update)
+            yield from self.ready()
             if len(self._batch) == self._schedule.at_once:
                 yield from self._flush()
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float64
 
 from jaxdelta.spectra import _lapack, linalg
 from jaxdelta.spectra.linalg import gram, product
+from jaxdelta.spectra.view_summary import resolved
 from jaxdelta.utils.arrays import AnyArray
 
 METHODS = ("gram", "full")
@@ -38,7 +39,8 @@ class Solved(NamedTuple):
 class Spectrum:
     """All singular values of δ, descending, its top right singular vectors, and how far to trust them.
 
-    `residual` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over the kept v; ‖VVᵀ - I‖; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
+    Directions beyond the rank are zero, see `resolved`. `residual` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over
+    the kept v; ‖VVᵀ - I‖ over those that are not zero; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
     """
 
     singular_values: Float64[AnyArray, "*layers r"]
@@ -51,7 +53,7 @@ def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") ->
 
     `gram`: eigenvalues of δδᵀ (n ≤ d) or δᵀδ (n > d) are σ²; where n ≤ d, V_k = qr(δᵀU_k). `full`: an SVD.
     A direction's sign is the one with <v, Σ_i δ_i> > 0, or, where that is too small to be stable, the one
-    that makes its largest entry positive. A zero δ has zero directions.
+    that makes its largest entry positive. A direction beyond the rank of δ is zero, see `resolved`.
     """
     return decompose(delta, k, method)[0]
 
@@ -121,12 +123,15 @@ def _by_svd(x: Float64[Array, "n d"], k: int) -> Decomposition:
 def orient(
     directions: Float64[Array, "k d"], values: Float64[Array, " k"], total: Float64[Array, " d"], n: Any
 ) -> Float64[Array, "k d"]:
-    """The directions with the signs of `update_spectrum`, `total` being Σ_i δ_i of n tokens."""
+    """The directions as `update_spectrum` returns them: signed, zero beyond the rank.
+
+    `total` is Σ_i δ_i of n tokens.
+    """
     along = directions @ total
     largest = jnp.take_along_axis(directions, jnp.abs(directions).argmax(axis=1)[:, None], axis=1)[:, 0]
     stable = jnp.abs(along) > _SIGN_FLOOR * values * jnp.sqrt(jnp.asarray(n, jnp.float64))
     signs = jnp.where(jnp.where(stable, along, largest) < 0, -1.0, 1.0)
-    return jnp.where(values[0] > 0, signs[:, None] * directions, 0)
+    return jnp.where(resolved(values)[:, None], signs[:, None] * directions, 0)
 
 
 def _residual(
@@ -145,7 +150,6 @@ def residual(
     k, tiny = len(directions), np.finfo(np.float64).tiny
     missed = image - jnp.square(values[:k])[:, None] * directions
     residual = jnp.linalg.norm(missed, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)
-    skew = product(directions, directions.T) - jnp.eye(k, dtype=directions.dtype)
-    orthonormal = jnp.where(values[0] > 0, jnp.abs(skew).max(), 0)
+    skew = product(directions, directions.T) - jnp.diag(resolved(values[:k]).astype(directions.dtype))
     trace = jnp.abs(jnp.sum(jnp.square(values)) - energy) / jnp.maximum(energy, tiny)
-    return jnp.maximum(jnp.maximum(residual, orthonormal), trace)
+    return jnp.maximum(jnp.maximum(residual, jnp.abs(skew).max()), trace)

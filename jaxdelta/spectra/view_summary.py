@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 
 from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, MASKED, RAW, View
@@ -92,9 +92,11 @@ class ViewSummary(NamedTuple):
         return first, second, third
 
     def for_comparison(self) -> "ViewSummary":
-        """The summary without its arrays of tokens and of groups' moments."""
-        return self._replace(
-            products=None, sigma1_shares=None, group_moments=None, group_rest=None, channels=None, kept=None
+        """The summary without its arrays of tokens and of groups' moments. Only its row has these."""
+        return ViewSummary(
+            *self[:4],  # singular_values, basis, certificate, mean_energy
+            coupling=self.coupling,
+            factor=self.factor,
         )
 
 
@@ -103,3 +105,8 @@ class LayerSummary(NamedTuple):
 
     views: dict[View, ViewSummary]
     energies: dict[str, float]
+
+
+def resolved(values: Float[Any, "*sets r"]) -> Bool[Any, "*sets r"]:
+    """Which singular values stand above float32's resolution, σ > ε σ_1; their number is the rank."""
+    return values > float(np.finfo(np.float32).eps) * values.max(axis=-1, keepdims=True)

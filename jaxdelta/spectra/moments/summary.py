@@ -147,6 +147,9 @@ class LayerMoments:
         self, view: View, moments: ViewMoments, plan: MeasurementPlan, kept: Bool[np.ndarray, " n"]
     ) -> ViewSummary:
         summary = _summary(moments, plan.basis_size(*self.shape))
+        # Of fewer tokens than d the rest are zeros, which the float32 products leave as rounding.
+        values = np.where(np.arange(self.shape[1]) < kept.sum() - view.centred, summary.singular_values, 0)
+        summary = summary._replace(singular_values=values[: min(self.shape)])
         if not plan.resampled:
             summary = summary._replace(group_moments=None, group_rest=None)
         if not plan.compares(view):

@@ -16,6 +16,7 @@ core: it takes less time than compiling it did.
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
@@ -77,9 +78,8 @@ def bootstrap_overlaps(
     phases = shared_subspaces(inner_products(basis[:, :k]), members, _CHOSEN_FROM)
 
     def draws(chunk: np.ndarray) -> tuple[np.ndarray, ...]:
-        ritz, scales = _ritz((chunk @ moments).reshape(layers, -1, c, c), k)
-        rotation = (ritz * scales[..., None]).astype(np.float32)
-        return _draws(coupling, chunk.astype(np.float32), rotation, first, ritz, members, phases)
+        ritz = _ritz((chunk @ moments).reshape(layers, -1, c, c), k)
+        return _draws(coupling, chunk.astype(np.float32), ritz, first, members, phases)
 
     threads, size = os.cpu_count() or 1, len(weights) * int(members.sum(axis=1).max()) * k * d * 4
     chunks = min(max(threads, -(-size // _CHUNK_BYTES)), len(weights))
@@ -88,30 +88,36 @@ def bootstrap_overlaps(
     return OverlapBootstrap(*(np.moveaxis(np.concatenate(part), 0, -1) for part in zip(*parts, strict=True)))
 
 
-def _ritz(
-    moments: Float64[np.ndarray, "N b c c"], k: int
-) -> tuple[Float64[np.ndarray, "N b k c"], Float64[np.ndarray, "N b k"]]:
-    """The first k of Qᵀ and θ⁻¹, V M_w Vᵀ = Q θ Qᵀ, descending; θ⁻¹ is zero for what a draw does not have.
+class _Ritz(NamedTuple):
+    """The first k of Qᵀ and θ⁻¹, V M_w Vᵀ = Q θ Qᵀ, descending; θ⁻¹ is zero for what a draw does not have."""
 
-    The rows of θ⁻¹Qᵀ V M_w are about of unit length, so that float32 serves small θ as well as large ones.
-    """
+    vectors: Float64[np.ndarray, "N b k c"]
+    scales: Float64[np.ndarray, "N b k"]
+
+    @property
+    def rotation(self) -> Float32[np.ndarray, "N b k c"]:
+        """θ⁻¹Qᵀ: the rows of its product with V M_w have about unit length, so that float32 serves any θ."""
+        return (self.vectors * self.scales[..., None]).astype(np.float32)
+
+
+def _ritz(moments: Float64[np.ndarray, "N b c c"], k: int) -> _Ritz:
     values, vectors = np.linalg.eigh((moments + moments.swapaxes(-1, -2)) / 2)
     present = values > 1e-12 * np.maximum(values[..., -1:], 0)
     scales = np.where(present, 1 / np.where(present, values, 1), 0)
-    return vectors[..., ::-1].swapaxes(-1, -2)[..., :k, :], scales[..., ::-1][..., :k]
+    return _Ritz(vectors[..., ::-1].swapaxes(-1, -2)[..., :k, :], scales[..., ::-1][..., :k])
 
 
 def _draws(
     coupling: Float32[np.ndarray, "N G c d"],
     weights: Float32[np.ndarray, "b G"],
-    rotation: Float32[np.ndarray, "N b k c"],
+    ritz: _Ritz,
     first: Float32[np.ndarray, "N d"],
-    ritz: Float64[np.ndarray, "N b k c"],
     members: Bool[np.ndarray, "P N"],
     phases: list[Shared],
 ) -> tuple[np.ndarray, ...]:
     """A chunk's OverlapBootstrap, draws first; `first` are the full text's v."""
-    draws, k = len(weights), rotation.shape[2]
+    draws, rotation = len(weights), ritz.rotation
+    k = rotation.shape[2]
     v = np.empty((draws, *first.shape), np.float32)
     captures = np.full((2, draws, *members.shape), np.nan)
     ranks = np.empty((draws, len(phases)))
@@ -120,7 +126,7 @@ def _draws(
         v[:, phase.layers] = unit(rows[:, ::k])
         # Each is its Ritz vector plus something at a right angle to all of V: they are independent.
         block = orthonormalised((rows @ rows.swapaxes(1, 2)).astype(np.float64), k)
-        captures[:, :, p, phase.layers] = _captures(block, _starts(ritz, phase))
+        captures[:, :, p, phase.layers] = _captures(block, _starts(ritz.vectors, phase))
         ranks[:, p] = effective_rank(singular_values(block[:, ::k, ::k]))
     cosines = np.minimum(np.abs(v @ v.swapaxes(1, 2)), 1).astype(np.float64)
     return (

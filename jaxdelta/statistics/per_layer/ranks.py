@@ -6,8 +6,9 @@ On one spectrum stable rank ≤ participation ratio ≤ eff_rank ≤ Roy & Vette
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 
+from jaxdelta.spectra.view_summary import resolved
 from jaxdelta.statistics.per_layer.registry import statistic
 
 _DIRECTIONS, _OTHERS = "number of directions", "Rank by other definitions"
@@ -110,10 +111,5 @@ def _inverse(x: Any) -> Any:
 
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
-    """The number of `resolved` singular values."""
+    """How many singular values stand above float32's resolution, σ > ε σ_1."""
     return int(np.sum(resolved(np.asarray(singular_values))))
-
-
-def resolved(singular_values: Float[np.ndarray, "*sets r"]) -> Bool[np.ndarray, "*sets r"]:
-    """Which singular values stand above float32's resolution, σ > ε σ_1."""
-    return singular_values > np.finfo(np.float32).eps * singular_values.max(axis=-1, keepdims=True)
