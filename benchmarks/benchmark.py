@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +49,14 @@ from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import UsageError
 from jaxdelta.model.decoder import Decoder, residual_stream
-from jaxdelta.spectra.scheduler import measure
-from jaxdelta.spectra.scheduler import measured as measured_in_turn
-from jaxdelta.spectra.view_summary import Design, LayerFigures
+from jaxdelta.spectra.scheduler import Finish, Schedule, ThreadedSummaries, layers_at_once, layers_pending
+from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import ALL, RAW
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases
 from jaxdelta.statistics.across_layers.table import compare_layers
-from jaxdelta.statistics.layer_row import described
+from jaxdelta.statistics.layer_row import layer_record
 from jaxdelta.sweep.sweep import BlockUpdate, PassPlan, Sweep, Update
-from jaxdelta.text.groups import ResamplingGroups
+from jaxdelta.text.groups import Groups, ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 OPENBLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -189,7 +189,7 @@ def analysis() -> list[Comparison]:
         nothing = jnp.zeros((n, d), jnp.float32)
         updates = [Update(jnp.asarray(delta), nothing, jnp.asarray(delta)) for delta in arrays]
         sides = {
-            "jaxdelta": partial(timed, partial(measured, updates, (n, d), Design(8))),
+            "jaxdelta": partial(timed, partial(summarised, updates, MeasurementPlan(8))),
             "NumPy": partial(timed, partial(numpy_spectra, arrays)),
         }
         found.append(pair(f"analysis, {n} tokens, hidden {d}, {layers} layers", sides))
@@ -213,8 +213,8 @@ def trust() -> list[Comparison]:
         )
         sample = ResamplingGroups.of(tokens, 200, 0)
         views = tuple(ALL.values())
-        one = partial(timed, partial(measured, updates, (n, d), Design(8)))
-        spectra = partial(timed, partial(measured, updates, (n, d), Design(8, views=views)))
+        one = partial(timed, partial(summarised, updates, MeasurementPlan(8)))
+        spectra = partial(timed, partial(summarised, updates, MeasurementPlan(8, views=views)))
         everything = partial(timed, partial(measured_and_related, updates, (n, d), sample))
         title = f"{n} tokens, hidden {d}, {layers} layers"
         found.append(
@@ -227,9 +227,21 @@ def trust() -> list[Comparison]:
     return found
 
 
-def measured(updates: list[Update], shape: tuple[int, int], design: Design) -> list[LayerFigures]:
-    """The statistics of every update."""
-    return measure([[BlockUpdate(update)] for update in updates], shape, design)
+def summarised(updates: list[Update], plan: MeasurementPlan) -> list[LayerSummary]:
+    """The summary of every update."""
+    return through_threads(updates, plan, None, lambda number, summary: summary)
+
+
+def through_threads(
+    updates: list[Update], plan: MeasurementPlan, groups: Groups | None, finish: Finish
+) -> list[Any]:
+    """What `finish` makes of the summary of every update, as in a run on a CPU."""
+    n, d = updates[0].h.shape
+    at_once = layers_at_once((n, d), len(updates), 0)
+    schedule = Schedule(at_once, layers_pending(at_once))
+    with ThreadedSummaries(plan, finish, schedule, groups) as summaries:
+        found = [one for update in updates for one in summaries.add([BlockUpdate(update)])]
+        return [*found, *summaries.rest()]
 
 
 def random_update(n: int, d: int, seed: int) -> Update:
@@ -242,12 +254,12 @@ def random_update(n: int, d: int, seed: int) -> Update:
 
 def measured_and_related(updates: list[Update], shape: tuple[int, int], sample: ResamplingGroups) -> None:
     """All views with what resampling needs, every layer's row, and the overlaps of the layers."""
-    design = Design(8, views=tuple(ALL.values()), groups=sample.groups)
+    plan = MeasurementPlan(8, views=tuple(ALL.values()), resampled=True)
     phases = Phases(default_phases(len(updates)))
-    figures = measured_in_turn([[BlockUpdate(update)] for update in updates], shape, design)
-    layers = list(described(figures, phases, sample, 8, shape[1]))
+    finish = partial(layer_record, phases=phases, sample=sample, k=8, hidden=shape[1])
+    layers = through_threads(updates, plan, sample.groups, finish)
     # As in a run, where the masked view of a text without sinks is the raw one.
-    compare_layers([layer.views[RAW] for layer in layers], phases, sample, 200, 0)
+    compare_layers([layer.views[RAW] for layer in layers], phases, sample, 8, 200, 0)
 
 
 def stream() -> list[Comparison]:

@@ -15,29 +15,29 @@ from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.checkpoint.weights import InMemoryWeights
 from jaxdelta.model.attention import query_block
 from jaxdelta.run.memory_plan import block_tokens
-from jaxdelta.spectra.moments.accumulate import Pool, Windows
-from jaxdelta.spectra.view_summary import Design
+from jaxdelta.spectra.moments.accumulate import MomentAccumulator, TextBlocks
+from jaxdelta.spectra.moments.kernels import one_device_kernels
+from jaxdelta.spectra.view_summary import MeasurementPlan
 from jaxdelta.spectra.views import DEFAULT_VIEWS, parse_views
 from jaxdelta.sweep.sweep import Blocks, PassPlan, Sweep
-from jaxdelta.text.groups import Groups, Sample
+from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 Side = Callable[[], object]
 
 
 def measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
-    """Our pass, gathering what the default views, masks and intervals need; the spectra are not taken."""
+    """Our pass with the moments of the default views, masks and intervals, without their spectra."""
     sweep, sample = _sweep(directory, ids, dtype)
-    assert sample.windows is not None
-    windows = Windows(sweep.counted, sweep.split(sample.windows), sample.halves)
-    design = Design(8, views=parse_views(DEFAULT_VIEWS), groups=Groups.none(sample.halves))
+    text = TextBlocks.of(sweep.counted, sample.group_of_token)
+    plan = MeasurementPlan(8, views=parse_views(DEFAULT_VIEWS), resampled=True)
 
     def run() -> None:
         for layer in sweep:
-            pool = Pool(windows, sweep.shape[1], design)
+            sums = MomentAccumulator(text, plan, one_device_kernels())
             for block, wrote in enumerate(layer):
-                pool.add(block, wrote.update)
-            jax.block_until_ready(pool.gathered().squares)
+                sums.add(block, wrote.update)
+            jax.block_until_ready(sums.moments().squares)
 
     return run
 
@@ -54,13 +54,13 @@ def passing(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
     return run
 
 
-def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[Sweep, Sample]:
+def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[Sweep, ResamplingGroups]:
     weights = InMemoryWeights(open_checkpoint(str(directory)).load())
     tokens = Tokens(ids, np.broadcast_to(np.arange(len(ids), dtype=np.int32)[:, None], ids.shape))
     count = max(1, min(len(ids), block_tokens() // ids.shape[1]))
     blocks = Blocks(count, query_block(weights.config, ids.shape[1]))
     sweep = Sweep(weights, tokens, PassPlan(blocks, dtype, all_tokens=True))
-    return sweep, Sample.of(tokens, 200, 0, pooled=True)
+    return sweep, ResamplingGroups.of(tokens, 200, 0)
 
 
 def torch_measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:

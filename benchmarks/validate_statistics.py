@@ -336,7 +336,7 @@ def sinks(quick: bool) -> list[Check]:
             spoiled = measured([(loud * x, loud * h) for x, h in layers], sample, TOP, (RAW, MASKED))
             for layer, clean in zip(spoiled, measured(layers, sample, TOP), strict=True):
                 masked = layer.views[MASKED]
-                right.append(set(np.flatnonzero(~masked.kept)) == set(places))
+                right.append(set(np.flatnonzero(~np.asarray(masked.kept))) == set(places))
                 row, truth = view_rows([masked, clean.views[RAW]], sample, TOP, HIDDEN)
                 within += [
                     low <= figure(truth, name) <= high for name, (low, high) in row["intervals"].items()
