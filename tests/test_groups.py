@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from updates import tokens
 
-from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, RUN_TOKENS, RUNS, Sample
+from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, RUN_TOKENS, RUNS, ResamplingGroups
 from jaxdelta.text.tokens import PADDING, Tokens
 
 
@@ -23,14 +23,14 @@ def document_of(of: Tokens) -> np.ndarray:
 
 def test_a_short_text_has_its_documents() -> None:
     of = text(2, 50, 7)
-    np.testing.assert_array_equal(Sample.of(of, 0, 0).owners, document_of(of))
+    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).owners, document_of(of))
 
 
 @pytest.mark.parametrize(("windows", "length"), [(2, 101), (4, 2048)], ids=["short", "long, few windows"])
 def test_many_documents_are_merged_at_random(windows: int, length: int) -> None:
     """Whole, and as many into each group."""
     of = text(windows, length, 100)
-    samples = [Sample.of(of, 0, seed) for seed in (0, 0, 1)]
+    samples = [ResamplingGroups.of(of, 0, seed) for seed in (0, 0, 1)]
     assert samples[0].documents == MAX_GROUPS
     pairs = np.unique(np.stack([document_of(of), samples[0].owners]), axis=1)
     assert pairs.shape[1] == 100
@@ -41,7 +41,7 @@ def test_many_documents_are_merged_at_random(windows: int, length: int) -> None:
 
 def test_a_long_text_of_many_windows_has_runs_of_them() -> None:
     of = text(25, 200, 60)
-    found = Sample.of(of, 0, 0)
+    found = ResamplingGroups.of(of, 0, 0)
     assert len(found.owners) > RUN_TOKENS and found.documents == RUNS and found.most_in_a_window == 1
     of_window = [np.unique(own) for own in np.split(found.owners, 25)]
     np.testing.assert_array_equal(np.concatenate(of_window), np.arange(25) * RUNS // 25)
@@ -49,7 +49,7 @@ def test_a_long_text_of_many_windows_has_runs_of_them() -> None:
 
 def test_a_long_text_of_few_windows_and_documents_has_runs_of_tokens() -> None:
     of = text(3, 2048, 4)
-    found = Sample.of(of, 0, 0)
+    found = ResamplingGroups.of(of, 0, 0)
     assert found.documents == RUNS and found.most_in_a_window > 1
     assert (np.diff(found.owners) >= 0).all()
     sizes = np.bincount(found.owners)
@@ -58,19 +58,19 @@ def test_a_long_text_of_few_windows_and_documents_has_runs_of_tokens() -> None:
 
 def test_a_long_text_of_few_windows_and_many_documents_has_its_documents() -> None:
     of = text(3, 2048, 30)
-    np.testing.assert_array_equal(Sample.of(of, 0, 0).owners, document_of(of))
+    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).owners, document_of(of))
 
 
 @pytest.mark.parametrize("documents", [12, 60])
 def test_a_token_more_changes_no_number_of_groups(documents: int) -> None:
     """4,096 tokens count, and a few more or less: there was a cliff to two groups, one for each window."""
-    samples = [Sample.of(text(3, 2048, documents, last), 0, 0) for last in (3, 4)]
+    samples = [ResamplingGroups.of(text(3, 2048, documents, last), 0, 0) for last in (3, 4)]
     assert [len(sample.owners) for sample in samples] == [RUN_TOKENS, RUN_TOKENS + 1]
     assert {sample.documents for sample in samples} == {min(documents, MAX_GROUPS)}
 
 
 def test_coarser_groups_are_neighbours_merged() -> None:
-    sample = Sample.of(tokens(400, 25), 30, 0)
+    sample = ResamplingGroups.of(tokens(400, 25), 30, 0)
     assert sample.coarser(25, 0) is sample
     found = sample.coarser(10, 0)
     assert found.documents == 10 and found.draws.shape == (30, 10)
@@ -80,7 +80,7 @@ def test_coarser_groups_are_neighbours_merged() -> None:
 
 
 def test_membership_draws_and_halves() -> None:
-    sample = Sample.of(tokens(400, 25), 30, 0)
+    sample = ResamplingGroups.of(tokens(400, 25), 30, 0)
     np.testing.assert_array_equal(sample.membership.argmax(axis=0), sample.owners)
     np.testing.assert_array_equal(sample.membership.sum(axis=0), 1)
     np.testing.assert_array_equal(sample.draws.sum(axis=1), 25)
@@ -89,5 +89,5 @@ def test_membership_draws_and_halves() -> None:
 
 
 def test_the_most_groups_that_a_window_has_tokens_of() -> None:
-    of = Sample.of(tokens(12, np.array([0, 0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4]), windows=3), 0, 0)
+    of = ResamplingGroups.of(tokens(12, np.array([0, 0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4]), windows=3), 0, 0)
     assert of.most_in_a_window == 3

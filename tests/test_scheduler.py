@@ -35,10 +35,10 @@ from jaxdelta.spectra.view_summary import (
 from jaxdelta.spectra.views import MASKED, RAW, View
 from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.sweep.sweep import BlockUpdate, Update
-from jaxdelta.text.groups import Groups, Sample
+from jaxdelta.text.groups import Groups, ResamplingGroups
 
 SINKS = {5: 30.0, 40: 100.0}
-SAMPLE = Sample.of(tokens(WIDE[0]), 20, seed=5)
+SAMPLE = ResamplingGroups.of(tokens(WIDE[0]), 20, seed=5)
 PLAN = plan(views=(RAW, MASKED, View(centred=True), View("attention", masked=True)))
 # Only the third layer has sinks.
 UPDATES = [update(WIDE, seed, SINKS if seed == 2 else None) for seed in range(5)]
@@ -128,7 +128,7 @@ def test_layers_come_in_their_order(kind: str, one_by_one: list[LayerSummary]) -
 def test_few_axes_of_a_long_update_serve_as_all() -> None:
     """One by one: as many as a factor has are found of the compared views, of the others some."""
     shape, views = (FACTOR_ROWS + 28, FACTOR_ROWS + 8), (RAW, View(centred=True))
-    sample = Sample.of(tokens(shape[0]), 20, seed=5)
+    sample = ResamplingGroups.of(tokens(shape[0]), 20, seed=5)
     wanted = [Wanted.of(plan(), view, *shape) for view in views]
     assert [one.axes(*shape, resampled=True) for one in wanted] == [FACTOR_ROWS, LEADING_AXES]
     wrote = on_device(update(shape))
