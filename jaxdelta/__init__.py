@@ -1,43 +1,26 @@
 """jaxdelta: what each layer of a language model writes into its residual stream."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jaxdelta._version import __version__
+from jaxdelta._faces import face
+from jaxdelta._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from jaxdelta.checkpoint.checkpoint import load_model
-    from jaxdelta.errors import JaxDeltaError, UsageError
-    from jaxdelta.model.decoder import residual_stream
-    from jaxdelta.report.analysis import Analysis
-    from jaxdelta.run.analyze import analyze
+    from jaxdelta.checkpoint.checkpoint import load_model as load_model
+    from jaxdelta.errors import JaxDeltaError as JaxDeltaError
+    from jaxdelta.errors import UsageError as UsageError
+    from jaxdelta.model.decoder import residual_stream as residual_stream
+    from jaxdelta.report.analysis import Analysis as Analysis
+    from jaxdelta.run.analyze import analyze as analyze
 
-_HOMES = {
-    "Analysis": "jaxdelta.report.analysis",
-    "JaxDeltaError": "jaxdelta.errors",
-    "UsageError": "jaxdelta.errors",
-    "analyze": "jaxdelta.run.analyze",
-    "load_model": "jaxdelta.checkpoint.checkpoint",
-    "residual_stream": "jaxdelta.model.decoder",
-}
-__all__ = [
-    "Analysis",
-    "JaxDeltaError",
-    "UsageError",
-    "__version__",
-    "analyze",
-    "load_model",
-    "residual_stream",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports the public names when they are first used: JAX takes a second that a wrong flag need not."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'jaxdelta' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    """What a notebook offers to complete."""
-    return sorted({*globals(), *__all__})
+# Imported on first use: JAX takes a second that a wrong flag need not wait for.
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    Analysis="report.analysis",
+    JaxDeltaError="errors",
+    UsageError="errors",
+    __version__="_version",
+    analyze="run.analyze",
+    load_model="checkpoint.checkpoint",
+    residual_stream="model.decoder",
+)

@@ -1,11 +1,12 @@
-"""The two kinds of mistake a user can make; scripts print them as one line and exit with `status`."""
+"""The errors that a user can cause; commands print them in one line and exit with `status`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 
 class JaxDeltaError(Exception):
-    """Input that cannot be used: a file, a checkpoint, a text. The message names the thing and the mend."""
+    """Unusable input: a file, a checkpoint, a text. The message names the input and how to fix it."""
 
     status = 1
 
@@ -16,12 +17,46 @@ class UsageError(JaxDeltaError, ValueError):
     status = 2
 
 
+def first_line(error: Exception) -> str:
+    """The reason for an error in one line: the system's words, or the message's first line, or the type."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+@contextlib.contextmanager
+def plain_errors(
+    subject: object,
+    messages: Mapping[Any, str],
+    *,
+    reason: Callable[[Exception], str] = first_line,
+    **details: object,
+) -> Iterator[None]:
+    """Turns other libraries' errors into a JaxDeltaError.
+
+    Args:
+        subject: the input, such as a path.
+        messages: type of error, or a tuple of types -> message, a format of subject, reason and details; the
+            first that matches counts, and an error that matches none passes.
+        reason: takes it from the error.
+        **details: other values that messages name.
+    """
+    try:
+        yield
+    except JaxDeltaError:
+        raise
+    except Exception as error:
+        for kinds, message in messages.items():
+            if isinstance(error, kinds):
+                raise JaxDeltaError(message.format(subject, reason(error), **details)) from error
+        raise
+
+
 @contextlib.contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Around the import of what an extra of the package brings.
+    """Wraps the import of an optional dependency.
 
     Raises:
-        JaxDeltaError: it is not installed; the message says that `what` needs it, and how to install it.
+        JaxDeltaError: it is not installed; the message says that `what` needs it, and which extra brings it.
     """
     try:
         yield
@@ -30,8 +65,3 @@ def extra(name: str, what: str) -> Iterator[None]:
         raise JaxDeltaError(
             f"{what} needs {package}, which is not installed (pip install 'jaxdelta[{name}]')"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What another library's exception says, cut to one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,16 +2,21 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import jaxdelta
 
 PACKAGE = Path(jaxdelta.__file__).parent
 # From the ground up: a room imports from those before it. Rooms on one floor do not import each other.
 FLOORS = (
-    ("_version", "errors"),
+    ("_faces", "_version", "errors"),
     ("utils",),
     ("text", "model"),
     ("checkpoint",),
@@ -25,6 +30,12 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FACE = PACKAGE / "__init__.py"  # imports the public names when they are first used
+FACES = [
+    "jaxdelta",
+    *(f"jaxdelta.{room}" for room in ("utils", "text", "model", "checkpoint", "sweep", "spectra")),
+    *(f"jaxdelta.{room}" for room in ("spectra.moments", "statistics", "report", "run")),
+    *(f"jaxdelta.statistics.{room}" for room in ("per_layer", "across_layers")),
+]
 
 
 @functools.cache
@@ -80,6 +91,26 @@ def test_private_modules_stay_in_their_room() -> None:
         f"{name} -> {target}"
         for name, path in modules().items()
         for target in imported(path)
-        if target.rpartition(".")[2].startswith("_") and room(target) not in (room(name), "_version")
+        if target.rpartition(".")[2].startswith("_")
+        and room(target) not in (room(name), "_faces", "_version")
     ]
     assert outside == []
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_every_name_of_a_face_resolves(name: str) -> None:
+    package = import_module(name)
+    assert 3 <= len(package.__all__) <= 7
+    for public in package.__all__:
+        assert getattr(package, public) is not None
+        assert f"{name}.{public}" not in modules(), "hidden by the module of that name"
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'absent'"):
+        _ = package.absent
+
+
+def test_faces_bring_no_library_along() -> None:
+    faces = [name for name in FACES if name != "jaxdelta.statistics.per_layer"]  # imports its modules
+    code = f"import sys, {', '.join(faces)}; print({{*sys.modules}} & {{'absl', 'jax', 'numpy'}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

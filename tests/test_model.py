@@ -318,7 +318,7 @@ def test_float32_products_are_whole_on_a_gpu(model: Decoder) -> None:
     graph, weights = nnx.split(model)
     args = graph, weights, jnp.asarray(TOKENS), (jnp.dtype("float32"),) * 2, True, None
     forward = decoder._residual_stream.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    add_slice = loss._add_slice.trace(jnp.zeros((1, 4)), jnp.zeros((1, 4, 48)), model.head, 256)
+    add_slice = jax.jit(loss._add_slice).trace(jnp.zeros((1, 4)), jnp.zeros((1, 4, 48)), model.head, 256)
     for text, count in ((forward, 9), (add_slice.lower(lowering_platforms=("cuda",)).as_text(), 1)):
         products = re.findall(r"stablehlo\.(?:dot_general|dot|convolution)\b.*", text)
         assert len(products) == count

@@ -1,19 +1,13 @@
-"""Reading ahead, and which reads leave nothing in the system's page cache."""
+"""Reading ahead, and reading bytes into a buffer."""
 
-import errno
-import os
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxdelta.utils import read_ahead as reading
 from jaxdelta.utils.read_ahead import read_ahead, read_into
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux knows reads past the cache")
 CONTENT = np.random.default_rng(0).bytes(40_000)
 
 
@@ -32,60 +26,26 @@ def part(file: Path, index: int) -> bytes:
     return bytes(buffer)
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, error: int | None) -> list[int]:
-    """Makes reads past the cache fail, or, without an error, succeed anywhere; lists the flags of all."""
-    preadv, flags = os.preadv, list[int]()
+def test_the_next_item_is_read_while_one_is_in_use(file: Path) -> None:
+    read = [threading.Event() for _ in range(4)]
 
-    def recorded(handle: int, buffers: list[memoryview], offset: int, flag: int = 0) -> int:
-        flags.append(flag)
-        if flag and error:
-            raise OSError(error, os.strerror(error))
-        return preadv(handle, buffers, offset)
+    def recorded(index: int) -> bytes:
+        content = part(file, index)
+        read[index].set()
+        return content
 
-    monkeypatch.setattr(reading.os, "preadv", recorded)
-    return flags
-
-
-def test_only_what_is_waited_for_stays_in_the_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags, second_read = refusing(monkeypatch, None), threading.Event()
-
-    def slow_and_fast(index: int) -> bytes:
-        if index in (0, 2):
-            time.sleep(0.2)
-        found = part(file, index)
-        if index == 1:
-            second_read.set()
-        return found
-
-    found = []
-    for index, data in enumerate(read_ahead(slow_and_fast, 4)):
-        found.append(data)
-        if index == 0:  # the second is there before it is asked for, the first and the third are not
-            second_read.wait()
-            time.sleep(0.2)
-    assert b"".join(found) == CONTENT
-    assert flags == [0, 0, reading._DONTCACHE, 0]
+    contents = []
+    for index, content in enumerate(read_ahead(recorded, 4)):
+        contents.append(content)
+        assert index == 3 or read[index + 1].wait(10)
+        assert index >= 2 or not read[index + 2].is_set()
+    assert b"".join(contents) == CONTENT
 
 
-@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_systems_without_reads_past_the_cache(
-    file: Path, monkeypatch: pytest.MonkeyPatch, error: int
-) -> None:
-    flags = refusing(monkeypatch, error)
-    monkeypatch.setattr(reading._reader, "waited_for", False)
-    assert part(file, 1) == CONTENT[10_000:20_000]
-    assert flags == [reading._DONTCACHE, 0]
+def test_a_later_start(file: Path) -> None:
+    assert b"".join(read_ahead(lambda index: part(file, index), 4, start=2)) == CONTENT[20_000:]
 
 
-def test_other_errors_are_not_hidden(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing(monkeypatch, errno.EIO)
-    monkeypatch.setattr(reading._reader, "waited_for", False)
-    with pytest.raises(OSError, match="Input/output error"):
-        part(file, 1)
-
-
-@pytest.mark.parametrize("waited_for", [True, False])
-def test_a_file_that_ends_before(file: Path, monkeypatch: pytest.MonkeyPatch, waited_for: bool) -> None:
-    monkeypatch.setattr(reading._reader, "waited_for", waited_for)
+def test_a_file_that_ends_before(file: Path) -> None:
     with pytest.raises(OSError, match="has become shorter"):
         part(file, 4)

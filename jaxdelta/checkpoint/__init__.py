@@ -1,1 +1,13 @@
 """Where weights come from: the hub, safetensors, PyTorch, Orbax, float8, controls."""
+
+from jaxdelta._faces import face
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    Checkpoint="checkpoint",
+    Weights="weights",
+    controlled="controls",
+    load_model="checkpoint",
+    open_checkpoint="checkpoint",
+    save_model="checkpoint",
+)

@@ -1,9 +1,9 @@
-"""Weights on disk -> parameters: safetensors read directly, Orbax's, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors and Orbax read directly, everything else through PyTorch.
 
-The model's parameter tree carries Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight`
-of shape (L, F, D) is `model.layers.{0..L-1}.mlp.up_proj.weight`; layers with experts are stacked apart, and
-so are a layer's experts. Each stacked parameter is filled in one host buffer, so loading needs the weights'
-own size and little more.
+Parameters have Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight` of shape (L, F, D)
+is `model.layers.{0..L-1}.mlp.up_proj.weight`. Layers with experts are a stack of their own, as are a layer's
+experts. Each stacked parameter is read into one host buffer, so loading needs little more memory than the
+weights.
 """
 
 import dataclasses
@@ -34,57 +34,50 @@ HEAD = "lm_head.weight"
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
 
-# Buffers that old checkpoints carry beside their weights.
+# Buffers that old checkpoints store along with their weights.
 _DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.masked_bias)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: names and shapes are checked, and weights are read when asked for.
-
-    It serves the layer-major pass as `Weights`, and loads whole as a `Decoder`.
-    """
+    """An opened checkpoint with checked names and shapes: `Weights` for a pass, or loaded as a `Decoder`."""
 
     directory: Path
     config: ModelConfig
     source: TensorSource
-    float8: Float8 | None = None  # what `source` shows multiplied out
+    float8: Float8 | None = None  # the float8 tensors that `source` lists dequantised
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
         return self._layer(index, lambda path, shape, parts: self._read(shape, parts))
 
     def placed_layer(self, index: int, place: Callable[..., Any]) -> nnx.State:
-        """The same by `place(path, shape, read)`, which asks `read` for the slices it needs."""
+        """One layer's parameters as place(path, shape, read), where read(index) reads a slice."""
         return self._layer(
             index, lambda path, shape, parts: place(path, shape, partial(self._read_part, shape, parts))
         )
 
     def abstract_layer(self, index: int) -> nnx.State:
-        """The same with shapes in place of weights."""
+        """Shapes and dtypes of one layer's parameters."""
         return self._layer(index, lambda _, shape, parts: jax.ShapeDtypeStruct(shape, self._dtype(parts)))
 
     def _layer(self, index: int, fill: Callable[[Any, Shape, list[TensorPart]], Any]) -> nnx.State:
-        def filled(path: Any, shape: Shape) -> Any:
-            return fill(path, shape, list(_layer_parts(index, path, self.config)))
-
-        return nnx.from_flat_state(
-            [
-                (path, variable.replace(filled(path, variable.shape)))
-                for path, variable in _flat_block(self.config, sparse=self.config.is_sparse(index))
-            ]
-        )
+        filled = []
+        for path, variable in _flat_block(self.config, sparse=self.config.is_sparse(index)):
+            parts = list(_layer_parts(index, path, self.config))
+            filled.append((path, variable.replace(fill(path, variable.shape, parts))))
+        return nnx.from_flat_state(filled)
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """The input embeddings of the given tokens; only their rows are read."""
+        """The input embeddings of tokens; only their rows are read."""
         return self._rows(EMBEDDING, ids)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """The output embeddings of the given tokens."""
+        """The output embeddings of tokens."""
         return self._rows(self._head, ids)
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
-        """Rows start..stop-1 of the output embedding."""
+        """Rows `start` to `stop` of the output embedding."""
         return jax.device_put(self.source.read(self._head, start, stop), may_alias=True)
 
     def final_norm(self) -> Float[Array, " D"]:
@@ -93,22 +86,22 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """The tensors the model is made of, layer by layer."""
+        """The model's tensors, layer by layer."""
         return sorted(_shapes(self.config), key=_natural)
 
     def first_bad_tensor(self) -> str | None:
-        """The name of the first tensor that holds a NaN or an infinity, if any."""
+        """The first tensor with a NaN or an infinity, or None."""
         for name in sorted(self.source.specs, key=_natural):
             if not np.isfinite(self.source.read(name).astype(np.float32)).all():
                 return name
         return None
 
     def load(self, sharding: Placement | None = None) -> Decoder:
-        """The whole model, each stacked parameter filled in one host buffer, or in one for each shard.
+        """The whole model, each stacked parameter read into one host buffer, or one per shard.
 
         Args:
-            sharding: (name, shape) of a parameter -> its sharding; the name is the module tree's, as in
-                `layers.mlp.up_proj.weight`, whose first axis are the layers. None: the default device.
+            sharding: (name, shape) of a parameter -> its sharding, with names such as
+                `layers.mlp.up_proj.weight`, whose first axis is the layers. None: the default device.
         """
         graph, state = nnx.split(abstract_model(self.config))
         filled = []
@@ -123,23 +116,23 @@ class Checkpoint:
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     def _read(self, shape: Shape, parts: list[TensorPart]) -> Array:
-        """A parameter on the device, its parts read straight into one host buffer."""
+        """A parameter on the device, its parts read into one host buffer."""
         if self.float8 and all(self.float8.holds(name) for name, _ in parts):
             return self.float8.read(shape, parts)
         return jax.device_put(self._read_part(shape, parts, (slice(None),) * len(shape)), may_alias=True)
 
     def _read_part(self, shape: Shape, parts: list[TensorPart], index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of a parameter: only the layers, experts and rows that it has are read."""
+        """A slice of a parameter, for which only its layers, experts and rows are read."""
         wanted = [range(*axis.indices(size)) for axis, size in zip(index, shape, strict=True)]
         buffer = aligned(tuple(map(len, wanted)), self._dtype(parts))
-        for name, place in parts:
-            if not all(at in axis for at, axis in zip(place, wanted, strict=False)):
+        for name, stack in parts:
+            if not all(i in axis for i, axis in zip(stack, wanted, strict=False)):
                 continue
-            out = buffer[tuple(at - axis.start for at, axis in zip(place, wanted, strict=False))]
+            out = buffer[tuple(i - axis.start for i, axis in zip(stack, wanted, strict=False))]
             if out.shape == self.source.specs[name].shape:
                 self.source.read_into(name, out)
             else:
-                rows, rest = wanted[len(place)], index[len(place) + 1 :]
+                rows, rest = wanted[len(stack)], index[len(stack) + 1 :]
                 out[:] = self.source.read(name, rows.start, rows.stop)[:, *rest]
         return buffer
 
@@ -151,22 +144,22 @@ class Checkpoint:
         return EMBEDDING if self.config.tie_embeddings else HEAD
 
     def _rows(self, name: str, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        unique, place = np.unique(ids, return_inverse=True)
+        unique, inverse = np.unique(ids, return_inverse=True)
         rows = np.concatenate([self.source.read(name, i, i + 1) for i in unique.tolist()])
-        return jax.device_put(rows[place.reshape(ids.shape)])
+        return jax.device_put(rows[inverse.reshape(ids.shape)])
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
-    """Opens a checkpoint and checks that its tensors are those its configuration needs.
+    """Opens a checkpoint and checks its tensors against its configuration.
 
     Args:
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
-        loader: `safetensors`, `torch` (transformers' PyTorch model and its state dict: .bin files, GGUF,
-            other quantised formats), or `auto`: safetensors where there are any, else Orbax's.
+        loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
+            formats); or `auto`, the first that fits of safetensors, Orbax and torch.
 
     Raises:
-        JaxDeltaError: whatever is wrong with the directory, its files or their tensors, all names given.
+        JaxDeltaError: anything wrong with the directory, its files or their tensors, all of them named.
         UsageError: an unknown loader.
     """
     if loader not in LOADERS:
@@ -204,29 +197,28 @@ def load_model(
     loader: str = "auto",
     sharding: Placement | None = None,
 ) -> Decoder:
-    """Loads a whole checkpoint; the weights keep the dtype they have on disk.
+    """Loads a whole checkpoint; the weights keep their dtype.
 
     >>> model = jaxdelta.load_model("demo")
     >>> model.config.num_layers, model.config.hidden_size
     (28, 128)
 
-    Arguments and errors are those of `open_checkpoint`, and `sharding` is that of `Checkpoint.load`.
+    Arguments and errors are those of `open_checkpoint`, `sharding` that of `Checkpoint.load`.
     """
     return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
 
 
 def save_model(model: Decoder, directory: Path) -> None:
-    """Writes config.json and model.safetensors in Hugging Face's layout, in the weights' own dtype."""
+    """Writes config.json and model.safetensors in Hugging Face's layout, in the weights' dtype."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(variable[...])
-        for name, place in _parts(path, model.config):
-            tensors[name] = np.ascontiguousarray(value[place])
+        for name, index in _parts(path, model.config):
+            tensors[name] = np.ascontiguousarray(value[index])
     save_file(tensors, directory / hub.WEIGHTS, metadata={"format": "pt"})
-    dtype = model.embed_tokens.weight[...].dtype
-    config = dataclasses.replace(model.config, dtype=str(dtype))
-    write_config(config, directory / hub.CONFIG)
+    dtype = str(model.embed_tokens.weight[...].dtype)
+    write_config(dataclasses.replace(model.config, dtype=dtype), directory / hub.CONFIG)
 
 
 @cache
@@ -235,26 +227,26 @@ def _flat_block(config: ModelConfig, *, sparse: bool) -> list[tuple[Any, Any]]:
 
 
 def _parts(path: tuple[Any, ...], config: ModelConfig) -> Iterator[TensorPart]:
-    """The tensors that a parameter consists of, by Hugging Face's names."""
+    """The tensors of a parameter, by Hugging Face's names."""
     if path[0] not in ("layers", "sparse_layers"):
         yield ("" if path[0] == "lm_head" else "model.") + ".".join(path), ()
         return
     for row, index in enumerate(config.layers_of(sparse=path[0] == "sparse_layers")):
-        for name, place in _layer_parts(index, path[1:], config):
-            yield name, (row, *place)
+        for name, expert in _layer_parts(index, path[1:], config):
+            yield name, (row, *expert)
 
 
 def _shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The tensors that a model is made of, by Hugging Face's names."""
+    """Name -> shape of a model's tensors."""
     return {
-        name: variable.shape[len(place) :]
+        name: variable.shape[len(stack) :]
         for path, variable in nnx.to_flat_state(nnx.state(abstract_model(config)))
-        for name, place in _parts(path, config)
+        for name, stack in _parts(path, config)
     }
 
 
 def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iterator[TensorPart]:
-    """The same for a parameter of one layer: one tensor, or one for each expert."""
+    """The tensor of one layer's parameter, or the tensors of its experts."""
     prefix = f"model.layers.{index}."
     if path[:2] != ("mlp", "experts") or config.experts is None:
         yield prefix + ".".join(path), ()
@@ -264,7 +256,7 @@ def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iter
 
 
 def _has_own_head(source: TensorSource) -> bool:
-    """transformers 5 ties a head that is on disk only to an equal embedding, whatever config.json says."""
+    """Whether a head is on disk that differs from the embedding; transformers 5 ties only equal ones."""
     if HEAD not in source.specs or EMBEDDING not in source.specs:
         return False
     if source.specs[HEAD] != source.specs[EMBEDDING]:
@@ -276,9 +268,9 @@ def _has_own_head(source: TensorSource) -> bool:
     return False
 
 
-def _check_dtypes(config: ModelConfig, found: Mapping[str, TensorSpec], directory: Path) -> None:
-    """Float8 means something only with scales, and scales belong to the layers' projections."""
-    for name, spec in found.items():
+def _check_dtypes(config: ModelConfig, specs: Mapping[str, TensorSpec], directory: Path) -> None:
+    """Refuses float8 without scales, which only the layers' projections have."""
+    for name, spec in specs.items():
         if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
             raise JaxDeltaError(
                 f"{directory}: {name} has dtype F8_E4M3, which jaxdelta reads only in the projections of a "
@@ -286,34 +278,30 @@ def _check_dtypes(config: ModelConfig, found: Mapping[str, TensorSpec], director
             )
 
 
-def _check_names(config: ModelConfig, found: Mapping[str, TensorSpec], directory: Path) -> None:
-    """Every name and shape must be as the configuration says, both ways; one error tells all that are not."""
+def _check_names(config: ModelConfig, specs: Mapping[str, TensorSpec], directory: Path) -> None:
+    """Refuses missing and unexpected tensors and wrong shapes, all in one error."""
     wanted = _shapes(config)
     if config.weight_block:
         wanted |= {
             scale_name(name): scale_shape(shape, config.weight_block)
             for name, shape in wanted.items()
-            if name in found and found[name].dtype == FLOAT8
+            if name in specs and specs[name].dtype == FLOAT8
         }
-    extra = {name for name in set(found) - set(wanted) if not _DERIVED.fullmatch(name)}
-    if config.tie_embeddings:
-        extra.discard(HEAD)
-    wrong = [
-        f"{name} is {found[name].shape}, not {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name].shape != shape
-    ]
-    problems = [
-        f"{what}: {', '.join(sorted(names, key=_natural))}"
-        for what, names in (
-            ("missing", set(wanted) - set(found)),
-            ("unexpected", extra),
-            ("wrong shape", wrong),
+    tied = {HEAD} if config.tie_embeddings else set()
+    problems = {
+        "missing": wanted.keys() - specs.keys(),
+        "unexpected": {name for name in specs.keys() - wanted.keys() - tied if not _DERIVED.fullmatch(name)},
+        "wrong shape": {
+            f"{name} is {specs[name].shape}, not {shape}"
+            for name, shape in wanted.items()
+            if name in specs and specs[name].shape != shape
+        },
+    }
+    if any(problems.values()):
+        listed = (
+            f"{what}: {', '.join(sorted(them, key=_natural))}" for what, them in problems.items() if them
         )
-        if names
-    ]
-    if problems:
-        raise JaxDeltaError(f"{directory}: the weights do not fit {hub.CONFIG}: {'; '.join(problems)}")
+        raise JaxDeltaError(f"{directory}: the weights do not fit {hub.CONFIG}: {'; '.join(listed)}")
 
 
 def _natural(name: str) -> list[Any]:

@@ -1,16 +1,15 @@
-"""Controls: the same run on weights, or on a text, from which what was learnt or written has been taken.
+"""Control runs: the same analysis on randomised weights or a randomised text.
 
-`random_init`: weights drawn as before training. `permuted_weights`: every tensor keeps its entries and loses
-their order. `shuffled_tokens`: the text's tokens in random order. `random_tokens`: ids drawn uniformly from
-the rows of the embedding (a few of which may be no token: padding, 267 of Qwen3's 151,936).
+`random_init`: weights drawn as before training. `permuted_weights`: every tensor's entries in random order.
+`shuffled_tokens`: the text's tokens in random order. `random_tokens`: ids drawn uniformly from the rows of
+the embedding (a few of which may be padding: 267 of Qwen3's 151,936).
 
-A figure that a control shares with the real run tells nothing of what the model learnt. The loss on the text
-says whether the control is one: ln(vocabulary) or more where nothing is left.
+A statistic that is the same in a control says nothing about what the model learnt. A control that works has
+a loss of ln(vocabulary) or more on the text.
 
-Weights are changed one layer, or one slice of an embedding, at a time as they are read, so that a control
-streams; what is drawn depends on the seed and the tensor's name alone. Of the embedding and the head, only
-some rows are ever in memory: rows are drawn one by one, or permuted each within itself, and so keep their
-norms and the order of the vocabulary.
+Weights are randomised as they are read, by layer or by slice of an embedding, so a control streams, too. Draws
+depend only on the seed and the tensor's name. Rows of the embedding and the head are drawn or permuted one by
+one, as only some are ever in memory; permuted rows keep their norms and the order of the vocabulary.
 """
 
 import dataclasses
@@ -37,9 +36,9 @@ _ROUNDS = 2
 
 
 def controlled(weights: Weights, tokens: Tokens, control: str | None, seed: int) -> tuple[Weights, Tokens]:
-    """The weights and the text of a control's run; without a control, of the real one.
+    """The weights and the text of a control run; unchanged without a control.
 
-    Of a text only the ids change: documents keep their places and sizes.
+    Only the text's ids change: documents keep their positions and sizes.
     """
     rng = _generator(seed, "tokens")
     if control == "random_init":
@@ -47,9 +46,8 @@ def controlled(weights: Weights, tokens: Tokens, control: str | None, seed: int)
     elif control == "permuted_weights":
         weights = PermutedWeights(weights, seed)
     elif control == "shuffled_tokens":
-        tokens = dataclasses.replace(
-            tokens, ids=rng.permutation(tokens.ids.ravel()).reshape(tokens.ids.shape)
-        )
+        ids = rng.permutation(tokens.ids.ravel()).reshape(tokens.ids.shape)
+        tokens = dataclasses.replace(tokens, ids=ids)
     elif control == "random_tokens":
         ids = rng.integers(0, weights.config.vocab_size, tokens.ids.shape, np.int32)
         tokens = dataclasses.replace(tokens, ids=ids)
@@ -58,22 +56,22 @@ def controlled(weights: Weights, tokens: Tokens, control: str | None, seed: int)
 
 @dataclasses.dataclass(frozen=True)
 class _Control:
-    """What both controls of the weights leave as it is."""
+    """The parts of a model that its controls leave unchanged."""
 
     weights: Weights
     seed: int
 
     @property
     def config(self) -> ModelConfig:
-        """The model's own: a control changes no size."""
+        """The model's sizes."""
         return self.weights.config
 
     def abstract_layer(self, index: int) -> nnx.State:
-        """Shapes and dtypes of a layer's parameters, as the model has them."""
+        """Shapes and dtypes of one layer's parameters."""
         return self.weights.abstract_layer(index)
 
     def first_bad_tensor(self) -> str | None:
-        """A tensor of the model's that holds a NaN or an infinity, or None."""
+        """The model's first tensor with a NaN or an infinity, or None."""
         return self.weights.first_bad_tensor()
 
     @property
@@ -82,10 +80,10 @@ class _Control:
 
 
 class RandomInit(_Control):
-    """Weights as transformers draws them: N(0, initializer_range²), norms 1, biases 0. No layer is read."""
+    """Weights as transformers draws them: N(0, initializer_range²), norms 1, biases 0."""
 
     def layer(self, index: int) -> nnx.State:
-        """The layer's parameters, drawn: the same seed and name give the same tensor."""
+        """One layer's parameters; none are read."""
 
         def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:
             name = _name(index, path)
@@ -97,19 +95,19 @@ class RandomInit(_Control):
         return jax.tree_util.tree_map_with_path(draw, self.abstract_layer(index))
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the embedding by token id, each drawn by itself."""
+        """The input embeddings of tokens."""
         return self._rows("embedding", ids, self.weights.embeddings(np.zeros(1, np.int32)).dtype)
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the head by token id: the embedding's, where the model ties the two."""
+        """The output embeddings of tokens."""
         return self._rows(self._head, ids, self.weights.head_slice(0, 1).dtype)
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
-        """Rows `start` to `stop` of the head."""
+        """Rows `start` to `stop` of the output embedding."""
         return self.head_rows(np.arange(start, stop))
 
     def final_norm(self) -> Float[Array, " D"]:
-        """The final norm's weight as before training."""
+        """The final norm's weight."""
         weight = self.weights.final_norm()
         return initial_norm(weight.shape, weight.dtype)
 
@@ -125,34 +123,34 @@ class RandomInit(_Control):
 class PermutedWeights(_Control):
     """The entries of every tensor of a layer, and of each row of the embedding and the head, permuted.
 
-    A uniformly random permutation is a sort, which costs seconds a layer on a CPU. Here a matrix' rows share
-    random permutations p_r of their places and have random shifts s_r of their own: place j is filled from
-    p_2(p_1(j + s_1) + s_2), sums modulo the row's length. So its rows are permuted, then its columns, then
-    its rows again. An entry may land anywhere, and two entries anywhere together, though not every order of
-    all can come out. An expert's matrix is a tensor of its own; norms and biases are permuted uniformly.
+    A uniformly random permutation needs a sort, which takes seconds per layer on a CPU. Instead, a matrix has
+    two random permutations p_1 and p_2, shared by its rows, and each row random shifts s_1 and s_2: entry j
+    comes from p_2(p_1(j + s_1) + s_2), sums modulo the row's length. This permutes the rows, then the
+    columns, then the rows again. Any entry, and any pair of entries, may land anywhere, though not every
+    permutation is possible. Each expert's matrix is permuted by itself; norms and biases uniformly.
     """
 
     def layer(self, index: int) -> nnx.State:
-        """The layer's parameters, each tensor's entries in another order."""
+        """One layer's parameters."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.weights.layer(index))
-        # Popped, so that each tensor can go when it has been permuted.
+        # Popped, so that a tensor's memory is free once it is permuted.
         permuted = [self._tensor(index, *leaves.pop(0)) for _ in range(len(leaves))]
         return jax.tree_util.tree_unflatten(tree, permuted)
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the embedding by token id, each with its entries permuted: it keeps its norm."""
+        """The input embeddings of tokens."""
         return self._rows("embedding", ids, self.weights.embeddings(ids))
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the head by token id, permuted as the embedding's where the model ties the two."""
+        """The output embeddings of tokens."""
         return self._rows(self._head, ids, self.weights.head_rows(ids))
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
-        """Rows `start` to `stop` of the head, permuted as `head_rows` does."""
+        """Rows `start` to `stop` of the output embedding."""
         return self._rows(self._head, np.arange(start, stop), self.weights.head_slice(start, stop))
 
     def final_norm(self) -> Float[Array, " D"]:
-        """The final norm's weight, its entries permuted."""
+        """The final norm's weight."""
         return self._tensor("final norm", (), self.weights.final_norm())
 
     def _tensor(self, layer: int | str, path: Any, tensor: Array) -> Array:
@@ -169,12 +167,12 @@ class PermutedWeights(_Control):
         return _permute_rows(flat, (places, shifts[:, ids.ravel()])).reshape(rows.shape)
 
 
-# Permutations of places that all rows share, and each row's shifts.
+# p_1 and p_2, and each row's s_1 and s_2; see PermutedWeights.
 _Order = tuple[Int32[AnyArray, "rounds _"], Int32[AnyArray, "rounds _"]]
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
-    """One for each tensor: what it gives depends on no order of reading."""
+    """A tensor's own generator, so that draws do not depend on the order of reading."""
     return np.random.default_rng([seed, crc32(name.encode())])
 
 
@@ -183,7 +181,7 @@ def _name(layer: int | str, path: Any) -> str:
 
 
 def _orders(rng: np.random.Generator, rows: int, columns: int) -> tuple[_Order, _Order, _Order]:
-    """Of a matrix' rows, columns, and rows again."""
+    """The orders of a matrix's rows, columns, and rows again."""
     return _order(rng, rows, columns), _order(rng, columns, rows), _order(rng, rows, columns)
 
 
@@ -194,7 +192,7 @@ def _order(rng: np.random.Generator, rows: int, columns: int) -> _Order:
 
 @jax.jit
 def _permute(tensor: Float[Array, "*experts R C"], orders: Any) -> Float[Array, "*experts R C"]:
-    """A matrix, or several, one at a time."""
+    """Permutes one matrix, or several one after the other."""
 
     def permute(part: Any) -> Array:
         matrix, (first, second, third) = part
@@ -222,5 +220,5 @@ def _normal(key: Array, deviation: float | Array, shape: tuple[int, ...], dtype:
 def _normal_rows(
     key: Array, ids: Int[Array, " rows"], deviation: float | Array, width: int, dtype: DTypeLike
 ) -> Float[Array, "rows width"]:
-    """Each row from a key of its own: the same wherever it is asked for."""
+    """Rows that depend only on their ids."""
     return jax.vmap(lambda row: _normal(jax.random.fold_in(key, row), deviation, (width,), dtype))(ids)

@@ -1,4 +1,4 @@
-"""A checkpoint of any format -> a directory with its parameters in Orbax's, and all else a run needs."""
+"""A checkpoint of any format -> a model's directory with its parameters in Orbax's format."""
 
 import dataclasses
 import shutil
@@ -26,19 +26,19 @@ def convert(
     revision: str | None = None,
     loader: str = "auto",
 ) -> None:
-    """Writes a model's directory, config.json and tokenizer included, with its parameters in Orbax's format.
+    """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
-    A portion of the parameters is in memory at a time; `out` appears whole or not at all.
+    One portion of the parameters is in memory at a time; `out` appears whole or not at all.
 
     Args:
         model: hub id, directory, or `demo`.
-        out: the directory to make; one that is there must be empty.
-        dtype: of all parameters: `stored` keeps each as it is; else numbers are rounded to the nearest.
+        out: the new directory; an existing one must be empty.
+        dtype: `stored` keeps the dtype of each parameter; any other rounds to the nearest number.
         revision: branch, tag or commit of a hub id.
-        loader: how the weights are read, as `open_checkpoint` takes it.
+        loader: as in `open_checkpoint`.
 
     Raises:
-        JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for it.
+        JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for `dtype`.
         UsageError: an unknown dtype or loader.
     """
     if dtype not in DTYPES:

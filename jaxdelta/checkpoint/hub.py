@@ -1,16 +1,15 @@
-"""A model's name -> the directory that holds its files: `demo`, a local directory, or a hub id.
+"""A model's name -> the directory of its files: `demo`, a local directory, or a hub id.
 
-Of a hub repository only what is needed is fetched: the configuration, the tokenizer, and one set of weights.
+Of a hub repository only the configuration, the tokenizer and one set of weights are fetched.
 """
 
 import json
 import os
-import re
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from jaxdelta.errors import JaxDeltaError, UsageError, first_line
+from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
+from jaxdelta.utils.hub import GATED, HUB_ID, silent
 
 DEMO = "demo"
 CONFIG = "config.json"
@@ -21,7 +20,6 @@ TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -29,7 +27,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
     Args:
         model: `demo`, a directory, or `owner/name` on the Hugging Face hub.
-        revision: branch, tag or commit on the hub; has no meaning elsewhere.
+        revision: branch, tag or commit on the hub; ignored elsewhere.
 
     Raises:
         JaxDeltaError: no such directory; the hub has no such model, refuses it, or cannot be reached.
@@ -44,19 +42,42 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return path
     if os.path.isfile(path):
         raise JaxDeltaError(f"{model}: is a file; give the directory that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+    if not HUB_ID.fullmatch(model):
         raise JaxDeltaError(f"{model}: no such directory")
-    return _plain_errors(model, revision, lambda: _fetch(model, revision))
+    return _fetch(model, revision)
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
+    """Fetches a repository; the hub's errors become one line each."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+
+    unreachable = errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError
+    messages = {
+        errors.GatedRepoError: GATED,
+        errors.RevisionNotFoundError: "{}: has no revision {revision!r} on the hub",
+        errors.RepositoryNotFoundError: "{}: no such directory here and no such model on the hub (if it is "
+        "private: `hf auth login`)",
+        errors.RemoteEntryNotFoundError: "{}: the hub's repository{at} has no config.json, or a shard is "
+        "missing",
+        unreachable: "{}: no such directory here, not in the hub's local cache{at}, and the hub cannot be "
+        "reached; check the network, or give a local directory",
+        errors.HFValidationError: "{}: no such directory, and no valid hub id",
+        (OSError, errors.HTTPError): "{}: cannot be fetched from the hub ({})",
+    }
+    at = f" at revision {revision}" if revision else ""
+    with silent(logging), plain_errors(repo, messages, revision=revision, at=at):
+        return _fetch_files(repo, revision)
+
+
+def _fetch_files(repo: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def get(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
 
-    # Without a network, a file that is not in the cache cannot be told from one that the repository lacks.
+    # Offline, a file missing from the cache cannot be told from one missing from the repository.
     unreachable: list[LocalEntryNotFoundError] = []
 
     def try_get(name: str) -> Path | None:
@@ -86,52 +107,10 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
 
 def shards(index: Path) -> list[str]:
-    """The names of the files that an index of weights names.
-
-    Raises:
-        JaxDeltaError: it is no such index.
-    """
-    try:
+    """The files that an index of weights names, else a JaxDeltaError."""
+    wrong = (OSError, ValueError, KeyError, TypeError, AttributeError)
+    with plain_errors(index, {wrong: "{}: cannot be read as an index of shards ({})"}, reason=repr):
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("weight_map names no files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JaxDeltaError(f"{index}: cannot be read as an index of shards ({error!r})") from error
     return sorted(names)
-
-
-def _plain_errors(repo: str, revision: str | None, fetch: Callable[[], Path]) -> Path:
-    """Runs `fetch`, with the hub's errors told in one line each."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # It logs every retry; the one line below says it all.
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return fetch()
-    except errors.GatedRepoError as error:
-        raise JaxDeltaError(
-            f"{repo}: is gated; accept its terms on the hub, then log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise JaxDeltaError(f"{repo}: has no revision {revision!r} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        raise JaxDeltaError(
-            f"{repo}: no such directory here and no such model on the hub (if it is private: `hf auth login`)"
-        ) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise JaxDeltaError(
-            f"{repo}: the hub's repository{at} has no {CONFIG}, or a shard is missing"
-        ) from error
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
-        raise JaxDeltaError(
-            f"{repo}: no such directory here, not in the hub's local cache{at}, and the hub cannot be "
-            "reached; check the network, or give a local directory"
-        ) from error
-    except errors.HFValidationError as error:
-        raise JaxDeltaError(f"{repo}: no such directory, and no valid hub id") from error
-    except (OSError, errors.HTTPError) as error:
-        raise JaxDeltaError(f"{repo}: cannot be fetched from the hub ({first_line(error)})") from error
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,9 +1,8 @@
-"""Parameters as an Orbax checkpoint: a leaf a tensor, under its name; imported only when asked for.
+"""Orbax checkpoints with one leaf per tensor, under its name. Imported on demand.
 
-A tensor of more than `VOCAB_SLICE` rows lies in several leaves, `NAME.rows_FIRST`, so that some rows of an
-embedding are read without the rest. Orbax writes the leaves, a portion at a time. They are read by
-TensorStore, which is what Orbax keeps them in: Orbax itself takes a second to import and 40 ms a leaf, and
-restores only whole leaves, into buffers that XLA copies.
+A tensor of more than `VOCAB_SLICE` rows is split into leaves `NAME.rows_FIRST`, so that rows of an embedding
+can be read alone. Orbax writes the leaves, a portion at a time. TensorStore, Orbax's own storage, reads them:
+Orbax takes a second to import and 40 ms a leaf, and restores only whole leaves, into buffers that XLA copies.
 """
 
 import contextlib
@@ -20,15 +19,15 @@ import numpy as np
 from absl import logging
 
 from jaxdelta.checkpoint.source import DTYPES, TensorSource, TensorSpec, aligned
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.model.loss import VOCAB_SLICE
 
-PORTION = 128 << 20  # bytes handed to Orbax at once: each time costs it a third of a second
+PORTION = 128 << 20  # bytes per call of Orbax, which costs a third of a second
 _SLICE = re.compile(r"(.+)\.rows_(\d+)")
 
 
 class _Slice(NamedTuple):
-    """The rows from `first` on of a tensor: a leaf of its own."""
+    """The rows of a tensor from `first` on, as a leaf."""
 
     first: int
     array: Any  # TensorStore's
@@ -41,7 +40,7 @@ class _Slice(NamedTuple):
 def write_orbax(
     source: TensorSource, names: Iterable[str], directory: Path, dtype: np.dtype | None = None
 ) -> None:
-    """Writes tensors, cast to `dtype` if there is one, in the memory of one portion and one slice.
+    """Writes tensors, cast to `dtype` if given; no more than one portion and one slice are in memory.
 
     Raises:
         OSError: Orbax cannot write them.
@@ -56,38 +55,37 @@ def write_orbax(
             ocp.partial.finalize(directory)
         except JaxDeltaError:
             raise
-        except Exception as error:  # Orbax raises whatever comes to hand.
+        except Exception as error:  # Orbax raises errors of any type.
             raise OSError(errno.EIO, _reason(error)) from error
 
 
 def _saving() -> Any:
-    """Orbax's context in which all is written here."""
+    """Orbax's context for writing, in the format that `open_arrays` reads."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
-    # What `open_arrays` expects; and numbers hardly shrink, while unpacking takes longer than reading them.
     context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
-    context.array.saving.use_compression = False
+    context.array.saving.use_compression = False  # Weights hardly shrink, and unpacking outlasts reading.
     return context
 
 
 def open_orbax(directory: Path) -> TensorSource:
-    """Lists what `write_orbax` wrote; tensors, or some of their rows, are then read one by one.
+    """Lists the tensors that `write_orbax` wrote; they, or some of their rows, are then read one by one.
 
     Raises:
-        JaxDeltaError: it is no such checkpoint, or not the whole of one.
+        JaxDeltaError: it is no such checkpoint, or not a whole one.
     """
-    with _plain_errors(f"{directory}: is not a whole Orbax checkpoint"):
+    with plain_errors(directory, {Exception: "{}: is not a whole Orbax checkpoint ({})"}, reason=_reason):
         arrays = open_arrays(directory.absolute())
     slices: dict[str, list[_Slice]] = {}
-    for leaf in sorted(arrays):  # The numbers of rows are padded: their order is the names'.
+    for leaf in sorted(arrays):  # Row numbers are zero-padded, so this is their order.
         name, first = match.groups() if (match := _SLICE.fullmatch(leaf)) else (leaf, 0)
         slices.setdefault(name, []).append(_Slice(int(first), arrays[leaf]))
-    specs = {name: _joined(directory, name, parts) for name, parts in slices.items()}
+    specs = {name: _spec(directory, name, parts) for name, parts in slices.items()}
 
     @functools.lru_cache(maxsize=1)
     def latest(name: str, number: int) -> np.ndarray:
-        """The rows of single tokens are asked for in order: the slice they are in is read once."""
+        """The slice read last: rows of single tokens are read in order, several from one slice."""
         array = slices[name][number].array
         buffer = aligned(array.shape, specs[name].dtype)
         _read_into(buffer, array, f"{directory}: {name}")
@@ -111,7 +109,7 @@ def open_orbax(directory: Path) -> TensorSource:
 
 
 def open_arrays(directory: Path) -> dict[str, Any]:
-    """Every leaf as a TensorStore; none of the data is read. Raises whatever TensorStore does."""
+    """Opens every leaf with TensorStore, without reading its data; raises TensorStore's errors."""
     import tensorstore
 
     manifests = [*directory.glob("*/manifest.ocdbt")]
@@ -120,21 +118,21 @@ def open_arrays(directory: Path) -> dict[str, Any]:
     base = {"driver": "file", "path": f"{manifests[0].parent}/"}
     keys = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
     leaves = [key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json")]
-
-    def start(leaf: str) -> Any:
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf}/"},
-            "fill_missing_data_reads": False,  # Zeros in place of weights that are lost would pass unseen.
-        }
-        return tensorstore.open(spec, open=True, read=True)
-
-    opening = {leaf: start(leaf) for leaf in leaves}
+    # Without the last setting lost weights would be read as zeros.
+    opening = {
+        leaf: tensorstore.open(_zarr(base, leaf) | {"fill_missing_data_reads": False}, open=True, read=True)
+        for leaf in leaves
+    }
     return {leaf: array.result() for leaf, array in opening.items()}
 
 
+def _zarr(base: dict[str, str], leaf: str) -> dict[str, Any]:
+    """TensorStore's specification of a leaf."""
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{leaf}/"}}
+
+
 def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays with Orbax, in which all processes must take part. Raises whatever Orbax does."""
+    """Writes arrays with Orbax, in which all processes must take part; raises Orbax's errors."""
     from orbax.checkpoint import v1 as ocp
 
     with _saving():
@@ -142,15 +140,16 @@ def save_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """The same without Orbax, and without any other process. Raises whatever TensorStore does."""
+    """Writes the same with TensorStore, in this process alone; raises TensorStore's errors."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{directory}/arrays/"}
     with tensorstore.Transaction(atomic=True) as together:
         for name, array in arrays.items():
-            spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
             dtype, shape = tensorstore.dtype(array.dtype), array.shape
-            store = tensorstore.open(spec, create=True, transaction=together, dtype=dtype, shape=shape)
+            store = tensorstore.open(
+                _zarr(base, name), create=True, transaction=together, dtype=dtype, shape=shape
+            )
             store.result()[...] = array
 
 
@@ -160,7 +159,7 @@ def _portions(leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np
     for leaf, value in leaves:
         portion[leaf] = value
         size += value.nbytes
-        del value  # or it would stay here while the next one is read
+        del value  # or it would stay in memory while the next one is read
         if size >= PORTION:
             yield portion
             portion.clear()
@@ -189,8 +188,8 @@ def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return cast
 
 
-def _joined(directory: Path, name: str, parts: list[_Slice]) -> TensorSpec:
-    """Shape and dtype of a tensor that lies in slices, none of which may be missing."""
+def _spec(directory: Path, name: str, parts: list[_Slice]) -> TensorSpec:
+    """Shape and dtype of a tensor in slices, none of which may be missing."""
     rows = 0
     for part in parts:
         if part.first != rows:
@@ -205,20 +204,19 @@ def _joined(directory: Path, name: str, parts: list[_Slice]) -> TensorSpec:
 def _read_into(buffer: np.ndarray, array: Any, name: str) -> None:
     import tensorstore
 
-    with _plain_errors(f"{name} cannot be read"):
+    with plain_errors(name, {Exception: "{} cannot be read ({})"}, reason=_reason):
         tensorstore.array(buffer).write(array).result()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax logs every step and every error; after an error its threads go on to, so it stays quiet then.
+    """Silences Orbax, which logs every step and error; after an error it stays silent, as its threads go on.
 
-    What an error or a signal leaves half done, Python tells of as it is removed: event loops, and coroutines
-    that nobody waited for.
+    Ignores what Python reports of event loops and coroutines that an error or a signal leaves unfinished.
     """
     verbosity, hook, filters = logging.get_verbosity(), sys.unraisablehook, warnings.catch_warnings()
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = lambda report: None if _is_left_over(report) else hook(report)
+    sys.unraisablehook = lambda report: None if _is_unfinished(report) else hook(report)
     filters.__enter__()
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     yield
@@ -227,23 +225,12 @@ def quiet() -> Iterator[None]:
     sys.unraisablehook = hook
 
 
-def _is_left_over(report: Any) -> bool:
-    """An event loop half made, or what TensorStore's threads tell to one that Orbax closed at an error; but
-    no signal that struck there."""
+def _is_unfinished(report: Any) -> bool:
+    """Whether it is about an unfinished event loop, or one that Orbax closed at an error; never a signal."""
     if issubclass(report.exc_type, KeyboardInterrupt | SystemExit):
         return False
-    of_asyncio = (getattr(report.object, "__module__", None) or "").startswith("asyncio.")
-    return of_asyncio or str(report.exc_value) == "Event loop is closed"
-
-
-@contextlib.contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    try:
-        yield
-    except JaxDeltaError:
-        raise
-    except Exception as error:  # TensorStore raises whatever comes to hand.
-        raise JaxDeltaError(f"{what} ({_reason(error)})") from error
+    module = getattr(report.object, "__module__", None) or ""
+    return module.startswith("asyncio.") or str(report.exc_value) == "Event loop is closed"
 
 
 def _reason(error: Exception) -> str:

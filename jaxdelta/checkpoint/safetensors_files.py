@@ -1,4 +1,4 @@
-"""Tensors on disk: what a checkpoint's files hold, listed at once and read one by one."""
+"""Tensors in safetensors files, listed from the headers and read one by one."""
 
 import dataclasses
 import json
@@ -9,13 +9,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.source import DTYPES, TensorSource, TensorSpec, aligned, expert_parts
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.checkpoint.source import DTYPES, Shape, TensorSource, TensorSpec, aligned, expert_parts
+from jaxdelta.errors import JaxDeltaError, plain_errors
 from jaxdelta.utils.read_ahead import read_into
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The files that hold the weights: model.safetensors, or those its index names."""
+    """The files of weights: model.safetensors, or those in its index, all of which must be there."""
     if (directory / hub.WEIGHTS).exists():
         return [directory / hub.WEIGHTS]
     index = directory / hub.INDEX
@@ -30,36 +30,36 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(files: list[Path]) -> TensorSource:
-    """Opens the files' headers, which safetensors checks; tensors are then read straight from their places.
+    """Reads the files' headers, which safetensors checks; tensors are then read by pread.
 
-    By pread into buffers of our own: mapped pages would count twice in memory, and the library has no way
-    to read into a buffer that XLA can use as it lies.
+    Mapped pages would count twice in memory, and safetensors cannot read into the aligned buffers that XLA
+    uses without a copy.
     """
-    places: dict[str, _FileSlice] = {}
+    slices: dict[str, _FileSlice] = {}
     for file in files:
-        for name, place in _places(file):
-            for part, rows, shape in expert_parts(_causal_name(name), place.shape):
-                places[part] = place.rows(rows, shape)
-    specs = {name: TensorSpec(place.shape, place.dtype) for name, place in places.items()}
+        for name, whole in _file_slices(file):
+            for part, first, shape in expert_parts(_causal_name(name), whole.shape):
+                slices[part] = whole.rows(first, shape)
+    specs = {name: TensorSpec(part.shape, part.dtype) for name, part in slices.items()}
     return TensorSource(
         specs,
-        lambda name, start=0, stop=None: places[name].read(start, stop),
-        lambda name, out: places[name].fill(out, places[name].offset),
+        lambda name, start=0, stop=None: slices[name].read(start, stop),
+        lambda name, out: slices[name].fill(out, slices[name].offset),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _FileSlice:
-    """Where a tensor lies: its file, its name there, and the offset of its first byte."""
+    """A tensor's file, its name there, and the offset of its first byte."""
 
     file: Path
     name: str
     offset: int
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: np.dtype
 
-    def rows(self, first: int, shape: tuple[int, ...]) -> "_FileSlice":
-        """The part that begins at row `first`, when all axes but the last are one."""
+    def rows(self, first: int, shape: Shape) -> "_FileSlice":
+        """The part that begins at row `first`, all axes but the last counted as one."""
         row_bytes = self.shape[-1] * self.dtype.itemsize if first else 0
         return dataclasses.replace(self, offset=self.offset + first * row_bytes, shape=shape)
 
@@ -70,21 +70,19 @@ class _FileSlice:
         self.fill(buffer, self.offset + rows.start * row_bytes)
         return buffer
 
-    def fill(self, buffer: np.ndarray, first: int) -> None:
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                read_into(file.fileno(), buffer.reshape(-1).view(np.uint8).data, first)
-        except OSError as error:
-            raise JaxDeltaError(f"{self.file}: {self.name} cannot be read ({error.strerror})") from error
+    def fill(self, buffer: np.ndarray, offset: int) -> None:
+        with (
+            plain_errors(self.file, {OSError: "{}: {name} cannot be read ({})"}, name=self.name),
+            open(self.file, "rb", buffering=0) as file,
+        ):
+            read_into(file.fileno(), buffer.reshape(-1).view(np.uint8).data, offset)
 
 
-def _places(file: Path) -> Iterator[tuple[str, _FileSlice]]:
-    try:
-        with safe_open(file, framework="np"), open(file, "rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-    except (SafetensorError, OSError) as error:
-        raise JaxDeltaError(f"{file}: is not a whole safetensors file ({first_line(error)})") from error
+def _file_slices(file: Path) -> Iterator[tuple[str, _FileSlice]]:
+    damaged = {(SafetensorError, OSError): "{}: is not a whole safetensors file ({})"}
+    with plain_errors(file, damaged), safe_open(file, framework="np"), open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:

@@ -1,4 +1,4 @@
-"""Tensors that are listed at once and read one by one, whatever file format they are stored in."""
+"""Tensors of a checkpoint, listed at once and read one by one, whatever their file format."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
 }
 Shape = tuple[int, ...]
-TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and where in a parameter it lies
+TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and its index in a parameter
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 
 
@@ -22,17 +22,19 @@ ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy
 class TensorSpec:
     """Shape and dtype of one tensor on disk."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """Tensors that can be listed at once and read one by one; names as in a causal language model.
+    """Tensors by the names of a causal language model; fused experts are listed and read one by one.
 
-    `read(name)` reads a tensor, `read(name, start, stop)` those rows of it, and `read_into(name, out)` one
-    into an array of its shape, by `fill` in no further room where there is one and the dtypes agree. Experts
-    that are stored fused are listed, and read, one by one.
+    Attributes:
+        specs: name -> shape and dtype.
+        read: (name) -> the tensor; (name, start, stop) -> some of its rows.
+        fill: (name, array) reads a tensor into an array of its shape and dtype, without another buffer; None
+            where the format cannot.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -47,12 +49,12 @@ class TensorSource:
             out[...] = self.read(name)
 
 
-def expert_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Fused experts, as transformers 5 holds them, by the names they are published under.
+def expert_parts(name: str, shape: Shape) -> Iterator[tuple[str, int, Shape]]:
+    """Splits fused experts, as transformers 5 stores them, into the tensors of each expert.
 
     `experts.gate_up_proj` (E, 2 F, D) holds gate_proj over up_proj of every expert, `experts.down_proj`
-    (E, D, F) their down_proj. Yields each part's name, its first row when all but the last axis are one,
-    and its shape; a tensor of another name or form is its own only part.
+    (E, D, F) the down_proj. Yields the name of each part, its first row (all axes but the last counted as
+    one), and its shape; any other tensor is yielded whole.
     """
     prefix, _, last = name.rpartition(".")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
@@ -64,8 +66,8 @@ def expert_parts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, 
         yield f"{prefix}.{expert}.{part}.weight", i * rows, (rows, shape[2])
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that XLA's CPU client uses as it lies, where others are copied."""
+def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA's CPU client uses without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT

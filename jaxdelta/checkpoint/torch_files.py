@@ -1,4 +1,4 @@
-"""Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported only when asked for."""
+"""Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ from jaxdelta.model.families.registry import config_from_dict
 
 
 def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
-    """Opens a directory with transformers' PyTorch model; its state dict serves as the tensors.
+    """Opens a directory as transformers' PyTorch model, whose state dict holds the tensors.
 
     Raises:
         JaxDeltaError: there are no weights, PyTorch is not installed, or transformers cannot open them.
     """
     options = _options(directory)
-    _require_torch(directory)
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise JaxDeltaError(
+            f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
+        ) from error
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -36,7 +41,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
         tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
         raise JaxDeltaError(f"{directory}: {error}") from error
-    except Exception as error:  # transformers and the formats behind it raise whatever comes to hand.
+    except Exception as error:  # transformers and the formats behind it raise errors of any type.
         raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
 
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -46,7 +51,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
 
 
 def _options(directory: Path) -> dict[str, Any]:
-    """Which of the files transformers is to open; a GGUF file only where there is nothing else."""
+    """The file that transformers opens; a GGUF file only where there is nothing else."""
     gguf = sorted(path.name for path in directory.glob("*.gguf"))
     others = safetensors_files(directory) or any((directory / name).exists() for name in hub.TORCH_WEIGHTS)
     if (others or not gguf) and not (directory / hub.CONFIG).exists():
@@ -60,51 +65,41 @@ def _options(directory: Path) -> dict[str, Any]:
     return {"trust_remote_code": False, "gguf_file": gguf[0]}
 
 
-def _require_torch(directory: Path) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise JaxDeltaError(
-            f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
-        ) from error
-
-
 def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
-    """The model's tensors, and what of them the files hold: transformers makes up the rest at random."""
+    """The model's tensors, and the specs of the stored ones: transformers draws the others at random."""
     import transformers
 
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    tensors = model.state_dict()
-    if any(tensor.dtype not in _dtypes() for tensor in tensors.values()):
+    dtypes, tensors = _dtypes(), model.state_dict()
+    if any(tensor.dtype not in dtypes for tensor in tensors.values()):
         tensors = model.dequantize().state_dict()
-    if left := [name for name, tensor in tensors.items() if tensor.dtype not in _dtypes()]:
+    if left := [name for name, tensor in tensors.items() if tensor.dtype not in dtypes]:
         raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
-    specs = {
-        name: TensorSpec(tuple(tensor.shape), _dtypes()[tensor.dtype]) for name, tensor in tensors.items()
-    }
+    specs = {name: TensorSpec(tuple(tensor.shape), dtypes[tensor.dtype]) for name, tensor in tensors.items()}
     for name, shape, _ in report["mismatched_keys"]:
         specs[name] = TensorSpec(tuple(shape), specs[name].dtype)
     for name in report["unexpected_keys"]:
         specs[name] = TensorSpec((), np.dtype(np.float32))
-    kept = {name: spec for name, spec in specs.items() if name not in report["missing_keys"]}
-    return _by_expert(tensors, kept)
+    for name in report["missing_keys"]:
+        specs.pop(name, None)
+    return _by_expert(tensors, specs)
 
 
 def _by_expert(
     tensors: dict[str, Any], specs: dict[str, TensorSpec]
 ) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
-    """Fused experts as views, one for each of the tensors they are published as."""
-    views, found = {}, {}
+    """Splits fused experts into views under their published names."""
+    views, parts = {}, {}
     for name, spec in specs.items():
         for part, first, shape in expert_parts(name, spec.shape):
-            found[part] = TensorSpec(shape, spec.dtype)
+            parts[part] = TensorSpec(shape, spec.dtype)
             if part != name:
                 views[part] = tensors[name].flatten(0, 1)[first : first + shape[0]]
             elif name in tensors:
                 views[part] = tensors[name]
-    return views, found
+    return views, parts
 
 
 def _dtypes() -> dict[Any, np.dtype]:

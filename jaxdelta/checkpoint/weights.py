@@ -1,5 +1,4 @@
-"""Where a pass gets a model's weights, a layer at a time: the protocol, and a loaded model's. Axes as in
-`jaxdelta.model.decoder`."""
+"""The weights of a model, a layer at a time: the protocol, and a loaded model. Axes as in model.decoder."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +15,7 @@ from jaxdelta.model.decoder import Decoder
 
 @runtime_checkable
 class Weights(Protocol):
-    """Where the pass gets a model's weights: a Checkpoint reads them, a InMemoryWeights model has them."""
+    """The weights of a pass: `Checkpoint` reads them, `InMemoryWeights` holds them."""
 
     @property
     def config(self) -> ModelConfig:
@@ -26,22 +25,22 @@ class Weights(Protocol):
         """One layer's parameters, on the device."""
 
     def abstract_layer(self, index: int) -> nnx.State:
-        """The same with shapes in place of weights."""
+        """Shapes and dtypes of one layer's parameters."""
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """The input embeddings of the given tokens."""
+        """The input embeddings of tokens."""
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """The output embeddings of the given tokens."""
+        """The output embeddings of tokens; the input embeddings where the model ties the two."""
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
-        """Rows start..stop-1 of the output embedding."""
+        """Rows `start` to `stop` of the output embedding."""
 
     def final_norm(self) -> Float[Array, " D"]:
-        """The final RMSNorm's weight."""
+        """The final norm's weight."""
 
     def first_bad_tensor(self) -> str | None:
-        """The name of the first tensor that holds a NaN or an infinity, if any."""
+        """The first tensor with a NaN or an infinity, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +51,16 @@ class InMemoryWeights:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's own."""
+        """The model's sizes."""
         return self.model.config
 
     def layer(self, index: int) -> nnx.State:
-        """The layer's parameters, cut out of the stack of its kind."""
-        _, weights, place = self.model.layer(index)
-        return _take(weights, place)
+        """One layer's parameters, cut out of their stack."""
+        _, weights, row = self.model.layer(index)
+        return _take(weights, row)
 
     def abstract_layer(self, index: int) -> nnx.State:
-        """Shapes and dtypes of a layer's parameters: the stack's without its first axis."""
+        """Shapes and dtypes of one layer's parameters: the stack's without its first axis."""
 
         def first(leaf: Any) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -69,15 +68,15 @@ class InMemoryWeights:
         return jax.tree.map(first, self.model.layer(index)[1])
 
     def embeddings(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the embedding by token id, on the device."""
+        """The input embeddings of tokens."""
         return self.model.embed_tokens(jnp.asarray(ids))
 
     def head_rows(self, ids: Int[np.ndarray, "*batch"]) -> Float[Array, "*batch D"]:
-        """Rows of the head by token id: the embedding's, where the model ties the two."""
+        """The output embeddings of tokens."""
         return jnp.take(self.model.head, jnp.asarray(ids), axis=0)
 
     def head_slice(self, start: int, stop: int) -> Float[Array, "_ D"]:
-        """Rows `start` to `stop` of the head."""
+        """Rows `start` to `stop` of the output embedding."""
         return self.model.head[start:stop]
 
     def final_norm(self) -> Float[Array, " D"]:
@@ -85,7 +84,7 @@ class InMemoryWeights:
         return self.model.norm.weight[...]
 
     def first_bad_tensor(self) -> str | None:
-        """The path of a parameter that holds a NaN or an infinity, or None."""
+        """The path of the first parameter with a NaN or an infinity, or None."""
         for path, variable in nnx.to_flat_state(nnx.state(self.model, nnx.Param)):
             if not jnp.isfinite(variable[...]).all():
                 return ".".join(map(str, path))

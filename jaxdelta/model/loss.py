@@ -1,7 +1,7 @@
 """The model's loss on a text, its output embedding taken in slices. Axes as in `jaxdelta.model.decoder`."""
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.model.layers import contract
 from jaxdelta.utils.arrays import AnyArray
-from jaxdelta.utils.compiling import QuickJit
+from jaxdelta.utils.compiling import compiler_options
 
 VOCAB_SLICE = 4096
 PROBED = 512  # tokens of a text whose loss is taken: of them all it would take as long as several layers
@@ -60,23 +60,30 @@ def sliced_loss(
         normed: x, every token's last state after the final norm.
         compute_dtype: dtype of the factors of the products.
     """
-    x, target_score, log_sum = _begin_loss(targets, normed, jnp.dtype(compute_dtype))
+    begin, add_slice = _programs()
+    x, target_score, log_sum = begin(targets, normed, jnp.dtype(compute_dtype))
     counted = 0
     for (start, stop), rows in zip(vocabulary_slices(vocab_size), slices, strict=True):
-        log_sum = _add_slice(log_sum, x, rows, counted - start)
+        log_sum = add_slice(log_sum, x, rows, counted - start)
         jax.block_until_ready(log_sum)  # before the next slice is taken
         counted = stop
     with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
         return np.asarray(log_sum) - np.asarray(target_score)
 
 
-@partial(QuickJit, static_argnums=2)
+@cache
+def _programs() -> tuple[Any, Any]:
+    """The compiled `_begin_loss` and `_add_slice`."""
+    options = compiler_options()
+    begin = jax.jit(_begin_loss, static_argnums=2, compiler_options=options)
+    return begin, jax.jit(_add_slice, compiler_options=options)
+
+
 def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Array, Array, Array]:
     x = normed.astype(compute_dtype)
     return x, contract("...D,...D->...", x, targets), jnp.full(x.shape[:-1], -jnp.inf, jnp.float32)
 
 
-@QuickJit
 def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
     """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
     # Added, not chosen by `where`: XLA on a CPU then has all of it in one library call.

@@ -38,7 +38,7 @@ from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.run.record_files import pack, unpack
 from jaxdelta.spectra.moments.files import layer_file
 from jaxdelta.statistics.layer_row import LayerRecord
@@ -222,7 +222,7 @@ def opened(
         JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
     """
     own = _own(directory)
-    with _plain_errors(own.parent):
+    with plain_errors(own.parent, {OSError: "{}: no checkpoint can be kept there ({})"}):
         own.mkdir(parents=True, exist_ok=True)
     with quiet(), locked(own) as ours:
         if not ours:
@@ -376,11 +376,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise JaxDeltaError(f"{path}: no checkpoint can be kept there ({error.strerror})") from error

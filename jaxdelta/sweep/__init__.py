@@ -1,1 +1,13 @@
 """The layer-major pass: all tokens through one layer at a time."""
+
+from jaxdelta._faces import face
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    DeviceMesh="mesh",
+    Devices="devices",
+    OneDevice="devices",
+    PassPlan="sweep",
+    Sweep="sweep",
+    Update="programs",
+)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Shaped
 
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.utils.arrays import AnyArray
-from jaxdelta.utils.compiling import QuickJit
+from jaxdelta.utils.compiling import compiler_options
 
 AXES = ("data", "model")
 WHOLE, DATA, ALL = PartitionSpec(), PartitionSpec("data"), PartitionSpec(AXES)
@@ -156,4 +156,4 @@ class OneDevice:
 
     def jit(self, function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
         """The compiled function."""
-        return QuickJit(function, **options)
+        return jax.jit(function, compiler_options=compiler_options(), **options)

@@ -1,32 +1,31 @@
 """The documents of a calibration text: prompts, files, directories and data sets -> an iterator of strings.
 
-Nothing is read before it is asked for: a run takes as many documents as its tokens need.
+Documents are read as they are taken, so a run reads only as many as its tokens need.
 """
 
-import contextlib
 import importlib
 import itertools
 import json
 import os
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxdelta.errors import JaxDeltaError, extra, first_line
+from jaxdelta.errors import JaxDeltaError, extra, plain_errors
+from jaxdelta.utils.hub import GATED, HUB_ID, silent
 
 DEFAULT_TEXT_KEY, DEFAULT_SPLIT = "text", "train"
 SHUFFLE_BUFFER = 10_000  # documents
 BATCH_ROWS = 1000
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 
 
 def shipped_prompts() -> list[str]:
-    """The 25 prompts that ship with the package."""
+    """The package's 25 prompts."""
     file = resources.files("jaxdelta") / "data" / "calibration_prompts.json"
     return list(json.loads(file.read_text(encoding="utf-8")))
 
@@ -43,16 +42,16 @@ def read_documents(
     A .json holds a list of strings; each line of a .jsonl an object with the text under `text_key`; a
     .parquet a column of that name; any other file is one document. A directory is a data set as
     `Dataset.save_to_disk` writes it, or else all .txt, .json, .jsonl and .parquet files under it, by name.
-    What does not exist here and looks like `owner/name` is streamed from the Hugging Face hub.
+    A name like `owner/name` that does not exist here is streamed from the Hugging Face hub.
 
     Args:
-        source: where they are; without it the prompts of the package.
+        source: a file, a directory or a data set; None for the package's prompts.
         text_key: the field or column that holds the text.
         split: of a data set that has several.
-        config: which of the configurations of a data set on the hub, where it has several.
+        config: of a data set on the hub that has several configurations.
 
     Raises:
-        JaxDeltaError: when what cannot be used is reached; it names the file, and the line or row.
+        JaxDeltaError: when unusable input is reached; it names the file, and the line or row.
     """
     if source is None:
         return iter(shipped_prompts())
@@ -69,21 +68,21 @@ def read_documents(
 
 
 def shuffled(documents: Iterable[str], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[str]:
-    """The documents in random order, drawn from a buffer: all of them alike, where it holds them all."""
+    """The documents in random order, drawn from a buffer; uniformly random if it holds them all."""
     rng = np.random.default_rng(seed)
-    held: list[str] = []
+    waiting: list[str] = []
     for document in documents:
-        if len(held) < buffer:
-            held.append(document)
+        if len(waiting) < buffer:
+            waiting.append(document)
             continue
-        place = int(rng.integers(buffer))
-        yield held[place]
-        held[place] = document
-    yield from (held[place] for place in rng.permutation(len(held)))
+        drawn = int(rng.integers(buffer))
+        yield waiting[drawn]
+        waiting[drawn] = document
+    yield from (waiting[i] for i in rng.permutation(len(waiting)))
 
 
 def check_unicode(text: str, where: str) -> None:
-    """JSON can hold half of a surrogate pair, which no tokenizer can read: a JaxDeltaError then."""
+    """Raises a JaxDeltaError for half a surrogate pair, which JSON can hold but no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -91,7 +90,8 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in (".txt", *_READERS)
+    is_file = Path(source).suffix.lower() in (".txt", *_READERS)
+    return "/" in source and bool(HUB_ID.fullmatch(source)) and not is_file
 
 
 def _not_empty(documents: Iterable[str], source: str | Path) -> Iterator[str]:
@@ -133,14 +133,14 @@ def _jsonl_file(path: Path, text_key: str) -> Iterator[str]:
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
-            found = _parsed(_decoded(line, where), where)
-            if not isinstance(found, dict):
+            fields = _parsed(_decoded(line, where), where)
+            if not isinstance(fields, dict):
                 raise JaxDeltaError(f"{where}: must be a JSON object with the text under {text_key!r}")
-            if text_key not in found:
+            if text_key not in fields:
                 raise JaxDeltaError(
-                    f"{where}: has no {text_key!r}, only {_names(found)}; choose with --text_key"
+                    f"{where}: has no {text_key!r}, only {_names(fields)}; choose with --text_key"
                 )
-            yield _string(found[text_key], text_key, where)
+            yield _string(fields[text_key], text_key, where)
 
 
 def _parquet_file(path: Path, text_key: str) -> Iterator[str]:
@@ -163,13 +163,8 @@ def _whole(path: Path) -> str:
         return _decoded(path.read_bytes(), str(path))
 
 
-@contextlib.contextmanager
-def _readable(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except errors as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise JaxDeltaError(f"{path}: cannot be read ({reason})") from error
+def _readable(path: Path, *errors: type[Exception]) -> AbstractContextManager[None]:
+    return plain_errors(path, {errors: "{}: cannot be read ({})"})
 
 
 def _decoded(content: bytes, where: str) -> str:
@@ -180,14 +175,12 @@ def _decoded(content: bytes, where: str) -> str:
 
 
 def _parsed(text: str, where: str) -> Any:
-    try:
+    with plain_errors(where, {(ValueError, RecursionError): "{}: is not JSON ({})"}):
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise JaxDeltaError(f"{where}: is not JSON ({error})") from error
 
 
 def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[str]:
-    """Of a data set saved on disk, whose files are mapped into memory and not read at once."""
+    """The rows of a data set on disk, which is mapped into memory, not read at once."""
     datasets = _library("datasets", path)
     directory = path
     if (path / "dataset_dict.json").is_file():
@@ -196,19 +189,39 @@ def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[str]:
             splits = sorted(file.parent.name for file in path.glob("*/state.json"))
             raise JaxDeltaError(f"{path}: has no split {split!r}, only {_names(splits)}; choose with --split")
     with _readable(path, OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError):
-        dataset = datasets.load_from_disk(str(directory))
-        yield from _dataset_rows(dataset, text_key, path)
+        yield from _dataset_rows(datasets.load_from_disk(str(directory)), text_key, path)
 
 
 def _hub_rows(repo: str, text_key: str, split: str, config: str | None) -> Iterator[str]:
     datasets = _library("datasets", repo)
-    with _plain_hub_errors(repo, datasets):
-        dataset = datasets.load_dataset(repo, config, split=split, streaming=True)
+    from huggingface_hub import errors, utils
+
+    known = datasets.exceptions
+    messages = {
+        (ConnectionError, errors.OfflineModeIsEnabled): "{}: no such file or directory here, and the hub "
+        "cannot be reached; check the network, or give a file",
+        known.DatasetNotFoundError: "{}: no such file or directory here and no such data set on the hub "
+        "(if it is private: `hf auth login`)",
+        (OSError, ValueError, RuntimeError, known.DatasetsError, errors.HTTPError): "{}: cannot be read from "
+        "the hub as a data set ({})",
+    }
+    with silent(datasets.logging, utils.logging), plain_errors(repo, messages, reason=_shortened):
+        try:
+            dataset = datasets.load_dataset(repo, config, split=split, streaming=True)
+        except known.DatasetNotFoundError as error:
+            if "gated" in str(error):
+                raise JaxDeltaError(GATED.format(repo)) from error
+            raise
         yield from _dataset_rows(dataset, text_key, repo)
 
 
+def _shortened(error: Exception) -> str:
+    """A message of several lines, such as a choice of configurations, as one."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+
+
 def _dataset_rows(dataset: Any, text_key: str, where: str | Path) -> Iterator[str]:
-    if dataset.column_names is not None:  # a stream may not know them before its first row
+    if dataset.column_names is not None:  # A stream may not know them before its first row.
         _check_column(dataset.column_names, text_key, where)
         dataset = dataset.select_columns([text_key])
 
@@ -247,36 +260,3 @@ def _names(names: Iterable[str]) -> str:
 def _library(name: str, where: str | Path) -> Any:
     with extra("corpora", f"{where}: reading it"):
         return importlib.import_module(name)
-
-
-@contextlib.contextmanager
-def _plain_hub_errors(repo: str, datasets: Any) -> Iterator[None]:
-    """The errors of the hub and of what is read from it, told in one line each."""
-    from huggingface_hub import errors, utils
-
-    # They log every retry; the one line below says it all.
-    verbosity = datasets.logging.get_verbosity(), utils.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    utils.logging.set_verbosity(utils.logging.CRITICAL)
-    try:
-        yield
-    except (ConnectionError, errors.OfflineModeIsEnabled) as error:
-        raise JaxDeltaError(
-            f"{repo}: no such file or directory here, and the hub cannot be reached; check the network, or "
-            "give a file"
-        ) from error
-    except datasets.exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
-            raise JaxDeltaError(
-                f"{repo}: is gated; accept its terms on the hub, then log in with `hf auth login`"
-            ) from error
-        raise JaxDeltaError(
-            f"{repo}: no such file or directory here and no such data set on the hub (if it is private: "
-            "`hf auth login`)"
-        ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, errors.HTTPError) as error:
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-        raise JaxDeltaError(f"{repo}: cannot be read from the hub as a data set ({reason})") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity[0])
-        utils.logging.set_verbosity(verbosity[1])

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all."""
+"""Output files and directories that appear whole or not at all."""
 
 import contextlib
 import fcntl
@@ -9,47 +9,44 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
+
+_UNWRITABLE = {OSError: "{}: cannot be written ({})"}
 
 
 def json_path(path: str | Path) -> Path:
-    """A path that ends in .json.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """A path that ends in .json, else a UsageError."""
     path = Path(path)
     if path.suffix != ".json":
         raise UsageError(f"out: {path} must end in .json")
     return path
 
 
-def check_output(path: Path, *beside: str) -> None:
-    """Fails now, before any work, if `path` cannot be written later, or a file beside it.
+def check_output(path: Path, *endings: str) -> None:
+    """Fails now, before any work, if a run's files cannot be written later.
 
     Args:
-        path: the JSON; .safetensors is written beside it.
-        beside: other endings of files that will be.
+        path: the JSON; the .safetensors has its name.
+        endings: those of further files of that name.
 
     Raises:
         UsageError: the name does not end in .json.
         JaxDeltaError: the directory is missing or not writable.
     """
     path = json_path(path)
-    check_writable(path, *map(path.with_suffix, (".safetensors", *beside)))
+    check_writable(path, *map(path.with_suffix, (".safetensors", *endings)))
 
 
-def check_writable(path: Path, *beside: Path) -> None:
-    """Fails now, before any work, if `path` cannot be written later, or one of the others in its directory.
+def check_writable(*paths: Path) -> None:
+    """Fails now, before any work, if files of one directory cannot be written later.
 
     Raises:
         JaxDeltaError: the directory is missing or not writable, or a name is a directory's.
     """
-    probe = _temporary(max((path, *beside), key=lambda one: len(one.name)))
-    with _plain_errors(path):
-        if not path.parent.is_dir():
-            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
-        _refuse_directories([path, *beside])
+    probe = _temporary(max(paths, key=lambda path: len(path.name)))
+    with plain_errors(paths[0], _UNWRITABLE):
+        _check_parent(probe)
+        _refuse_directories(paths)
         try:
             probe.touch()
         finally:
@@ -57,41 +54,41 @@ def check_writable(path: Path, *beside: Path) -> None:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Writes all files under temporary names beside them, then renames them, the last one last.
+    """Writes all files under temporary names next to them, then renames them, the last one last.
 
     Raises:
-        JaxDeltaError: a file cannot be written; none has been changed then.
+        JaxDeltaError: a file cannot be written; none has changed then.
     """
     temporary = {path: _temporary(path) for path in contents}
     _refuse_directories(contents)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         try:
             for path, data in contents.items():
-                with _plain_errors(path), open(temporary[path], "wb") as file:
-                    held.enter_context(locked(temporary[path]))
+                with plain_errors(path, _UNWRITABLE), open(temporary[path], "wb") as file:
+                    locks.enter_context(locked(temporary[path]))
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
             for path in contents:
-                with _plain_errors(path):
+                with plain_errors(path, _UNWRITABLE):
                     os.replace(temporary[path], path)
         finally:
             _remove(temporary.values())
     for path in contents:
-        _remove_left(path)
+        _remove_abandoned(path)
 
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to be filled, under a temporary name beside `path`, which it takes when all went well.
+    """A directory to fill, under a temporary name next to `path`; it is renamed to `path` at the end.
 
     Raises:
-        JaxDeltaError: `path` is there and not an empty directory, or it or what is in it cannot be written.
+        JaxDeltaError: `path` exists and is no empty directory, or its contents cannot be written.
     """
     path = path.absolute()
     check_new(path)
-    with _plain_errors(path):
-        temporary = _temporary(path)
+    temporary = _temporary(path)
+    with plain_errors(path, _UNWRITABLE):
         try:
             temporary.mkdir()
             yield temporary
@@ -105,18 +102,17 @@ def check_new(path: Path) -> None:
     """Fails now, before any work, if `path` cannot become a directory later.
 
     Raises:
-        JaxDeltaError: it is there and not an empty directory, or there is nothing that it could be in.
+        JaxDeltaError: it exists and is no empty directory, or its parent is missing.
     """
     path = path.absolute()
-    with _plain_errors(path):
+    with plain_errors(path, _UNWRITABLE):
         if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
             raise JaxDeltaError(f"{path}: is there already; remove it, or choose another name")
-        if not path.parent.is_dir():
-            raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+        _check_parent(path)
 
 
 def link_or_copy(file: Path, name: Path) -> None:
-    """The file under another name, too; a copy where that is on another file system, or it knows no links."""
+    """Gives a file a second name; copies it where the file system has no links, or it is on another one."""
     try:
         os.link(file, name)
     except OSError:
@@ -125,9 +121,9 @@ def link_or_copy(file: Path, name: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Holds a file or a directory; False where another process does, or the file system knows no locks.
+    """Locks a file or a directory until the end of the block, or of the process.
 
-    The system ends it with the process, however that ends.
+    Yields False where another process holds it, or the file system has no locks.
 
     Raises:
         OSError: it cannot be opened.
@@ -143,7 +139,7 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _remove_while_written(directory: Path) -> None:
-    """Threads that have not heard of the failure may make it anew, for up to some seconds."""
+    """Worker threads may recreate the directory for a few seconds after a failure."""
     absent = 0
     for _ in range(200):
         absent = 0 if directory.exists() else absent + 1
@@ -153,8 +149,13 @@ def _remove_while_written(directory: Path) -> None:
         time.sleep(0.05)
 
 
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise JaxDeltaError(f"{path.parent}: no such directory; create it first")
+
+
 def _refuse_directories(paths: Iterable[Path]) -> None:
-    """A rename onto a directory fails, and then the files renamed before it would be there without it."""
+    """A rename onto a directory would fail after other files had been renamed."""
     for path in paths:
         if path.is_dir():
             raise JaxDeltaError(f"{path}: is a directory")
@@ -166,21 +167,13 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _remove_left(path: Path) -> None:
-    """What processes that were killed left of a file: nobody holds it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), locked(left) as ours:
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary files of killed processes: no process holds them."""
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), locked(abandoned) as ours:
             if ours:
-                left.unlink()
+                abandoned.unlink()
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextlib.contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise JaxDeltaError(f"{path}: cannot be written ({error.strerror})") from error

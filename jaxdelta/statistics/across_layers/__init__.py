@@ -1,1 +1,12 @@
 """How the directions of the layers relate: overlaps, subspaces, nulls, phases."""
+
+from jaxdelta._faces import face
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    OverlapBootstrap="bootstrap",
+    Overlaps="overlap",
+    Phases="phases",
+    compare_layers="table",
+    verdicts="verdict",
+)

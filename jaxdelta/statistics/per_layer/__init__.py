@@ -3,5 +3,17 @@
 import importlib
 import pkgutil
 
+from jaxdelta._faces import face
+
+__all__, __getattr__, __dir__ = face(
+    __name__,
+    Statistic="registry",
+    TokenTable="inputs",
+    ViewData="inputs",
+    registered="registry",
+    shown="registry",
+    statistic="registry",
+)
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
