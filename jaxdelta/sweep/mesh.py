@@ -129,10 +129,7 @@ class DeviceMesh:
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     def from_slices(
-        self,
-        shape: tuple[int, ...],
-        spec: PartitionSpec,
-        read: Callable[[tuple[slice, ...]], np.ndarray],
+        self, shape: tuple[int, ...], spec: PartitionSpec, read: Callable[[tuple[slice, ...]], np.ndarray]
     ) -> Array:
         """An array of which this process reads only the slices that its devices hold, each of them once.
 

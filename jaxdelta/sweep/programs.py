@@ -72,11 +72,7 @@ def layer_program(devices: Devices, graph: Any, all_tokens: bool) -> Any:
 
 
 def layer_step(
-    graph: Any,
-    layer: nnx.State,
-    h: Float[Array, "B T D"],
-    written: Float32[Array, "B T D"],
-    context: Context,
+    graph: Any, layer: nnx.State, h: Float[Array, "B T D"], written: Float32[Array, "B T D"], context: Context
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
     """One layer on a block of windows.
 
