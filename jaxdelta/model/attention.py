@@ -71,12 +71,9 @@ def _attend_head(
     half of the work of a long row."""
     length = len(k)
     span = max(MIN_SPAN, -(-length // MAX_SPANS))
-    stops = [min(start + span, length) for start in range(0, length, span)]
-    mixed = [
-        _attend_span(context, q[:, i * span : stop], k[:stop], v[:stop], positions)
-        for i, stop in enumerate(stops)
-    ]
-    return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
+    stops = range(span, length + span, span)
+    mixed = [_attend_span(context, q[:, stop - span : stop], k[:stop], v[:stop], positions) for stop in stops]
+    return jnp.concatenate(mixed, axis=1)
 
 
 def _attend_span(

@@ -15,7 +15,6 @@ head, H head size, F MLP size, V vocabulary, L layers.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -211,54 +210,34 @@ def _residual_stream(
     graph: Any, weights: Any, tokens: Array, dtypes: tuple[Any, Any], with_norm: bool, positions: Array | None
 ) -> ResidualStream:
     model = nnx.merge(graph, weights)
-    compute_dtype, residual_dtype = dtypes
-    first = embed(model.config, model.embed_tokens(tokens), residual_dtype)
-    last, parts = _scan_layers(model, first, compute_dtype, lambda *parts: parts, positions=positions)
-    states, attention, mlp = parts
-    states = jnp.concatenate([first[None], states])
-    return ResidualStream(states, attention, mlp, _final_norm(model, last) if with_norm else None)
-
-
-def _final_norm(model: Decoder, h: Float[Array, "B T D"]) -> Float32[Array, "B T D"]:
-    return final_norm(model.config, model.norm.weight[...], h)
-
-
-def logits(
-    model: Decoder, tokens: Int[AnyArray, "B T"], *, compute_dtype: DTypeLike = jnp.float32
-) -> Float32[Array, "B T V"]:
-    """Next-token logits."""
-    first = embed(model.config, model.embed_tokens(jnp.asarray(tokens)), jnp.float32)
-    last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None)
-    return contract("BTD,VD->BTV", _final_norm(model, last).astype(compute_dtype), model.head)
-
-
-def _scan_layers(
-    model: Decoder,
-    h: Float[Array, "B T D"],
-    compute_dtype: DTypeLike,
-    keep: Callable[[Array, Array, Array], Any],
-    positions: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Passes h through all layers, one scan per run of layers of one kind; returns the last state and the
-    stacked `keep(h', attention, mlp)` of all layers."""
-    config = model.config
-    context = block_context(config, (h.shape[0], h.shape[1]), compute_dtype, positions=positions)
-    windows = jnp.asarray(attention_windows(config, h.shape[1]))
-    outputs = []
+    config, (compute_dtype, residual_dtype) = model.config, dtypes
+    context = block_context(config, (tokens.shape[0], tokens.shape[1]), compute_dtype)
+    windows = jnp.asarray(attention_windows(config, tokens.shape[1]))
+    h = first = embed(config, model.embed_tokens(tokens), residual_dtype)
+    parts = []
+    # One scan for each run of layers of one kind.
     for _, run in groupby(range(config.num_layers), config.is_sparse):
         layers = list(run)
-        graph, weights, first = model.layer(layers[0])
-        inputs = (_rows(weights, first, len(layers)), _rows(windows, layers[0], len(layers)))
+        graph, weights, row = model.layer(layers[0])
+        inputs = (_rows(weights, row, len(layers)), _rows(windows, layers[0], len(layers)))
 
         def layer(h: Array, inputs: tuple[Any, Array], graph: Any = graph) -> tuple[Array, Any]:
             layer_weights, window = inputs
-            block = nnx.merge(graph, layer_weights)
-            h, attention, mlp = block(h, dataclasses.replace(context, window=window))
-            return h, keep(h, attention, mlp)
+            placed = dataclasses.replace(context, window=window, positions=positions)
+            parts = nnx.merge(graph, layer_weights)(h, placed)
+            return parts[0], parts
 
-        h, output = jax.lax.scan(layer, h, inputs)
-        outputs.append(output)
-    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+        h, part = jax.lax.scan(layer, h, inputs)
+        parts.append(part)
+    states, attention, mlp = jax.tree.map(lambda *runs: jnp.concatenate(runs), *parts)
+    normed = final_norm(config, model.norm.weight[...], h) if with_norm else None
+    return ResidualStream(jnp.concatenate([first[None], states]), attention, mlp, normed)
+
+
+def logits(model: Decoder, tokens: Int[AnyArray, "B T"]) -> Float32[Array, "B T V"]:
+    """Next-token logits."""
+    last = residual_stream(model, tokens).states[-1]
+    return contract("BTD,VD->BTV", final_norm(model.config, model.norm.weight[...], last), model.head)
 
 
 def _rows(tree: Any, start: int, count: int) -> Any:
@@ -275,13 +254,10 @@ def block_context(
     shape: tuple[int, int],
     compute_dtype: DTypeLike,
     queries: int | None = None,
-    positions: Int[AnyArray, "B T"] | None = None,
     at_once: int | None = None,
 ) -> Context:
-    """The Context of tokens of shape (B, T), whose window each layer replaces.
-
-    `queries` is its `query_block`; this and `at_once` are by default what `score_bytes()` allows.
-    """
+    """The Context of tokens of shape (B, T), whose window each layer replaces; its `query_block` (`queries`)
+    and `at_once` are by default what `score_bytes()` allows."""
     block = queries or query_block(config, shape[1])
     return Context(
         rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
@@ -289,5 +265,4 @@ def block_context(
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=block,
         at_once=at_once or pairs_at_once(config, block, shape[1]),
-        positions=positions,
     )
