@@ -147,9 +147,8 @@ class DeviceMesh:
 
         if isinstance(weights, Checkpoint):
             return weights.placed_layer(index, place)
-        return _map_with_paths(
-            lambda path, leaf: self.put(leaf, weight_spec(path, leaf.ndim)), weights.layer(index)
-        )
+        layer = weights.layer(index)
+        return _map_with_paths(lambda path, leaf: self.put(leaf, weight_spec(path, leaf.ndim)), layer)
 
     def abstract_layer(self, weights: Weights, index: int) -> nnx.State:
         """A layer's parameters as shapes, dtypes and shardings."""

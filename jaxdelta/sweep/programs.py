@@ -37,8 +37,7 @@ class Update(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """The states of a block that entered the first and the last layer and left the last, and the sum of all
-    updates."""
+    """A block's states before the first and the last layer and after the last, and the sum of all updates."""
 
     first: Float[Array, "B T D"]
     entered: Float[Array, "B T D"]

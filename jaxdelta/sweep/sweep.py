@@ -37,8 +37,8 @@ Keep = Callable[[int, int, State], None]  # saves (layer, block, the block's sta
 
 
 class Blocks(NamedTuple):
-    """Windows that pass a layer at once, queries of a window whose scores are computed at once, and the place
-    of the states between two layers, one of LOCATIONS."""
+    """Number of windows that pass a layer at once, number of queries per window whose scores are computed at
+    once, and the place of the states between two layers, one of LOCATIONS."""
 
     windows: int
     queries: int
@@ -117,7 +117,8 @@ class Sweep:
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
         self._positions: list[Any] = [None] * len(self.tokens)
         if tokens.segmented:
-            self._positions = [self._put_windows(part) for part in self.split(tokens.positions)]
+            local = map(self._devices.local_windows, self.split(tokens.positions))
+            self._positions = list(map(self._devices.put_windows, local))
         resume = resume or Resume(States(self.blocks.place, devices=self._devices))
         self._states, self.start, self._keep = resume.states, resume.start, resume.keep
         self._clock = clock or Clock()
@@ -133,9 +134,6 @@ class Sweep:
     def shape(self) -> tuple[int, int]:
         """(n, D) of a layer's update, for the n counted tokens."""
         return int(sum(block.sum() for block in self.counted)), self.weights.config.hidden_size
-
-    def _put_windows(self, windows: Shaped[np.ndarray, "B ..."]) -> Any:
-        return self._devices.put_windows(self._devices.local_windows(windows))
 
     @cached_property
     def _chosen(self) -> list[Int32[np.ndarray, " m"]]:
@@ -179,11 +177,9 @@ class Sweep:
     def _context(self) -> Context:
         """The layers' Context without the positions of a block."""
         config, shape = self.weights.config, self.tokens[0].shape
-        # A batch that is split over devices is computed at once.
+        # Pairs that are split over devices cannot be taken one by one.
         at_once = shape[0] * config.num_kv_heads if self._devices.model > 1 else None
-        return self._devices.put(
-            block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once=at_once)
-        )
+        return self._devices.put(block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once))
 
     @cached_property
     def _abstract_layers(self) -> list[nnx.State]:
@@ -227,7 +223,7 @@ class Sweep:
         return pass_block
 
     def _pass(
-        self, index: int, step: Callable[..., Any], final: "_FinalNorm | None" = None
+        self, index: int, step: Callable[..., Any], final: "_FinalNorm | None"
     ) -> Iterator[BlockUpdate]:
         """Passes all blocks through a layer, and waits for them, so that the layer can be dropped."""
         with contextlib.closing(iter(self._states)) as waiting:
@@ -256,8 +252,7 @@ class Sweep:
 
     def _final_norm(self) -> "_FinalNorm":
         weight = self._devices.put(self.weights.final_norm())
-        program = final_norm_program(self._devices, self._all_tokens)
-        program = partial(program, config=self.weights.config)
+        program = partial(final_norm_program(self._devices, self._all_tokens), config=self.weights.config)
         positions = self._devices.put(_padded(self._loss_positions))
         return _FinalNorm(program, weight, positions, list(map(len, self._loss_positions)))
 
