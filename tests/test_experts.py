@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxdelta.model.config import Experts
 from jaxdelta.model.experts import SparseMLP, route
-from jaxdelta.model.layers import contract
+from jaxdelta.model.layers import Init, contract
 
 HIDDEN, INNER = 12, 20
 
@@ -26,7 +26,7 @@ def sparse_mlp(count: int = 5, per_token: int = 2, renormalise: bool = True, see
 
 
 def create(experts: Experts) -> SparseMLP:
-    return SparseMLP(HIDDEN, experts, stack=(), dtype=jnp.float32, rngs=None)
+    return SparseMLP(HIDDEN, experts, Init())
 
 
 def tokens(count: int, seed: int = 1) -> jax.Array:

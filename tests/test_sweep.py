@@ -6,11 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import next_token_loss
 
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.model.decoder import residual_stream
-from jaxdelta.model.loss import next_token_loss
 from jaxdelta.sweep import sweep
 from jaxdelta.sweep.sweep import Blocks, PassPlan, PassResult, Sweep, Update, concatenate_blocks
 from jaxdelta.text.tokens import PADDING, Tokens
@@ -84,7 +84,7 @@ def test_the_loss_of_a_long_text_is_that_of_its_beginning(
 ) -> None:
     """Of as many tokens as are needed, however many windows a block has; the windows' first have no loss."""
     model = checkpoint.load()
-    losses = next_token_loss(model.head, model.norm(residual_stream(model, IDS).states[-1]), IDS).ravel()
+    losses = next_token_loss(model, model.norm(residual_stream(model, IDS).states[-1]), IDS).ravel()
 
     def loss(windows: int, probed: int, all_tokens: bool) -> float:
         monkeypatch.setattr(sweep, "PROBED", probed)

@@ -2,20 +2,19 @@
 
     a = attention(norm(h));   b = mlp(norm(h + a));   h' = h + a + b
 
-What a family has and another has not (norms of queries and keys, biases, windows) is a field of ModelConfig;
-no family is known here by its name.
+Differences between families (norms of queries and keys, biases, windows) are fields of ModelConfig. The
+module tree carries Hugging Face's names, and linear weights are stored as (out, in), so loading is a copy.
+The layers of one kind, dense or sparse (the MLP is a mixture of experts), are stacked.
 
-Axes: B batch, T position (S where a position is attended to), D hidden size, K key/value heads, G query
-heads per key/value head, H head size, F MLP size, V vocabulary, L layers. Linear weights lie as Hugging
-Face stores them, (out, in), and the module tree carries Hugging Face's names, so loading is a copy. A layer
-is dense or sparse (its MLP a mixture of experts); the layers of one kind are stacked.
+The residual stream is float32 (or `residual_dtype`); the factors of a product are in `compute_dtype`, its sum
+is float32. Float32 products ask for full precision, since GPUs and TPUs otherwise round the factors.
 
-The residual stream is float32 (or `residual_dtype`); the factors of a product are in `compute_dtype`, its
-sum is float32. Float32 products ask for full precision, since GPUs and TPUs otherwise round the factors.
+Axes: B batch, T position (S where attended to), D hidden size, K key/value heads, G query heads per key/value
+head, H head size, F MLP size, V vocabulary, L layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -30,77 +29,58 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 from jaxdelta.model.attention import Context, attend, pairs_at_once, query_block
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.experts import SparseMLP
-from jaxdelta.model.layers import MLP, Embedding, Linear, RMSNorm, contract, rms_norm
+from jaxdelta.model.layers import MLP, Embedding, Init, Linear, RMSNorm, contract, rms_norm
 from jaxdelta.model.rotary import rotary_tables, rotate
 from jaxdelta.utils.arrays import AnyArray
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; queries and keys are normalised where the model does that, and rotated."""
+    """Grouped-query attention with rotary positions, and norms of queries and keys if the model has them."""
 
-    def __init__(self, config: ModelConfig, **options: Any):
+    def __init__(self, config: ModelConfig, init: Init):
         hidden, head = config.hidden_size, config.head_dim
-
-        def linear(size_in: int, size_out: int, bias: bool) -> Linear:
-            return Linear(size_in, size_out, bias=bias, **options)
-
-        def norm() -> RMSNorm | None:
-            if config.qk_norm is None:
-                return None
-            return RMSNorm(head, config.rms_norm_eps, stack=options["stack"], dtype=options["dtype"])
-
-        self.q_proj = linear(hidden, config.num_heads * head, config.qkv_bias)
-        self.k_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
-        self.v_proj = linear(hidden, config.num_kv_heads * head, config.qkv_bias)
-        self.o_proj = linear(config.num_heads * head, hidden, config.o_bias)
+        norm = partial(RMSNorm, head, config.rms_norm_eps, init) if config.qk_norm else lambda: None
+        self.q_proj = Linear(hidden, config.num_heads * head, init, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, config.num_kv_heads * head, init, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, config.num_kv_heads * head, init, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_heads * head, hidden, init, bias=config.o_bias)
         self.q_norm, self.k_norm = norm(), norm()
         self.num_kv_heads, self.head_dim = config.num_kv_heads, head
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> Float32[Array, "B T D"]:
-        """What the sublayer writes: W_o of all heads' mixtures of the values seen."""
-        # Heads before positions, so that both products contract and run over adjacent axes as they lie.
+        """The sublayer's write: W_o of the mixed values of all heads."""
+        # Heads before positions, so that both products contract and run over adjacent axes.
         heads = (*x.shape[:2], self.num_kv_heads, -1, self.head_dim)
         q, k, v = (
             project(x).reshape(heads).transpose(0, 2, 3, 1, 4)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = _normed(self.q_norm, q), _normed(self.k_norm, k[:, :, 0]), v[:, :, 0]
+        k, v = k[:, :, 0], v[:, :, 0]
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.rotary, context.positions).astype(x.dtype)
         k = rotate(k, context.rotary, context.positions)
         mixed = attend(q, k, v, context)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1).astype(x.dtype))
 
 
-def _normed(norm: RMSNorm | None, x: Float32[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-    return x if norm is None else norm(x)
-
-
 class Block(nnx.Module):
-    """One layer. `stack=(L,)` holds L layers' weights at once; it is called on a single layer's."""
+    """One layer. With `init.stack` = (L,) it holds the weights of L layers; it is called on a single one."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        sparse: bool = False,
-        stack: tuple[int, ...] = (),
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-    ):
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+    def __init__(self, config: ModelConfig, init: Init, *, sparse: bool = False):
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, init)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        options: dict[str, Any] = {"stack": stack, "dtype": dtype, "rngs": rngs}
-        self.self_attn = Attention(config, **options)
+        self.self_attn = Attention(config, init)
         self.mlp: MLP | SparseMLP
         if sparse and config.experts:
-            self.mlp = SparseMLP(config.hidden_size, config.experts, **options)
+            self.mlp = SparseMLP(config.hidden_size, config.experts, init)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **options)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, init, bias=config.mlp_bias)
 
     def __call__(
         self, h: Float[Array, "B T D"], context: Context
     ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Float32[Array, "B T D"]]:
-        """Returns the stream after the layer, what attention wrote into it and what the MLP wrote."""
+        """Returns the stream after the layer, and the writes of attention and MLP into it."""
         attention = self.self_attn(self.input_layernorm(h).astype(context.compute_dtype), context)
         h = _add(h, attention)
         mlp = self.mlp(self.post_attention_layernorm(h).astype(context.compute_dtype))
@@ -114,22 +94,21 @@ def _add(h: Float[Array, "B T D"], written: Float32[Array, "B T D"]) -> Float[Ar
 class Decoder(nnx.Module):
     """A causal language model, its layers' weights stacked along a leading axis.
 
-    `layers` are the dense layers, `sparse_layers` those with experts, None where there are none. Initial
-    weights are normal with standard deviation 0.02, or zero without `rngs`; `lm_head` is None where it is
-    the embedding.
+    `layers` are the dense layers, `sparse_layers` the layers with experts; None for a kind without layers.
+    `lm_head` is None if it is tied to the embedding. Initial weights are N(0, 0.02²), or zero without `rngs`.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None):
-        self.config = config
-        embedding = partial(Embedding, config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.config, init = config, Init(dtype=dtype, rngs=rngs)
+        embedding = partial(Embedding, config.vocab_size, config.hidden_size, init)
         self.embed_tokens = embedding()
 
         def stacked(sparse: bool) -> Block | None:
             stack = (len(config.layers_of(sparse=sparse)),)
-            return Block(config, sparse=sparse, stack=stack, dtype=dtype, rngs=rngs) if stack[0] else None
+            return Block(config, init._replace(stack=stack), sparse=sparse) if stack[0] else None
 
         self.layers, self.sparse_layers = stacked(sparse=False), stacked(sparse=True)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
         self.lm_head = None if config.tie_embeddings else embedding()
 
     @property
@@ -137,30 +116,26 @@ class Decoder(nnx.Module):
         """The output embedding."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
-    def final_norm(self, h: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        """What the head is applied to, from the last state."""
-        return final_norm(self.config, self.norm.weight[...], h)
-
     def layer(self, index: int) -> tuple[Any, nnx.State, int]:
-        """The stack that layer `index` belongs to, split, and the layer's place in it."""
+        """The split stack that contains layer `index`, and the layer's index in it."""
         sparse = self.config.is_sparse(index)
         graph, weights = nnx.split(self.sparse_layers if sparse else self.layers)
         return graph, weights, self.config.layers_of(sparse=sparse).index(index)
 
 
 def embed(config: ModelConfig, rows: Float[AnyArray, "*batch D"], dtype: DTypeLike) -> Any:
-    """h_0, the state that enters the first layer, from the tokens' rows of the embedding; on the host or on
-    the device, as they are."""
+    """h_0, the state that enters the first layer, from the tokens' rows of the embedding (host or device)."""
     return rows.astype(dtype)
 
 
 def final_norm(
     config: ModelConfig, weight: Float[Array, " D"], h: Float[Array, "*batch D"]
 ) -> Float32[Array, "*batch D"]:
-    """What the head is applied to, from the last state and the final norm's weight."""
+    """The input of the head, from the last state and the final norm's weight."""
     return rms_norm(h, weight, config.rms_norm_eps)
 
 
+@cache
 def abstract_model(config: ModelConfig) -> Decoder:
     """The model with shapes in place of weights."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=None))
@@ -168,8 +143,13 @@ def abstract_model(config: ModelConfig) -> Decoder:
 
 @cache
 def abstract_block(config: ModelConfig, *, sparse: bool = False) -> Block:
-    """One layer, with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Block(config, sparse=sparse, dtype=jnp.float32, rngs=None))
+    """One layer with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Block(config, Init(), sparse=sparse))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(config)))
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +157,7 @@ def abstract_block(config: ModelConfig, *, sparse: bool = False) -> Block:
 class ResidualStream:
     """The residual stream at every layer, before the final norm, and its parts.
 
-    states[l] enters layer l, states[L] leaves the last; states[l + 1] = states[l] + attention[l] + mlp[l].
+    states[l] enters layer l, states[L] leaves the last: states[l + 1] = states[l] + attention[l] + mlp[l].
     """
 
     states: Float[Array, "L1 B T D"]  # L1 = L + 1
@@ -187,14 +167,14 @@ class ResidualStream:
 
     @property
     def updates(self) -> Float32[Array, "L B T D"]:
-        """δ_l, what layer l wrote: the sum of its sublayers' writes, not a difference of rounded states."""
+        """δ_l, layer l's update: the sum of its sublayers' writes, not a difference of rounded states."""
         return self.attention + self.mlp
 
 
 def residual_stream(
     model: Decoder,
-    tokens: Int[Array | np.ndarray, "B T"],
-    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    tokens: Int[AnyArray, "B T"],
+    positions: Int[AnyArray, "B T"] | None = None,
     *,
     compute_dtype: DTypeLike = jnp.float32,
     residual_dtype: DTypeLike = jnp.float32,
@@ -211,94 +191,61 @@ def residual_stream(
     >>> np.testing.assert_allclose(stream.states[0] + written.sum(0), stream.states[-1], atol=1e-3)
 
     Args:
-        model: the model; its weights keep their dtype and are cast layer by layer.
+        model: its weights keep their dtype and are cast layer by layer.
         tokens: token ids.
-        positions: of the tokens in their segments: 0, 1, 2, ... and from 0 again where the next segment
-            begins; a token sees no other segment than its own. By default each row is one segment.
+        positions: the tokens' positions in their segments, 0, 1, 2, ... and from 0 again at the start of the
+            next segment; a token sees only its own segment. By default each row is one segment.
         compute_dtype: dtype of the factors of every product.
         residual_dtype: dtype of the stream itself.
         final_norm: also return the final RMSNorm of the last state, as `normed`.
     """
     graph, weights = nnx.split(model)
     dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
-    placed = None if positions is None else jnp.asarray(positions)
-    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, final_norm, placed)
+    positions = None if positions is None else jnp.asarray(positions)
+    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, final_norm, positions)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
 def _residual_stream(
-    graph: Any,
-    weights: Any,
-    tokens: Array,
-    dtypes: tuple[Any, Any],
-    with_norm: bool,
-    positions: Array | None,
+    graph: Any, weights: Any, tokens: Array, dtypes: tuple[Any, Any], with_norm: bool, positions: Array | None
 ) -> ResidualStream:
     model = nnx.merge(graph, weights)
-    compute_dtype, residual_dtype = dtypes
-    first = embed(model.config, model.embed_tokens(tokens), residual_dtype)
-
-    def step(h: Array, attention: Array, mlp: Array) -> tuple[Array, Array, Array]:
-        return h, attention, mlp
-
-    last, (states, attention, mlp) = _scan_layers(model, first, compute_dtype, step, positions=positions)
-    states = jnp.concatenate([first[None], states])
-    return ResidualStream(states, attention, mlp, model.final_norm(last) if with_norm else None)
-
-
-def logits(
-    model: Decoder,
-    tokens: Int[Array | np.ndarray, "B T"],
-    *,
-    compute_dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
-) -> Float32[Array, "B T V"]:
-    """Next-token logits; `remat` recomputes each layer in the backward pass instead of keeping it."""
-    first = embed(model.config, model.embed_tokens(jnp.asarray(tokens)), jnp.float32)
-    last, _ = _scan_layers(model, first, compute_dtype, lambda *_: None, remat=remat)
-    return contract("BTD,VD->BTV", model.final_norm(last).astype(compute_dtype), model.head)
-
-
-def _scan_layers(
-    model: Decoder,
-    h: Float[Array, "B T D"],
-    compute_dtype: DTypeLike,
-    keep: Callable[[Array, Array, Array], Any],
-    *,
-    positions: Int[Array, "B T"] | None = None,
-    remat: bool = False,
-) -> tuple[Float[Array, "B T D"], Any]:
-    """Passes h through all layers; `keep(h', attention, mlp)` says what is kept of each.
-
-    One scan for each run of layers of one kind.
-    """
-    config = model.config
-    context = block_context(config, (h.shape[0], h.shape[1]), compute_dtype, positions=positions)
-    windows = jnp.asarray(attention_windows(config, h.shape[1]))
-    kept = []
+    config, (compute_dtype, residual_dtype) = model.config, dtypes
+    context = block_context(config, (tokens.shape[0], tokens.shape[1]), compute_dtype)
+    windows = jnp.asarray(attention_windows(config, tokens.shape[1]))
+    h = first = embed(config, model.embed_tokens(tokens), residual_dtype)
+    parts = []
+    # One scan for each run of layers of one kind.
     for _, run in groupby(range(config.num_layers), config.is_sparse):
         layers = list(run)
-        graph, weights, first = model.layer(layers[0])
-        inputs = (_rows(weights, first, len(layers)), _rows(windows, layers[0], len(layers)))
+        graph, weights, row = model.layer(layers[0])
+        inputs = (_rows(weights, row, len(layers)), _rows(windows, layers[0], len(layers)))
 
         def layer(h: Array, inputs: tuple[Any, Array], graph: Any = graph) -> tuple[Array, Any]:
             layer_weights, window = inputs
-            block = nnx.merge(graph, layer_weights)
-            h, attention, mlp = block(h, dataclasses.replace(context, window=window))
-            return h, keep(h, attention, mlp)
+            placed = dataclasses.replace(context, window=window, positions=positions)
+            parts = nnx.merge(graph, layer_weights)(h, placed)
+            return parts[0], parts
 
-        h, part = jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, inputs)
-        kept.append(part)
-    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+        h, part = jax.lax.scan(layer, h, inputs)
+        parts.append(part)
+    states, attention, mlp = jax.tree.map(lambda *runs: jnp.concatenate(runs), *parts)
+    normed = final_norm(config, model.norm.weight[...], h) if with_norm else None
+    return ResidualStream(jnp.concatenate([first[None], states]), attention, mlp, normed)
+
+
+def logits(model: Decoder, tokens: Int[AnyArray, "B T"]) -> Float32[Array, "B T V"]:
+    """Next-token logits."""
+    last = residual_stream(model, tokens).states[-1]
+    return contract("BTD,VD->BTV", final_norm(model.config, model.norm.weight[...], last), model.head)
 
 
 def _rows(tree: Any, start: int, count: int) -> Any:
-    """Rows of every array; all of them without a copy."""
     return jax.tree.map(lambda leaf: leaf[start : start + count], tree)
 
 
 def attention_windows(config: ModelConfig, length: int) -> Int32[np.ndarray, " L"]:
-    """How many positions each layer attends to, `length` where it attends to all."""
+    """Number of positions each layer attends to; `length` for all."""
     return np.array([window or length for window in config.windows], np.int32)
 
 
@@ -307,14 +254,10 @@ def block_context(
     shape: tuple[int, int],
     compute_dtype: DTypeLike,
     queries: int | None = None,
-    positions: Int[AnyArray, "B T"] | None = None,
     at_once: int | None = None,
 ) -> Context:
-    """What the blocks need to know about tokens of shape (B, T); each sets its own window.
-
-    `queries` and `at_once` as in Context, by default what `score_bytes` allow; `positions` as in
-    `residual_stream`.
-    """
+    """The Context of tokens of shape (B, T), whose window each layer replaces; its `query_block` (`queries`)
+    and `at_once` are by default what `score_bytes()` allows."""
     block = queries or query_block(config, shape[1])
     return Context(
         rotary=rotary_tables(config.rope, config.head_dim, shape[1]),
@@ -322,5 +265,4 @@ def block_context(
         compute_dtype=jnp.dtype(compute_dtype),
         query_block=block,
         at_once=at_once or pairs_at_once(config, block, shape[1]),
-        positions=positions,
     )

@@ -1,15 +1,15 @@
-"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538), as Qwen3 has it: nothing is dropped.
+"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538) as in Qwen3: no token is dropped.
 
     y = Σ_{e in top k of p} s_e · expert_e(x),   p = softmax(W_gate x),   s = p, or p / Σ_{top k} p
 
 Every (token, expert) pair is computed once. The pairs are sorted by expert and cut into blocks of one expert
-each, so that a block is a plain product: `jax.lax.ragged_dot` would do on a TPU, but elsewhere it multiplies
-all rows with all experts' weights, cast at once. Here one expert's weights are cast at a time.
+each, so that a block is a plain product and one expert's weights are cast at a time. `jax.lax.ragged_dot`
+would do this on a TPU; elsewhere it casts all experts' weights and multiplies all rows by each of them.
 
 Axes: N tokens, D hidden size, E experts, C experts chosen for a token, P = N·C pairs.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxdelta.model.config import Experts
-from jaxdelta.model.layers import MLP, Linear
+from jaxdelta.model.layers import MLP, Init, Linear
 
-MIN_ROWS = 32  # of a block: with fewer, casting an expert's weights takes longer than using them
+MIN_ROWS = 32  # per block: with fewer, casting an expert's weights takes longer than the product
 
 
 class SparseMLP(nnx.Module):
-    """A router and its experts, whose weights are stacked along an axis before the weights' own."""
+    """A router and its experts, whose weights are stacked along one more leading axis."""
 
-    def __init__(self, hidden: int, experts: Experts, *, stack: tuple[int, ...], **options: Any):
-        self.gate = Linear(hidden, experts.count, bias=False, stack=stack, **options)
-        stack = (*stack, experts.count)
-        self.experts = MLP(hidden, experts.intermediate_size, stack=stack, **options)
+    def __init__(self, hidden: int, experts: Experts, init: Init):
+        self.gate = Linear(hidden, experts.count, init)
+        init = init._replace(stack=(*init.stack, experts.count))
+        self.experts = MLP(hidden, experts.intermediate_size, init)
         self.settings = experts
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        """Σ_e share_e · MLP_e(x) over the experts that the router chooses for each token."""
+        """Σ_e s_e · MLP_e(x) over the experts chosen for each token."""
         rows = x.reshape(-1, x.shape[-1])
         shares, chosen = route(self.gate(rows), self.settings)
         # transformers rounds the shares to the dtype it computes in.
@@ -41,7 +41,7 @@ class SparseMLP(nnx.Module):
 
 
 def route(scores: Float32[Array, "N E"], experts: Experts) -> tuple[Float32[Array, "N C"], Int[Array, "N C"]]:
-    """The share of each chosen expert in a token's output, and which experts they are."""
+    """The shares s of the experts chosen for each token, and their indices."""
     shares, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), experts.per_token)
     if experts.renormalise:
         shares = shares / shares.sum(axis=-1, keepdims=True)
@@ -49,31 +49,27 @@ def route(scores: Float32[Array, "N E"], experts: Experts) -> tuple[Float32[Arra
 
 
 class _Blocks(NamedTuple):
-    """Pairs in blocks of one expert; places that are left over hold the pair P, which is none."""
-
     expert: Int[Array, " blocks"]
-    pairs: Int[Array, "blocks rows"]
+    pairs: Int[Array, "blocks rows"]  # P where a block has no more pairs
 
 
 def _blocks(chosen: Int[Array, "N C"], count: int) -> _Blocks:
-    """Cuts the pairs, sorted by expert, into blocks; there are as many as the worst routing needs.
-
-    Their size is a quarter of an expert's fair part: an expert's last block is half empty on average.
-    """
+    """Cuts the pairs, sorted by expert, into the number of blocks that the worst routing needs."""
     pairs = chosen.size
+    # A quarter of an expert's mean load, since each expert's last block is half empty on average.
     size = max(MIN_ROWS, -(-pairs // (4 * count)))
-    begun = min(count, pairs)
-    blocks = begun + (pairs - begun) // size
+    started = min(count, pairs)
+    blocks = started + (pairs - started) // size
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    taken = jnp.bincount(expert, length=count)
-    ends = jnp.cumsum(-(-taken // size))  # of each expert's blocks
+    load = jnp.bincount(expert, length=count)
+    ends = jnp.cumsum(-(-load // size))  # of each expert's blocks
     sorted_expert = expert[order]
-    rank = jnp.arange(pairs) - (jnp.cumsum(taken) - taken)[sorted_expert]
-    first = (ends - -(-taken // size))[sorted_expert] * size
-    places = jnp.full(blocks * size, pairs).at[first + rank].set(order)
-    of_block = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-    return _Blocks(jnp.minimum(of_block, count - 1), places.reshape(blocks, size))
+    rank = jnp.arange(pairs) - (jnp.cumsum(load) - load)[sorted_expert]
+    first = (ends - -(-load // size))[sorted_expert] * size
+    slots = jnp.full(blocks * size, pairs).at[first + rank].set(order)
+    block_expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
+    return _Blocks(jnp.minimum(block_expert, count - 1), slots.reshape(blocks, size))
 
 
 def _mix(
@@ -85,7 +81,7 @@ def _mix(
 
     def add_block(y: Array, block: _Blocks) -> Array:
         expert = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[block.expert], weights))
-        tokens = block.pairs // per_token  # N, which is none, for the pair P
+        tokens = block.pairs // per_token  # N, out of range, for the pair P
         share = shares.reshape(-1).at[block.pairs].get(mode="fill", fill_value=0)
         written = expert(x.at[tokens].get(mode="fill", fill_value=0))
         return y.at[tokens].add(written * share[:, None], mode="drop")

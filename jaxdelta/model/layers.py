@@ -1,9 +1,9 @@
 """The parts of a decoder's layers: linear maps, embeddings, norms, and the MLP, in Flax NNX.
 
-Linear weights lie as Hugging Face stores them, (out, in). Axes as in `jaxdelta.model.decoder`.
+Linear weights are stored as in Hugging Face's files, (out, in). Axes as in `jaxdelta.model.decoder`.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +12,33 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 
+class Init(NamedTuple):
+    """How weights are made: leading axes (layers, experts), dtype, and random numbers; zeros without."""
+
+    stack: tuple[int, ...] = ()
+    dtype: DTypeLike = jnp.float32
+    rngs: nnx.Rngs | None = None
+
+    def normal(self, *shape: int) -> nnx.Param:
+        """N(0, 0.02²)."""
+        shape = (*self.stack, *shape)
+        if self.rngs is None:  # only the shapes matter, and tracing a random generator is slow
+            return nnx.Param(jnp.zeros(shape, self.dtype))
+        return nnx.Param(nnx.initializers.normal(0.02)(self.rngs.params(), shape, self.dtype))
+
+
 def contract(spec: str, x: Array, y: Array) -> Array:
     """`einsum` of two factors in x's dtype, summed in float32 at full precision."""
-    return jnp.einsum(
-        spec,
-        x,
-        y.astype(x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum(spec, x, y.astype(x.dtype), precision=highest, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):
-    """y = W x + b with W (out, in); `stack` puts leading axes (layers) before the weight's own."""
+    """y = W x + b, with W (out, in)."""
 
-    def __init__(
-        self,
-        size_in: int,
-        size_out: int,
-        *,
-        bias: bool,
-        stack: tuple[int, ...],
-        dtype: DTypeLike,
-        rngs: nnx.Rngs | None,
-    ):
-        self.weight = nnx.Param(_normal(rngs, (*stack, size_out, size_in), dtype))
-        self.bias = nnx.Param(jnp.zeros((*stack, size_out), dtype)) if bias else None
+    def __init__(self, size_in: int, size_out: int, init: Init, *, bias: bool = False):
+        self.weight = init.normal(size_out, size_in)
+        self.bias = nnx.Param(jnp.zeros((*init.stack, size_out), init.dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float32[Array, "*batch O"]:
         """W x + b over the last axis: factors in x's dtype, sums in float32."""
@@ -48,19 +49,19 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Token embeddings (V, D)."""
 
-    def __init__(self, vocab_size: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        self.weight = nnx.Param(_normal(rngs, (vocab_size, size), dtype))
+    def __init__(self, vocab_size: int, size: int, init: Init):
+        self.weight = init.normal(vocab_size, size)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        """The tokens' rows, in the dtype in which they are stored."""
+        """The tokens' rows, in the dtype of the weights."""
         return jnp.take(self.weight[...], tokens, axis=0)
 
 
 class RMSNorm(nnx.Module):
     """`rms_norm` with a weight."""
 
-    def __init__(self, size: int, eps: float, *, stack: tuple[int, ...] = (), dtype: DTypeLike):
-        self.weight = nnx.Param(initial_norm((*stack, size), dtype))
+    def __init__(self, size: int, eps: float, init: Init):
+        self.weight = nnx.Param(initial_norm((*init.stack, size), init.dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
@@ -69,7 +70,7 @@ class RMSNorm(nnx.Module):
 
 
 def initial_norm(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "*stack D"]:
-    """A norm's weight before training: it changes nothing."""
+    """An untrained norm's weight, which leaves the normalised state as it is."""
     return jnp.ones(shape, dtype)
 
 
@@ -83,19 +84,13 @@ def rms_norm(
 
 
 class MLP(nnx.Module):
-    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020); with `bias`, each product has one added."""
+    """SwiGLU: W_down (silu(W_gate x) ∘ W_up x) (Shazeer 2020); `bias` adds one to each product."""
 
-    def __init__(self, hidden: int, inner: int, *, bias: bool = False, **options: Any):
-        self.gate_proj = Linear(hidden, inner, bias=bias, **options)
-        self.up_proj = Linear(hidden, inner, bias=bias, **options)
-        self.down_proj = Linear(inner, hidden, bias=bias, **options)
+    def __init__(self, hidden: int, inner: int, init: Init, *, bias: bool = False):
+        self.gate_proj = Linear(hidden, inner, init, bias=bias)
+        self.up_proj = Linear(hidden, inner, init, bias=bias)
+        self.down_proj = Linear(inner, hidden, init, bias=bias)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float32[Array, "*batch D"]:
-        """W_down (silu(W_gate x) ∘ W_up x); what enters W_down is rounded to x's dtype."""
+        """The MLP's output in float32; the input of W_down is rounded to x's dtype."""
         return self.down_proj((jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)).astype(x.dtype))
-
-
-def _normal(rngs: nnx.Rngs | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    if rngs is None:  # for shapes alone: tracing a random generator takes longer than all the rest
-        return jnp.zeros(shape, dtype)
-    return nnx.initializers.normal(0.02)(rngs.params(), shape, dtype)

@@ -1,4 +1,4 @@
-"""The model's loss on a text, its output embedding taken in slices. Axes as in `jaxdelta.model.decoder`."""
+"""The model's loss on a text, one slice of the output embedding at a time. Axes: `jaxdelta.model.decoder`."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -8,37 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from jaxdelta.model.layers import contract
 from jaxdelta.utils.arrays import AnyArray
 from jaxdelta.utils.compiling import compiler_options
 
 VOCAB_SLICE = 4096
-PROBED = 512  # tokens of a text whose loss is taken: of them all it would take as long as several layers
-
-
-def next_token_loss(
-    head: Float[Array, "V D"],
-    normed: Float32[Array, "B T D"],
-    tokens: Int[Array | np.ndarray, "B T"],
-    compute_dtype: DTypeLike = jnp.float32,
-) -> Float32[np.ndarray, "B T-1"]:
-    """-ln p(token t+1 | tokens ..t) in nats.
-
-    Args:
-        head: the output embedding.
-        normed: the last state after the final norm.
-        tokens: the token ids.
-        compute_dtype: dtype of the factors of the product.
-    """
-    targets = jnp.take(head, jnp.asarray(tokens)[:, 1:], axis=0)
-    slices = (head[start:stop] for start, stop in vocabulary_slices(head.shape[0]))
-    return sliced_loss(head.shape[0], slices, targets, normed[:, :-1], compute_dtype)
+PROBED = 512  # tokens of a text in its loss: the loss of all would take as long as several layers
 
 
 def vocabulary_slices(vocab_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of the slices of the vocabulary: of one size, so the last overlaps the one before."""
+    """(start, stop) of the slices of the vocabulary: all of one size, so the last two overlap."""
     size = min(VOCAB_SLICE, vocab_size)
     stops = [*range(size, vocab_size, size), vocab_size]
     return [(stop - size, stop) for stop in stops]
@@ -51,14 +32,11 @@ def sliced_loss(
     normed: Float32[AnyArray, "*batch D"],
     compute_dtype: DTypeLike,
 ) -> Float32[np.ndarray, "*batch"]:
-    """ln Σ_v exp(W_v·x) - W_target·x, with W's rows coming in slices: no (T, V) matrix is ever built.
+    """-ln p(next token) = ln Σ_v exp(W_v·x) - W_target·x, in nats; no (T, V) matrix is ever built.
 
-    Args:
-        vocab_size: the number of W's rows.
-        slices: the output embedding's rows, as `vocabulary_slices` cuts them.
-        targets: W_target of every token's next one.
-        normed: x, every token's last state after the final norm.
-        compute_dtype: dtype of the factors of the products.
+    W is the output embedding: its V rows come in `slices`, as `vocabulary_slices` cuts them, and `targets`
+    are the rows of every next token. `normed` is x, every token's last state after the final norm. The
+    factors of the products are in `compute_dtype`.
     """
     begin, add_slice = _programs()
     x, target_score, log_sum = begin(targets, normed, jnp.dtype(compute_dtype))
@@ -67,7 +45,7 @@ def sliced_loss(
         log_sum = add_slice(log_sum, x, rows, counted - start)
         jax.block_until_ready(log_sum)  # before the next slice is taken
         counted = stop
-    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
+    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, which the caller looks for
         return np.asarray(log_sum) - np.asarray(target_score)
 
 
@@ -86,7 +64,7 @@ def _begin_loss(targets: Array, normed: Array, compute_dtype: Any) -> tuple[Arra
 
 def _add_slice(log_sum: Array, x: Array, rows: Array, counted: int | Array) -> Array:
     """ln(exp(log_sum) + Σ exp(rows·x)) over all rows but the first `counted`."""
-    # Added, not chosen by `where`: XLA on a CPU then has all of it in one library call.
+    # Added, not selected by `where`: XLA on a CPU then computes all of it in one library call.
     hidden = jnp.where(jnp.arange(rows.shape[0]) >= counted, jnp.float32(0), -jnp.inf)
     scores = contract("...D,VD->...V", x, rows) + hidden
     return jnp.logaddexp(log_sum, jax.nn.logsumexp(scores, axis=-1))

@@ -14,7 +14,7 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from jaxdelta.checkpoint.controls import controlled
 from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
-from jaxdelta.model.decoder import Decoder
+from jaxdelta.model.decoder import Decoder, count_parameters
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
@@ -115,7 +115,7 @@ def _opened(
         else:
             name = str(model)
             weights = open_checkpoint(name, revision=options.revision, loader=options.loader)
-        note(f"{weights.config.parameters / 1e6:,.1f} M parameters")
+        note(f"{count_parameters(weights.config) / 1e6:,.1f} M parameters")
     if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:

@@ -7,7 +7,7 @@ from jaxdelta.run.memory_plan import Plan
 from jaxdelta.run.options import Options
 from jaxdelta.spectra.views import View, parse_views
 from jaxdelta.statistics.across_layers.phases import Phases
-from jaxdelta.sweep.devices import Devices
+from jaxdelta.sweep.mesh import Devices
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.utils.timing import Stages
 

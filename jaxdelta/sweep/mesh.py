@@ -1,14 +1,11 @@
-"""Several devices and several processes: a mesh of `data` × `model`, where each array lies on it, and JAX's
-processes.
+"""Several devices and several processes: a mesh of `data` × `model`, and JAX's processes.
 
 The windows of a block are split over `data`, the weights of a layer over `model`: the projections out of the
 stream by their outputs, the projections into it by their inputs, so that the only sum over devices in a
-sublayer is that of its own output (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Each expert is split
-like a dense MLP; norms and routers are replicated. Every process runs this program on the same text with the
-same options. It holds the windows and the shares of the weights that its own devices need, and launches the
-same programs in the same order as the others.
-
-Axes: as in `jaxdelta.sweep.devices`.
+sublayer is that of its output (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Each expert is split like
+a dense MLP; norms and routers are replicated. Every process runs this program on the same text with the same
+options, holds the windows and the shares of the weights that its devices need, and launches the same programs
+in the same order. Axes: as in `jaxdelta.sweep.devices`.
 """
 
 import atexit
@@ -31,27 +28,27 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.sweep.devices import AXES, DATA, WHOLE, Devices, OneDevice
+from jaxdelta.sweep.devices import AXES, DATA, WHOLE, OneDevice
 from jaxdelta.utils.arrays import AnyArray
 
 _OUT, _IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-_HEARTBEAT = 30  # seconds without a sign of life after which a process, and all others with it, is given up
+_HEARTBEAT = 30  # seconds without a sign of life after which a process, and the run with it, is given up
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMesh:
-    """A mesh of devices, `data` × `model` in the order of processes. Its methods are those of `Devices`."""
+    """A mesh of devices, `data` × `model` in the order of processes."""
 
     mesh: Mesh
 
     @property
     def data(self) -> int:
-        """Number of groups of devices that share the windows of a block."""
+        """Size of the axis over which windows are split."""
         return self.mesh.shape["data"]
 
     @property
     def model(self) -> int:
-        """Number of devices that share the weights of a layer."""
+        """Size of the axis over which weights are split."""
         return self.mesh.shape["model"]
 
     @property
@@ -70,7 +67,7 @@ class DeviceMesh:
         return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
 
     def sharding(self, spec: PartitionSpec = DATA) -> NamedSharding:
-        """The sharding of an array on this mesh; by default its windows are split over `data`."""
+        """The sharding of an array on this mesh, by default that of windows."""
         return NamedSharding(self.mesh, spec)
 
     @cached_property
@@ -80,23 +77,18 @@ class DeviceMesh:
 
     @cached_property
     def local_rows(self) -> range:
-        """Which of the `data` equal parts of a block of windows this process holds."""
-        places = self.sharding().addressable_devices_indices_map((self.data,)).values()
-        rows = [range(*place[0].indices(self.data)) for place in places if place is not None]
+        """The indices of this process' parts of a block, of `data` equal parts."""
+        indices = self.sharding().addressable_devices_indices_map((self.data,)).values()
+        rows = [range(*index[0].indices(self.data)) for index in indices if index is not None]
         return range(min(row.start for row in rows), max(row.stop for row in rows))
 
     def local_windows(self, windows: Shaped[np.ndarray, "B ..."]) -> Shaped[np.ndarray, "b ..."]:
-        """The windows of a block that this process holds."""
+        """This process' windows of a block."""
         share = len(windows) // self.data
         return windows[self.local_rows.start * share : self.local_rows.stop * share]
 
     def put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
-        """A tree of arrays on the devices. Every process must give the same, whole arrays.
-
-        Args:
-            value: the tree.
-            spec: how each array is split; by default it is whole on every device.
-        """
+        """A tree of arrays, the same in every process, on the devices; `spec` tells how each is split."""
         if jax.process_count() == 1:
             return jax.device_put(value, self.sharding(spec))
 
@@ -107,7 +99,7 @@ class DeviceMesh:
         return jax.tree.map(place, value)
 
     def put_windows(self, local: Shaped[np.ndarray, "b ..."]) -> Shaped[Array, "B ..."]:
-        """A block on the devices, in memory of its own, from the windows of this process."""
+        """A block from the windows of this process; a copy, so that it may be donated."""
         share = len(local) // len(self.local_rows)
         first, count = self.local_rows.start * share, self.data * share
 
@@ -118,33 +110,24 @@ class DeviceMesh:
         return jax.make_array_from_callback((count, *local.shape[1:]), self.sharding(), part)
 
     def put_rows(self, rows: Shaped[AnyArray, "R ..."]) -> Shaped[Array, "R ..."]:
-        """A matrix on the devices, its rows split over `model` if that divides their number."""
+        """A matrix, its rows split over `model` if that divides their number."""
         return self.put(rows, PartitionSpec(None if len(rows) % self.model else "model"))
 
     def fetch(self, array: Shaped[AnyArray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """This process' windows of a block, or the whole of a replicated array, on the host."""
+        """This process' windows of a block, or a replicated array, on the host."""
         if isinstance(array, np.ndarray) or array.is_fully_replicated:
             return np.asarray(array)
         parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
         return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     def from_slices(
-        self,
-        shape: tuple[int, ...],
-        spec: PartitionSpec,
-        read: Callable[[tuple[slice, ...]], np.ndarray],
+        self, shape: tuple[int, ...], spec: PartitionSpec, read: Callable[[tuple[slice, ...]], np.ndarray]
     ) -> Array:
-        """An array of which this process reads only the slices that its devices hold, each of them once.
-
-        Args:
-            shape: the shape of the whole array.
-            spec: how it is split.
-            read: returns the slice of the array at an index.
-        """
+        """An array of the given whole shape, split by `spec`; reads this process' slices only, each once."""
         held: dict[str, np.ndarray] = {}
 
         def part(index: Any) -> np.ndarray:
-            # Whole rows are contiguous on disk: a device's columns are cut out of them in memory.
+            # Whole rows are contiguous on disk; a device's columns are cut out of them in memory.
             rows = (*index[:-1], slice(None)) if len(shape) > 1 else index
             if str(rows) not in held:
                 held[str(rows)] = read(rows)
@@ -153,10 +136,10 @@ class DeviceMesh:
         return jax.make_array_from_callback(shape, self.sharding(spec), part)
 
     def layer(self, weights: Weights, index: int) -> nnx.State:
-        """A layer's parameters, split over `model` by `weight_spec`.
+        """A layer's parameters, split by `weight_spec`.
 
-        From a checkpoint every process reads only the rows it needs. Other weights are first made whole, on
-        one device of every process.
+        Of a checkpoint every process reads only the rows it needs; other weights are first whole on one
+        device of every process.
         """
 
         def place(path: Any, shape: tuple[int, ...], read: Callable[..., np.ndarray]) -> Array:
@@ -164,9 +147,8 @@ class DeviceMesh:
 
         if isinstance(weights, Checkpoint):
             return weights.placed_layer(index, place)
-        return _map_with_paths(
-            lambda path, leaf: self.put(leaf, weight_spec(path, leaf.ndim)), weights.layer(index)
-        )
+        layer = weights.layer(index)
+        return _map_with_paths(lambda path, leaf: self.put(leaf, weight_spec(path, leaf.ndim)), layer)
 
     def abstract_layer(self, weights: Weights, index: int) -> nnx.State:
         """A layer's parameters as shapes, dtypes and shardings."""
@@ -178,21 +160,28 @@ class DeviceMesh:
         return _map_with_paths(placed, weights.abstract_layer(index))
 
     def abstract_windows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        """A block of windows as shape, dtype and sharding."""
+        """A block as shape, dtype and sharding."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding())
 
     def shard_map(
         self, function: Callable[..., Any], inputs: Any, outputs: Any, over: PartitionSpec = DATA
     ) -> Callable[..., Any]:
-        """The function on each device's part along the axes named by `over`; XLA splits the other axes."""
+        """The function on each device's part along the axes `over`, to be called inside `jit`.
+
+        `inputs` and `outputs` are the PartitionSpecs of arguments and results, as prefixes of their trees.
+        XLA splits the work over the other axes.
+        """
         axes = {name for axis in over for name in ((axis,) if isinstance(axis, str) else axis)}
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False
         )
 
     def jit(self, function: Callable[..., Any], outputs: Any, **options: Any) -> Any:
-        """The compiled function, whose results lie as `outputs` says."""
+        """The compiled function, its results split by `outputs`; its inputs stay where they are."""
         return jax.jit(function, out_shardings=jax.tree.map(self.sharding, outputs), **options)
+
+
+Devices = OneDevice | DeviceMesh  # equal devices share compiled programs
 
 
 def _map_with_paths(function: Callable[[Any, Any], Any], layer: nnx.State) -> nnx.State:
@@ -204,19 +193,14 @@ def _map_with_paths(function: Callable[[Any, Any], Any], layer: nnx.State) -> nn
 
 
 def weight_spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
-    """How a layer's weight is split over `model`.
-
-    Args:
-        path: the weight's path in the layer, such as ("mlp", "up_proj", "weight").
-        ndim: its number of axes.
-    """
+    """The split over `model` of a layer's weight, by its path, as in ("mlp", "up_proj", "weight")."""
     projection, kind = path[-2:]
     axis = None
     if projection in _OUT:
         axis = ndim - 1 if kind == "bias" else ndim - 2
     elif projection in _IN and kind == "weight":
         axis = ndim - 1
-    return PartitionSpec(*("model" if axis == place else None for place in range(ndim)))
+    return PartitionSpec(*("model" if axis == i else None for i in range(ndim)))
 
 
 def share(path: tuple[Any, ...], leaf: Any, model: int) -> jax.ShapeDtypeStruct:
@@ -229,16 +213,13 @@ def share(path: tuple[Any, ...], leaf: Any, model: int) -> jax.ShapeDtypeStruct:
 
 
 def make_devices(given: str | None, config: ModelConfig) -> Devices:
-    """The devices of a run: a DeviceMesh, or OneDevice if there is only one to use.
+    """The devices of a run: a DeviceMesh, or OneDevice if only one is used.
 
-    Args:
-        given: the mesh, such as `data:2,model:4`; by default all devices lie on `data`. Several devices of a
-            CPU are simulated and share its cores, so that by default a single process uses one of them.
-        config: the model whose weights are split.
+    `given` is a mesh such as `data:2,model:4`; by default all devices are on `data`. Several devices of a CPU
+    are simulated and share its cores, so by default a single process uses one of them.
 
     Raises:
-        UsageError: the mesh cannot be parsed, is not as large as the number of devices, or does not fit the
-            model.
+        UsageError: the mesh cannot be parsed, or does not fit the number of devices or the model.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if given is None:
@@ -258,7 +239,7 @@ def make_devices(given: str | None, config: ModelConfig) -> Devices:
 
 
 def parse_mesh(given: str) -> dict[str, int]:
-    """The sizes of a mesh's axes, from text such as `data:2,model:4`; an axis that is not named has size 1.
+    """The sizes of a mesh's axes, from text such as `data:2,model:4`; an axis not given has size 1.
 
     Raises:
         UsageError: an axis is unknown or named twice, or a size is not a positive integer.
@@ -275,7 +256,7 @@ def parse_mesh(given: str) -> dict[str, int]:
 
 
 def _check_model(model: int, config: ModelConfig) -> None:
-    """Raises a UsageError unless whole heads and whole columns of the MLPs can be shared out."""
+    """Raises a UsageError unless `model` divides the heads and the widths of the MLPs."""
     sizes = {"num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads}
     if config.layers_of(sparse=False):
         sizes["intermediate_size"] = config.intermediate_size
@@ -286,7 +267,7 @@ def _check_model(model: int, config: ModelConfig) -> None:
 
 
 def leads() -> bool:
-    """Whether this process is the one that prints, and writes the results."""
+    """Whether this process prints and writes the results."""
     return jax.process_index() == 0
 
 
@@ -294,18 +275,13 @@ def leads() -> bool:
 def processes(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> Iterator[None]:
-    """Joins this process to the others of a run; must be entered before any device is used.
+    """Joins this process, number `index` of `count`, to a run; must be entered before any device is used.
 
-    What is not given JAX takes from its environment: SLURM, Open MPI, GKE, a TPU pod. When one process fails
-    it reports its error, and the others end too, within half a minute.
-
-    Args:
-        coordinator: HOST:PORT of the first process.
-        count: number of processes.
-        index: the number of this one, from 0.
+    `coordinator` is HOST:PORT of process 0. By default JAX takes all three from its environment: SLURM, Open
+    MPI, GKE, a TPU pod. When a process fails it reports its error, and the others end within half a minute.
 
     Raises:
-        UsageError: the arguments, or what JAX found, are incomplete or do not fit.
+        UsageError: the arguments, or those from the environment, are incomplete or do not fit.
         JaxDeltaError: the other processes cannot be reached, or one of them has ended.
     """
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
@@ -330,6 +306,6 @@ def processes(
 
 
 def _leave(status: int) -> None:
-    """Ends this process at exit without waiting for the others, which may be waiting for it."""
+    """Makes exit not wait for the other processes, which may be waiting for this one."""
     sys.stdout.flush()
     atexit.register(partial(os._exit, status))

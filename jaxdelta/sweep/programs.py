@@ -1,11 +1,9 @@
 """The two programs of a pass: one layer on a block of windows, and the final norm after the last layer.
 
-`layer_step` and `final_norm_step` are plain functions. `layer_program` and `final_norm_program` compile them
-for the devices of a run; the same devices and the same layer give the same program, so that JAX compiles it
-once in a process.
+`layer_step` and `final_norm_step` are plain functions; `layer_program` and `final_norm_program` compile them,
+once per process, for the devices of a run.
 
-Axes: B windows of a block, T tokens of each, D hidden size; m tokens chosen among the B·T, p positions whose
-loss is taken.
+Axes: B windows of a block, T tokens of each, D hidden size; m selected tokens of the B·T, p with a loss.
 """
 
 import dataclasses
@@ -20,12 +18,13 @@ from jaxtyping import Array, Float, Float32, Int32
 from jaxdelta.model.attention import Context
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import final_norm
-from jaxdelta.sweep.devices import DATA, WHOLE, Devices
+from jaxdelta.sweep.devices import DATA, WHOLE
+from jaxdelta.sweep.mesh import Devices
 from jaxdelta.utils.arrays import AnyArray
 
 
 class Update(NamedTuple):
-    """What a layer's attention and MLP added to the residual stream h that entered it, for n tokens."""
+    """The writes of a layer's attention and MLP into the residual stream h that entered it, for n tokens."""
 
     attention: Float32[Array, "n d"]
     mlp: Float32[Array, "n d"]
@@ -38,8 +37,7 @@ class Update(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """A block's states at both ends of the pass: those that entered the first and the last layer, the one
-    that left the last, and the sum of all updates."""
+    """A block's states before the first and the last layer and after the last, and the sum of all updates."""
 
     first: Float[Array, "B T D"]
     entered: Float[Array, "B T D"]
@@ -51,14 +49,9 @@ class Ends(NamedTuple):
 def layer_program(devices: Devices, graph: Any, all_tokens: bool) -> Any:
     """The compiled `(layer, h, written, context, rows) -> (h, written, Update)`; it consumes `written`.
 
-    Every device passes its own windows, whatever the layer does with them (sorting tokens by expert, too):
-    devices wait for each other only in sums over `model`.
-
-    Args:
-        devices: where it runs.
-        graph: the layer's nnx.GraphDef.
-        all_tokens: the Update has all tokens of the block (`rows` is None) and stays split over the devices;
-            else it has the tokens `rows`, and is whole on every device.
+    With `all_tokens` (`rows` is None) the Update has all tokens of the block and stays split over the
+    devices; else it has the tokens `rows`, whole on every device. Each device computes its own windows, also
+    when it sorts tokens by expert: devices wait for each other only in sums over `model`.
     """
 
     def program(layer: nnx.State, h: Array, written: Array, context: Context, rows: Any) -> Any:
@@ -68,28 +61,16 @@ def layer_program(devices: Devices, graph: Any, all_tokens: bool) -> Any:
         h, written, update = step(layer, h, written, context)
         return h, written, jax.tree.map(partial(_select, rows=rows), update)
 
-    return devices.jit(program, (DATA, DATA, _update_spec(all_tokens)), donate_argnums=2)
+    return devices.jit(program, (DATA, DATA, DATA if all_tokens else WHOLE), donate_argnums=2)
 
 
 def layer_step(
-    graph: Any,
-    layer: nnx.State,
-    h: Float[Array, "B T D"],
-    written: Float32[Array, "B T D"],
-    context: Context,
+    graph: Any, layer: nnx.State, h: Float[Array, "B T D"], written: Float32[Array, "B T D"], context: Context
 ) -> tuple[Float[Array, "B T D"], Float32[Array, "B T D"], Update]:
-    """One layer on a block of windows.
+    """One layer, given as its nnx.GraphDef and parameters, on a block of windows.
 
-    Args:
-        graph: the layer's nnx.GraphDef.
-        layer: its parameters.
-        h: the residual stream that enters it.
-        written: the sum of the updates of all layers before it.
-        context: positions, the attention window and how to compute.
-
-    Returns:
-        The residual stream after the layer, the sum of the updates including this one, and the update of all
-        B·T tokens.
+    Returns the residual stream after the layer, the sum `written` of all updates including this one, and the
+    update of all B·T tokens.
     """
     new, attention, mlp = nnx.merge(graph, layer)(h, context)
     update = Update(*map(_flat, (attention, mlp, h.astype(jnp.float32))))
@@ -99,7 +80,7 @@ def layer_step(
 @cache
 def final_norm_program(devices: Devices, all_tokens: bool) -> Any:
     """The compiled `final_norm_step`; `all_tokens` as in `layer_program`."""
-    outputs = WHOLE, _update_spec(all_tokens), WHOLE, WHOLE
+    outputs = WHOLE, DATA if all_tokens else WHOLE, WHOLE, WHOLE
     return devices.jit(final_norm_step, outputs, static_argnames="config")
 
 
@@ -112,19 +93,13 @@ def final_norm_step(
     *,
     config: ModelConfig,
 ) -> tuple[Float32[Array, "p D"], Update, Float32[Array, ""], Float32[Array, ""]]:
-    """The final norm of a block, and what is left of h_0 + Σδ = h_N.
+    """The final norm of a block, and the terms of its closure error.
 
-    Args:
-        ends: the block's states.
-        attention: what the last layer's attention wrote.
-        weight: the final norm's weight.
-        rows: the tokens of the last layer's Update; None for all.
-        loss_positions: the tokens whose normed states are wanted.
-        config: the model, which says what its final norm is.
+    `attention` is the last layer's write, for the tokens `rows` of its Update; None for all.
 
     Returns:
-        The normed states of `loss_positions`; the last layer's Update if its state is taken after the norm,
-        the norm's change being counted as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
+        The normed states of `loss_positions`; the last layer's Update with its state taken after the norm,
+        whose change counts as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
     """
     normed = final_norm(config, weight, ends.last)
     first, entered, last = (state.astype(jnp.float32) for state in ends[:3])
@@ -134,12 +109,7 @@ def final_norm_step(
     return _select(_flat(normed), loss_positions), update, missing, energy
 
 
-def _update_spec(all_tokens: bool) -> Any:
-    return DATA if all_tokens else WHOLE
-
-
 def _flat(x: Float[Array, "B T D"]) -> Float[Array, "n D"]:
-    """One row per token."""
     return x.reshape(-1, x.shape[-1])
 
 

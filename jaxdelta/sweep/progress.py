@@ -10,23 +10,16 @@ _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left, {r
 
 
 def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[BlockUpdate]]:
-    """The sweep's layers, with a bar that moves with every block.
+    """The layers of the sweep of `tokens` tokens, with a bar if `progress`.
 
-    A block that passes a layer counts as its share of the tokens, so that the rate is that of the text
-    through the whole model.
-
-    Args:
-        sweep: the pass.
-        tokens: number of tokens of the text.
-        progress: whether to show the bar.
+    Each block of each layer counts as its share of the tokens: the rate is that through the whole model.
     """
     layers = sweep.weights.config.num_layers
     share = tokens / (layers * len(sweep.tokens))
     begun = sweep.start * share * len(sweep.tokens)
-    # None: only if standard error is a terminal.
-    hidden = None if progress else True
+    disable = None if progress else True  # None: shown only if standard error is a terminal
     with tqdm(
-        total=tokens, initial=begun, unit=" tokens", bar_format=_FORMAT, leave=False, disable=hidden
+        total=tokens, initial=begun, unit=" tokens", bar_format=_FORMAT, leave=False, disable=disable
     ) as bar:
         for layer, blocks in enumerate(sweep, sweep.start):
             bar.set_description_str(f" layer {layer + 1} of {layers}")
@@ -34,12 +27,11 @@ def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[BlockU
 
 
 def _counted(blocks: Iterator[BlockUpdate], bar: "tqdm[None]", share: float) -> Iterator[BlockUpdate]:
-    for wrote in blocks:
-        yield wrote
+    for block in blocks:
+        yield block
         bar.update(share)
 
 
 def tokens_per_second(sweep: Sweep, tokens: int, seconds: float) -> float:
     """Tokens per second through the whole model; a resumed pass counts only the layers it passed itself."""
-    layers = sweep.weights.config.num_layers
-    return tokens * (1 - sweep.start / layers) / seconds
+    return tokens * (1 - sweep.start / sweep.weights.config.num_layers) / seconds

@@ -1,7 +1,7 @@
-"""The residual stream of a text between two layers, block by block: kept on the devices as long as it fits,
-else on the host, else in files."""
+"""The residual stream of a text between two layers, in blocks: on the devices, on the host, or in files."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.sweep.devices import Devices, OneDevice
+from jaxdelta.sweep.devices import OneDevice
+from jaxdelta.sweep.mesh import Devices
 from jaxdelta.utils.arrays import AnyArray
 from jaxdelta.utils.files import locked
 from jaxdelta.utils.read_ahead import read_ahead
@@ -29,13 +30,9 @@ class State(NamedTuple):
 
 @contextlib.contextmanager
 def scratch_directory(parent: str | None, location: str) -> Iterator[Path | None]:
-    """A directory for the states of this run, removed when the run ends; None if they are not kept in files.
+    """A directory in `parent` for this run's states, removed at its end; None unless `location` is "scratch".
 
-    Directories left by runs that were killed are removed too: no process holds their locks.
-
-    Args:
-        parent: where it is made.
-        location: where the states are kept, one of LOCATIONS.
+    Also removes directories left by killed runs, whose locks nobody holds.
 
     Raises:
         JaxDeltaError: it cannot be made.
@@ -61,7 +58,7 @@ def _held_directory(parent: Path) -> Iterator[Path]:
                 for file in left.glob("state-*"):
                     file.unlink()
                 left.rmdir()
-    # Until it is locked it has another name, so that no other run takes it for one left behind.
+    # Under another name until it is locked, so that no other run removes it as left behind.
     with tempfile.TemporaryDirectory(prefix=".jaxdelta-scratch-", dir=parent) as made, locked(Path(made)):
         path = Path(made).rename(parent / Path(made).name.removeprefix("."))
         try:
@@ -71,17 +68,13 @@ def _held_directory(parent: Path) -> Iterator[Path]:
 
 
 class States:
-    """The states of all blocks: `states[block] = state` stores one, iterating gives them back on the devices.
+    """The states of all blocks: `states[block] = state` stores one, iteration yields all on the devices.
 
-    On the host and in files a state is this process' windows of a block.
-
-    Args:
-        location: where they are kept, one of LOCATIONS.
-        directory: where the files lie, if they are kept in files.
-        devices: the devices that compute them.
+    `location` is one of LOCATIONS; for "scratch" the files are in `directory`. The host and the files hold
+    this process' windows of a block.
 
     Raises:
-        JaxDeltaError: a file in the directory cannot be written.
+        JaxDeltaError: a file cannot be written.
     """
 
     def __init__(
@@ -89,16 +82,16 @@ class States:
     ):
         self.location, self._directory = location, directory
         self._devices = devices or OneDevice()
-        self._kept: dict[int, State] = {}
+        self._in_memory: dict[int, State] = {}
         self._forms: dict[int, list[tuple[tuple[int, ...], np.dtype[Any]]]] = {}
 
     def __setitem__(self, block: int, state: State) -> None:
         if self.location == "device":
-            self._kept[block] = self._put(state)
+            self._in_memory[block] = self._put(state)
             return
         state = self.fetch(state)
         if self.location == "host":
-            self._kept[block] = state
+            self._in_memory[block] = state
             return
         self._forms[block] = [(part.shape, part.dtype) for part in state]
         try:
@@ -111,36 +104,30 @@ class States:
             ) from error
 
     def __iter__(self) -> Generator[State, None, None]:
-        """The states of all blocks in order; while one is in use, the next one is brought to the devices."""
+        """The states of all blocks in order; the next one is put on the devices while one is in use."""
         if self.location == "device":
-            yield from (self._kept[block] for block in range(len(self._kept)))
+            yield from (self._in_memory[block] for block in range(len(self._in_memory)))
         else:
-            yield from read_ahead(self._load, len(self._kept or self._forms))
+            yield from read_ahead(self._load, len(self._in_memory or self._forms))
 
     def block_until_ready(self) -> None:
         """Waits until all states are computed."""
-        jax.block_until_ready(list(self._kept.values()))
+        jax.block_until_ready(list(self._in_memory.values()))
 
     def fetch(self, state: State) -> State:
-        """A state on the host: this process' windows."""
+        """This process' windows of a state, on the host."""
         return State(*map(self._devices.fetch, state))
 
     def _put(self, state: State) -> State:
-        """The state on the devices; what is there already stays as it is."""
         return State(*(x if isinstance(x, jax.Array) else self._devices.put_windows(x) for x in state))
 
     def _load(self, block: int) -> State:
-        return self._put(self._read(block))
-
-    def _read(self, block: int) -> State:
         if self.location == "host":
-            return self._kept[block]
+            return self._put(self._in_memory[block])
         with open(self._file(block), "rb") as file:
-            parts = [
-                np.fromfile(file, dtype, int(np.prod(shape))).reshape(shape)
-                for shape, dtype in self._forms[block]
-            ]
-        return State(*parts)
+            forms = self._forms[block]
+            parts = [np.fromfile(file, dtype, math.prod(shape)).reshape(shape) for shape, dtype in forms]
+        return self._put(State(*parts))
 
     def _file(self, block: int) -> Path:
         assert self._directory is not None

@@ -1,10 +1,10 @@
 """The layer-major pass: all tokens go through one layer, which is measured and dropped, then the next.
 
-Layer L + 1 is read while layer L computes, so that a run needs the memory of two layers, and reads each
-weight once. One compiled program serves all layers, or two if some are dense and some have experts.
+Layer L + 1 is read while layer L computes: a run needs the memory of two layers, and reads each weight once.
+One compiled program serves all layers, or two if some are dense and some have experts.
 
 Axes: B windows of a block, b of them in this process, T tokens of each, D hidden size; W windows of the
-text, n tokens that count.
+text, n counted tokens.
 """
 
 import contextlib
@@ -25,23 +25,20 @@ from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.model.attention import Context, query_block
 from jaxdelta.model.decoder import abstract_block, attention_windows, block_context, embed
 from jaxdelta.model.loss import PROBED, sliced_loss, vocabulary_slices
-from jaxdelta.sweep.devices import Devices, OneDevice
+from jaxdelta.sweep.devices import OneDevice
+from jaxdelta.sweep.mesh import Devices
 from jaxdelta.sweep.programs import Ends, Update, final_norm_program, layer_program
 from jaxdelta.sweep.states import State, States
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.read_ahead import read_ahead
 from jaxdelta.utils.timing import Clock
 
-# Called with a layer, a block, and the block's state after the layer.
-Keep = Callable[[int, int, State], None]
+Keep = Callable[[int, int, State], None]  # saves (layer, block, the block's state after the layer)
 
 
 class Blocks(NamedTuple):
-    """How a pass divides its work.
-
-    `windows`: number of windows that pass a layer at once; `queries`: number of queries of a window that are
-    compared with its keys at once; `place`: where the states are kept between two layers, one of LOCATIONS.
-    """
+    """Number of windows that pass a layer at once, number of queries per window whose scores are computed at
+    once, and the place of the states between two layers, one of LOCATIONS."""
 
     windows: int
     queries: int
@@ -50,13 +47,10 @@ class Blocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PassPlan:
-    """How a pass computes.
+    """How a pass computes: by default with all windows in one block.
 
-    Attributes:
-        blocks: how the work is divided; by default all windows pass a layer at once.
-        compute_dtype: dtype of the factors of every product.
-        residual_dtype: dtype of the residual stream.
-        all_tokens: a layer's Update has all tokens of a block, not only those that count.
+    `compute_dtype` is the dtype of the factors of every product, `residual_dtype` that of the stream. With
+    `all_tokens` a layer's Update has all tokens of a block, not only the counted ones.
     """
 
     blocks: Blocks | None = None
@@ -67,13 +61,8 @@ class PassPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """Where a pass begins, and what saves its states.
-
-    Attributes:
-        states: the blocks' states after layer `start - 1`; empty if `start` is 0.
-        start: the first layer to pass.
-        keep: called with every new state.
-    """
+    """The first layer to pass, the blocks' states before it (empty for layer 0), and a function that saves
+    every new state."""
 
     states: States
     start: int = 0
@@ -81,8 +70,8 @@ class Resume:
 
 
 class BlockUpdate(NamedTuple):
-    """What a layer wrote into a block of windows. For the last layer `normed` is the same with the last state
-    taken after the final norm, whose change is counted as the MLP's."""
+    """A layer's Update of a block of windows; for the last layer also `normed`, the Update with the last
+    state taken after the final norm, whose change counts as the MLP's."""
 
     update: Update
     normed: Update | None = None
@@ -90,13 +79,10 @@ class BlockUpdate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
-    """What a whole pass found.
+    """The results of a whole pass.
 
-    Attributes:
-        closure_error: ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F over all tokens.
-        loss: mean -ln p(next token), in nats per token.
-        loss_tokens: number of tokens in that mean: all of the text, or the first PROBED of a longer one,
-            since the loss only shows whether the weights are those of a trained model.
+    `closure_error` is ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F over all tokens. `loss` is the mean -ln p(next token), in
+    nats, of the first `loss_tokens` tokens, at most PROBED: it only shows whether the model is trained.
     """
 
     closure_error: float
@@ -107,18 +93,11 @@ class PassResult:
 class Sweep:
     """A pass of a text through all layers.
 
-    Iterating yields the layers, and iterating over a layer yields a BlockUpdate for each block; blocks that
-    the caller leaves out are passed before the next layer. After the last layer `finish` returns the
-    PassResult.
+    Iteration yields the layers, and iteration over a layer yields a BlockUpdate per block; blocks that the
+    caller leaves out are passed before the next layer. After the last layer `finish` returns the PassResult.
 
-    Args:
-        weights: the model.
-        tokens: the text.
-        plan: how the pass computes.
-        devices: where it computes.
-        resume: the states of a pass to go on with, and what saves those of this one.
-        clock: counts seconds of: read (from disk) and transfer (to the devices), both on another thread; wait
-            (for them), compute (the layers), keep (saving the states) and loss.
+    `clock` counts the seconds of read (from disk) and transfer (to the devices), both on another thread, wait
+    (for them), compute (the layers), keep (saving the states) and loss.
     """
 
     def __init__(
@@ -138,78 +117,69 @@ class Sweep:
         self.tokens, self.counted = self.split(tokens.ids), self.split(tokens.counted)
         self._positions: list[Any] = [None] * len(self.tokens)
         if tokens.segmented:
-            self._positions = [self._put_windows(part) for part in self.split(tokens.positions)]
+            local = map(self._devices.local_windows, self.split(tokens.positions))
+            self._positions = list(map(self._devices.put_windows, local))
         resume = resume or Resume(States(self.blocks.place, devices=self._devices))
         self._states, self.start, self._keep = resume.states, resume.start, resume.keep
         self._clock = clock or Clock()
-        self._final: _FinalNorm | None = None  # of the last pass that came to its end
+        self._final: _FinalNorm | None = None  # set at the end of a pass
 
     def split(self, windows: Shaped[np.ndarray, "W ..."]) -> list[Shaped[np.ndarray, "B ..."]]:
         """Splits an array with a row per window of the text into blocks; the last is padded with zeros."""
         size = self.blocks.windows
-        filled = [(0, -len(windows) % size)] + [(0, 0)] * (windows.ndim - 1)
-        return np.split(np.pad(windows, filled), -(-len(windows) // size))
+        padding = [(0, -len(windows) % size)] + [(0, 0)] * (windows.ndim - 1)
+        return np.split(np.pad(windows, padding), -(-len(windows) // size))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, D) of a layer's update, for the n tokens that count."""
+        """(n, D) of a layer's update, for the n counted tokens."""
         return int(sum(block.sum() for block in self.counted)), self.weights.config.hidden_size
-
-    def _put_windows(self, windows: Shaped[np.ndarray, "B ..."]) -> Any:
-        return self._devices.put_windows(self._devices.local_windows(windows))
 
     @cached_property
     def _chosen(self) -> list[Int32[np.ndarray, " m"]]:
-        """The tokens of each block that an Update has: those that count, or all."""
+        """The tokens of each block in an Update: the counted ones, or all."""
         chosen = [np.ones_like(block) if self._all_tokens else block for block in self.counted]
         return [np.flatnonzero(block).astype(np.int32) for block in chosen]
 
     @cached_property
     def _rows(self) -> list[Any]:
-        """The same on the devices, padded; None for all."""
-        if self._all_tokens:
-            return [None] * len(self.tokens)
-        return self._devices.put(_padded(self._chosen))
+        """`_chosen` on the devices, padded; None for all."""
+        return [None] * len(self.tokens) if self._all_tokens else self._devices.put(_padded(self._chosen))
 
     @cached_property
     def _loss_positions(self) -> list[Int32[np.ndarray, " p"]]:
         """The tokens of each block whose next token's probability is in the loss: the first of the text."""
-        left, found = PROBED, []
+        left, positions = PROBED, []
         for block in self.counted:
             followed = np.pad(block[:, 1:], [(0, 0), (0, 1)])
-            found.append(np.flatnonzero(followed)[:left].astype(np.int32))
-            left -= len(found[-1])
-        return found
+            positions.append(np.flatnonzero(followed)[:left].astype(np.int32))
+            left -= len(positions[-1])
+        return positions
 
     def trace(self) -> dict[Any, jax.stages.Lowered]:
-        """Traces and lowers the layers' program, for every kind of layer.
-
-        Iterating does so too. Called before anything else is traced it keeps the layers, for which everything
-        waits, from waiting for the rest.
-        """
+        """Lowers the program of every kind of layer, once; called first, it waits for no other trace."""
         return self._lowered
 
     @cached_property
     def _lowered(self) -> dict[Any, jax.stages.Lowered]:
         abstract = dict(zip(self._kinds, self._abstract_layers, strict=True))
         context = dataclasses.replace(self._context, positions=self._positions[0])
-        arguments = *self._abstract_state(), context, self._rows[0]
+        shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
+        state = [self._devices.abstract_windows(shape, dtype) for dtype in (self._dtypes[1], jnp.float32)]
         lowered = {}
         for kind, layer in abstract.items():
             graph = nnx.graphdef(abstract_block(self.weights.config, sparse=kind[0]))
             program = layer_program(self._devices, graph, self._all_tokens)
-            lowered[kind] = program.lower(layer, *arguments)
+            lowered[kind] = program.lower(layer, *state, context, self._rows[0])
         return lowered
 
     @cached_property
     def _context(self) -> Context:
-        """What the layers know of positions and of how to compute, without a block's own positions."""
+        """The layers' Context without the positions of a block."""
         config, shape = self.weights.config, self.tokens[0].shape
-        # A batch that is split over devices cannot be taken apart one by one.
+        # Pairs that are split over devices cannot be taken one by one.
         at_once = shape[0] * config.num_kv_heads if self._devices.model > 1 else None
-        return self._devices.put(
-            block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once=at_once)
-        )
+        return self._devices.put(block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once))
 
     @cached_property
     def _abstract_layers(self) -> list[nnx.State]:
@@ -218,14 +188,9 @@ class Sweep:
 
     @cached_property
     def _kinds(self) -> list[Any]:
-        """What the program of a layer depends on: dense or sparse, and its shapes and dtypes."""
+        """The key of each layer's program: dense or sparse, shapes and dtypes."""
         sparse = self.weights.config.is_sparse
         return [(sparse(index), *jax.tree.leaves(layer)) for index, layer in enumerate(self._abstract_layers)]
-
-    def _abstract_state(self) -> State:
-        shape = (*self.tokens[0].shape, self.weights.config.hidden_size)
-        abstract: Any = self._devices.abstract_windows
-        return State(abstract(shape, self._dtypes[1]), abstract(shape, jnp.float32))
 
     def __iter__(self) -> Iterator[Iterator[BlockUpdate]]:
         config, lowered, final = self.weights.config, self.trace(), None
@@ -246,21 +211,21 @@ class Sweep:
         self._final = final
 
     def _step(self, step: Any, layers: Iterator[nnx.State], window: Any) -> Callable[..., Any]:
-        """The next layer as a function of a state and the number of its block."""
+        """The next layer as a function of a state and its block's index."""
         with self._clock("wait"):
             layer = next(layers)
         context = dataclasses.replace(self._context, window=window)
 
-        def of_block(state: State, block: int) -> Any:
-            own = dataclasses.replace(context, positions=self._positions[block])
-            return step(layer, *state, own, self._rows[block])
+        def pass_block(state: State, block: int) -> Any:
+            placed = dataclasses.replace(context, positions=self._positions[block])
+            return step(layer, *state, placed, self._rows[block])
 
-        return of_block
+        return pass_block
 
     def _pass(
-        self, index: int, step: Callable[..., Any], final: "_FinalNorm | None" = None
+        self, index: int, step: Callable[..., Any], final: "_FinalNorm | None"
     ) -> Iterator[BlockUpdate]:
-        """Takes all blocks through a layer; ends when they are computed, so that the layer can be dropped."""
+        """Passes all blocks through a layer, and waits for them, so that the layer can be dropped."""
         with contextlib.closing(iter(self._states)) as waiting:
             for block, rows in enumerate(self._rows):
                 state = next(waiting)
@@ -282,16 +247,14 @@ class Sweep:
             self._states.block_until_ready()
 
     def _unpadded(self, update: Update, block: int) -> Update:
-        """Without the rows that pad it."""
         count = len(self._chosen[block])
         return update if count == len(update.h) else jax.tree.map(lambda rows: rows[:count], update)
 
     def _final_norm(self) -> "_FinalNorm":
         weight = self._devices.put(self.weights.final_norm())
-        program = final_norm_program(self._devices, self._all_tokens)
-        program = partial(program, config=self.weights.config)
-        places = self._devices.put(_padded(self._loss_positions))
-        return _FinalNorm(program, weight, places, list(map(len, self._loss_positions)))
+        program = partial(final_norm_program(self._devices, self._all_tokens), config=self.weights.config)
+        positions = self._devices.put(_padded(self._loss_positions))
+        return _FinalNorm(program, weight, positions, list(map(len, self._loss_positions)))
 
     def _enter_all(self) -> None:
         for block, tokens in enumerate(self.tokens if self.start == 0 else ()):
@@ -299,7 +262,7 @@ class Sweep:
             self._states[block] = State(h, np.zeros(h.shape, np.float32))
 
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
-        """The state that enters the first layer; cast by NumPy, so that nothing need be compiled."""
+        """The state that enters the first layer; cast by NumPy, which compiles nothing."""
         embeddings = self.weights.embeddings(self._devices.local_windows(tokens))
         return embed(self.weights.config, np.asarray(embeddings), self._dtypes[1])
 
@@ -310,11 +273,7 @@ class Sweep:
             return jax.block_until_ready(layer)
 
     def finish(self) -> PassResult:
-        """Computes the loss, and returns what the pass found; to be called after the last layer.
-
-        Raises:
-            RuntimeError: layers are left to pass.
-        """
+        """Computes the loss; a RuntimeError if layers are left to pass."""
         if self._final is None:
             raise RuntimeError("Sweep.finish() must follow the last layer")
         vocab_size, devices = self.weights.config.vocab_size, self._devices
@@ -322,7 +281,7 @@ class Sweep:
         with self._clock("loss"):
             slices = read_ahead(lambda i: devices.put_rows(self.weights.head_slice(*bounds[i])), len(bounds))
             blocks = zip(self.tokens, self._loss_positions, strict=True)
-            following = np.concatenate([tokens.ravel()[places + 1] for tokens, places in blocks])
+            following = np.concatenate([tokens.ravel()[positions + 1] for tokens, positions in blocks])
             targets = devices.put(self.weights.head_rows(following))
             normed = np.concatenate(self._final.normed)
             losses = sliced_loss(vocab_size, slices, targets, normed, self._dtypes[0])
@@ -331,19 +290,18 @@ class Sweep:
 
 
 class _FinalNorm:
-    """Applies the final norm block by block; gathers the normed states of the loss and the closure error."""
+    """Applies the final norm to blocks; collects the normed states for the loss, and the closure error."""
 
-    def __init__(
-        self, program: Callable[..., Any], weight: Float[Array, " D"], places: list[Any], counts: list[int]
-    ):
-        self._program, self._weight, self._places, self._counts = program, weight, places, counts
+    def __init__(self, program: Callable[..., Any], weight: Array, positions: list[Any], counts: list[int]):
+        self._program, self._weight, self._positions, self._counts = program, weight, positions, counts
         self._missing = self._energy = 0.0
         self.normed: list[Float32[np.ndarray, "_ D"]] = []
 
     def __call__(self, block: int, ends: Ends, attention: Array, rows: Any) -> Update:
         """The last layer's Update of a block with its state taken after the norm."""
-        found = self._program(ends, attention, self._weight, rows, self._places[block])
-        normed, update, missing, energy = found
+        normed, update, missing, energy = self._program(
+            ends, attention, self._weight, rows, self._positions[block]
+        )
         self.normed.append(np.asarray(normed)[: self._counts[block]])
         self._missing, self._energy = self._missing + float(missing), self._energy + float(energy)
         return update
@@ -355,15 +313,15 @@ class _FinalNorm:
             return float(np.sqrt(np.divide(self._missing, self._energy)))
 
 
-def _padded(places: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p"]]:
-    """Places of each block, padded to the same number by repetition, so that one program serves all."""
-    return [np.resize(some, max(map(len, places))) for some in places]
+def _padded(positions: list[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " p"]]:
+    """Positions in each block, padded to one length by repetition, so that one program serves all."""
+    return [np.resize(block, max(map(len, positions))) for block in positions]
 
 
-def _all_of(wrote: Iterator[BlockUpdate]) -> Iterator[Iterator[BlockUpdate]]:
+def _all_of(blocks: Iterator[BlockUpdate]) -> Iterator[Iterator[BlockUpdate]]:
     """Yields the layer's blocks, then runs any blocks that the caller did not ask for."""
-    yield wrote
-    for _ in wrote:
+    yield blocks
+    for _ in blocks:
         pass
 
 
@@ -371,7 +329,7 @@ def concatenate_blocks(layers: Iterable[Iterable[BlockUpdate]]) -> Iterator[Upda
     """Every layer's Update of all blocks; after the last layer's also its normed one, if there is one."""
     for blocks in layers:
         updates, normed = map(list, zip(*blocks, strict=True))
-        # Handed over without a reference left here, which would keep it in memory.
+        # Yielded without a reference left here, which would keep it in memory.
         whole = [_join(updates)]
         del updates
         yield whole.pop()
@@ -380,5 +338,4 @@ def concatenate_blocks(layers: Iterable[Iterable[BlockUpdate]]) -> Iterator[Upda
 
 
 def _join(blocks: Sequence[Any]) -> Any:
-    """The blocks' arrays as one."""
     return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks)

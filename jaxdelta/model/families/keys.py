@@ -1,8 +1,8 @@
-"""The values of a config.json, read and checked: what the families have in common.
+"""Reading and checking the values of a config.json: the part that all families share.
 
-Every key of the file is either read, known to have no bearing on the forward pass, or an error: a key that is
-silently ignored is how a model comes to compute something else than its checkpoint does. A key that is null
-counts as absent, unless said otherwise.
+Every key of the file is either read, known to have no influence on the forward pass, or an error: a key that
+is silently ignored lets a model compute something else than its checkpoint. Null counts as absent unless a
+docstring says otherwise.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from typing import Any
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig, Rope
 
-# Keys that change nothing in a forward pass without cache, dropout or generation.
+# Keys without influence on a forward pass without cache, dropout and generation.
 INERT_KEYS = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
     bos_token_id chunk_size_feed_forward eos_token_id id2label is_encoder_decoder label2id output_attentions
     output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
     transformers_version unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905
 )
-# What `decoder_fields` reads.
+# The keys that `decoder_fields` reads.
 DECODER_KEYS = frozenset(
     """dtype head_dim hidden_size initializer_range intermediate_size max_position_embeddings model_type
     num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size""".split()  # noqa: SIM905
 )
-# What `sliding_window` reads, and with it `layer_windows`.
+# The keys that `sliding_window` and `layer_windows` read.
 WINDOW_KEYS = frozenset({"max_window_layers", "sliding_window", "use_sliding_window"})
 LAYER_WINDOW_KEYS = WINDOW_KEYS | {"layer_types"}
-# Keys of which one value is computed.
+# Keys with a single supported value.
 FIXED = {"hidden_act": "silu"}
 ROPE_KEYS = frozenset(
     """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
@@ -48,9 +48,9 @@ FLOAT8_KEYS = frozenset({*FLOAT8_SCHEME, "weight_block_size", "modules_to_not_co
 class Family:
     """How the config.json of one `model_type` is read and written.
 
-    `architecture`: transformers' class. `keys`: what `read` uses besides DECODER_KEYS. `fixed`: keys of which
-    only this value is computed. `read`, given a file whose keys are all known, returns its ModelConfig, and
-    `write` the file's keys of one.
+    `architecture`: transformers' class. `keys`: the keys that `read` uses besides DECODER_KEYS. `fixed`: keys
+    with a single supported value. `read` turns the contents of a file whose keys are all known into a
+    ModelConfig, and `write` turns a ModelConfig into the file's keys.
     """
 
     architecture: str
@@ -61,17 +61,15 @@ class Family:
 
     @property
     def known_keys(self) -> frozenset[str]:
-        """All that a config.json of the family may have."""
+        """All keys that a config.json of the family may have."""
         return DECODER_KEYS | INERT_KEYS | self.keys | frozenset(self.fixed)
 
 
 def decoder_fields(raw: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of ModelConfig that every family has, from DECODER_KEYS.
+    """The fields of ModelConfig that every family has, from the contents of a config.json.
 
-    Args:
-        raw: the contents of a config.json.
-        defaults: the family's own, by the names of the keys. Without one, heads are hidden_size / heads wide,
-            and there are as many key/value heads as heads, as also where their number is null.
+    `defaults` are the family's, by key. Without one, head_dim is hidden_size / heads and there is one
+    key/value head per head; a number of key/value heads that is null means the same.
     """
     given = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
     hidden, heads = positive(given, "hidden_size"), positive(given, "num_attention_heads")
@@ -98,7 +96,7 @@ def decoder_fields(raw: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[
 
 
 def decoder_dict(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a config.json that `decoder_fields` reads, and those that are fixed for all families."""
+    """The keys of a config.json that `decoder_fields` reads, and FIXED."""
     return {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -119,7 +117,7 @@ def decoder_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Raises a JaxDeltaError that names every key that is not known."""
+    """Raises a JaxDeltaError that names every unknown key."""
     unknown = sorted(set(raw) - known)
     if unknown:
         raise JaxDeltaError(
@@ -129,14 +127,14 @@ def check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> Non
 
 
 def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that have another value than the one that is computed."""
+    """A message for every key with another value than the supported one."""
     for key, value in fixed.items():
         if raw.get(key) not in (None, value):
             yield f"{key}={raw[key]!r} (only {value!r})"
 
 
 def check_sizes(config: ModelConfig) -> Iterator[str]:
-    """The values that fit no decoder."""
+    """A message for every impossible value."""
     if config.num_heads % config.num_kv_heads:
         yield f"{config.num_heads} heads do not divide into {config.num_kv_heads} key/value heads"
     if config.head_dim % 2:
@@ -176,14 +174,14 @@ def _value(raw: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def sliding_window(raw: Mapping[str, Any]) -> int | None:
-    """The window where `use_sliding_window` is on; 4096 if it is not given, none if it is null."""
+    """The window if `use_sliding_window` is on: 4096 if it is absent, None if it is null."""
     if not flag(raw, "use_sliding_window") or raw.get("sliding_window", 4096) is None:
         return None
     return positive(raw, "sliding_window", default=4096)
 
 
 def layer_windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """One attention window a layer; `layer_types` decides, else `max_window_layers`, as in transformers."""
+    """Each layer's attention window, by `layer_types` or else `max_window_layers`, as in transformers."""
     num_layers, window = positive(raw, "num_hidden_layers"), sliding_window(raw)
     types = raw.get("layer_types")
     if types is None:
@@ -216,7 +214,7 @@ def layer_windows_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Float8 in blocks, as Qwen publishes it; which tensors are stored so, the files say themselves."""
+    """The blocks of float8 weights as published by Qwen; the files tell which tensors are float8."""
     scheme = raw.get("quantization_config")
     if scheme is None:
         return None
@@ -232,7 +230,7 @@ def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
-    """Accepts `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before)."""
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions)."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
         raise JaxDeltaError(f"rope_parameters must be an object, not {given!r}")
@@ -273,7 +271,7 @@ def _yarn_fields(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
-    """The scale of cos and sin: 0.1 m ln(factor) + 1, or a ratio of two such (YaRN, section 3.4)."""
+    """The scale of cos and sin: 0.1 m ln(factor) + 1, or a ratio of two such terms (YaRN, section 3.4)."""
 
     def mscale(m: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
@@ -287,18 +285,18 @@ def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
 
 def _rope_dict(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` of a config.json."""
-    found: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
+    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
     if rope.kind != "default":
-        found["factor"] = rope.factor
+        parameters["factor"] = rope.factor
     if rope.kind in ("yarn", "llama3"):
-        found["original_max_position_embeddings"] = rope.original_max_positions
+        parameters["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "llama3":
-        found |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
-        found |= {
+        parameters |= {
             "beta_fast": rope.beta_fast,
             "beta_slow": rope.beta_slow,
             "attention_factor": rope.attention_factor,
             "truncate": rope.truncate,
         }
-    return found
+    return parameters

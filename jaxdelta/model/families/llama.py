@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x (Grattafiori et al. 2024, arXiv 2407.21783), and all that is published as such a model."""
+"""Llama 1 to 3.x (Grattafiori et al. 2024, arXiv 2407.21783), and other models published as Llama."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from jaxdelta.model.families.keys import FIXED, Family, decoder_dict, decoder_fi
 
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
-    """Defaults are those of transformers' LlamaConfig; attention's four projections have biases, or none."""
+    """Defaults as in transformers' LlamaConfig; all four projections of attention have biases, or none."""
     fields = decoder_fields(raw, {"max_position_embeddings": 2048})
     bias = flag(raw, "attention_bias")
     return ModelConfig(
@@ -28,7 +28,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 FAMILIES = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        # SmolLM2 says of itself that it is a Llama.
+        # SmolLM2 sets is_llama_config.
         keys=frozenset({"attention_bias", "is_llama_config", "mlp_bias"}),
         fixed={**FIXED, "pretraining_tp": 1, "rope_interleaved": False},
         read=read,

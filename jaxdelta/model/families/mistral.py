@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023, arXiv 2310.06825): no biases, and one window for all layers, or none."""
+"""Mistral (Jiang et al. 2023, arXiv 2310.06825): no biases; all layers have the same window, or none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
 
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
-    """Defaults as in transformers' MistralConfig; a window that is null is none, an absent one is 4096."""
+    """Defaults as in transformers' MistralConfig; a null window means none, an absent one 4096."""
     fields = decoder_fields(raw, _DEFAULTS)
     unlimited = "sliding_window" in raw and raw["sliding_window"] is None
     window = None if unlimited else positive(raw, "sliding_window", default=4096)

@@ -19,7 +19,7 @@ from jaxdelta.model.families.keys import (
     window_dict,
 )
 
-# The two last are about the router's auxiliary loss, which changes nothing in a forward pass.
+# The last two set the router's auxiliary loss, which has no influence on a forward pass.
 _EXPERT_KEYS = frozenset(
     """decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
     num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef""".split()  # noqa: SIM905
@@ -30,18 +30,18 @@ _EXPERT_DEFAULTS = _DEFAULTS | {"num_key_value_heads": 4, "intermediate_size": 6
 
 
 def read_dense(raw: Mapping[str, Any]) -> ModelConfig:
-    """A config.json of `model_type` qwen3; defaults are those of transformers' Qwen3Config."""
+    """A config.json of `model_type` qwen3; defaults as in transformers' Qwen3Config."""
     fields = decoder_fields(raw, _DENSE_DEFAULTS) | _attention_fields(raw)
     return ModelConfig(**fields, windows=layer_windows(raw))
 
 
 def read_experts(raw: Mapping[str, Any]) -> ModelConfig:
-    """A config.json of qwen3_moe; where no layer has experts, it is a dense model's."""
+    """A config.json of qwen3_moe; without experts in any layer it is read as a dense model."""
     fields = decoder_fields(raw, _EXPERT_DEFAULTS) | _attention_fields(raw)
     experts = _experts(raw)
     if experts is None:
         fields["model_type"] = "qwen3"
-    # transformers lets all of its layers slide, or none.
+    # In transformers all layers have the window, or none.
     windows = (sliding_window(raw),) * fields["num_layers"]
     return ModelConfig(**fields, windows=windows, experts=experts)
 
@@ -69,8 +69,8 @@ def _attention_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _experts(raw: Mapping[str, Any]) -> Experts | None:
-    """None where no layer has any; defaults are those of transformers' Qwen3MoeConfig."""
-    # transformers 5 writes num_local_experts, every published file says num_experts.
+    """None if no layer has experts; defaults as in transformers' Qwen3MoeConfig."""
+    # transformers 5 writes num_local_experts, published files have num_experts.
     key = "num_experts" if raw.get("num_local_experts") is None else "num_local_experts"
     step, dense = positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple) or any(type(i) is not int for i in dense):

@@ -1,6 +1,6 @@
-"""The families that jaxdelta computes, by `model_type`; config.json <-> ModelConfig through them.
+"""The supported families by `model_type`, and the conversion between config.json and ModelConfig.
 
-Nothing outside this package compares a `model_type`: what sets a family apart are fields of ModelConfig.
+Nothing outside this package compares a `model_type`: differences between families are fields of ModelConfig.
 """
 
 import json
@@ -13,7 +13,7 @@ from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.families.keys import Family, check_fixed, check_keys, check_sizes
 
-# model_type -> the module beside this one whose FAMILIES has it.
+# model_type -> the module of this package whose FAMILIES has it.
 MODULES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -27,7 +27,7 @@ def find_family(model_type: Any) -> Family:
     """The family of a config.json's `model_type`.
 
     Raises:
-        JaxDeltaError: there is none; the message lists those there are.
+        JaxDeltaError: it is unknown; the message lists the known ones.
     """
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise JaxDeltaError(
@@ -57,7 +57,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads a config.json; a JaxDeltaError names the file and what is wrong with it."""
+    """Reads a config.json; a JaxDeltaError names the file and the problem."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
