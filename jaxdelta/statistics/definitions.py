@@ -1,7 +1,4 @@
-"""The table of registered statistics in docs/definitions.md. To update it:
-
-python -m jaxdelta.statistics.definitions docs/definitions.md
-"""
+"""Updates the table of statistics: `python -m jaxdelta.statistics.definitions docs/definitions.md`."""
 
 import sys
 from pathlib import Path
