@@ -41,7 +41,7 @@ def _lines(panel: Panel) -> dict[str, Any]:
     points = any(series.sizes for series in panel.series)
     layout = {
         **_frame(LINES_HEIGHT),
-        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": f"{panel.x.place} %{{x}}"}},
+        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": panel.x.hover}},
         "yaxis": _axis(panel.y) | {"zeroline": not panel.y.log} | _log_ticks(panel),
         "showlegend": False,  # the page has its own, which wraps
         "hovermode": "closest" if panel.depth or points or panel.x.names else "x unified",
