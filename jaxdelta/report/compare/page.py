@@ -15,6 +15,7 @@ from jaxdelta.report.charts.chart import (
     Axis,
     Figure,
     Heatmap,
+    Number,
     Panel,
     Series,
     measured,
@@ -123,7 +124,7 @@ def _curves(comparison: Comparison, measure: Measure) -> Iterator[Series]:
                 )
 
 
-def _place(place: float) -> str:
+def _place(place: Number) -> str:
     low, high = math.floor(place), math.ceil(place)
     return f"layer {low}" if low == high else f"layers {low} and {high}"
 
