@@ -190,7 +190,7 @@ def _phase_tables(analysis: Result) -> Iterator[Element]:
 
 
 def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
-    head = ("phase", "layers", "|cos| within", "95 %", "chance", "p", "p against drift")
+    head = ("phase", "layers", "|cos| within", "95 %", "chance", "p", "p against drift", "rank of the v_L")
     rows = [
         [
             row["phase"],
@@ -204,7 +204,7 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
         ]
         for row in verdict
     ]
-    return table((*head, "rank of the v_L", "95 %", "90 % in"), rows, "Phases and verdict")
+    return table((*head, "95 %", "90 % in"), rows, "Phases and verdict")
 
 
 def _layer_table(analysis: Result) -> Element:
