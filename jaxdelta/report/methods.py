@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from jaxdelta.report.charts.chart import phase_bands
 from jaxdelta.report.charts.layers import sinks_left_in
+from jaxdelta.report.page_parts import counted
 from jaxdelta.report.result import Result
 from jaxdelta.report.tables import probed
 from jaxdelta.spectra.views import view_of
@@ -12,7 +13,7 @@ from jaxdelta.spectra.views import view_of
 
 def methods(analysis: Result) -> str:
     """The paragraph."""
-    parts = (_subject, _text, _numbers, _definitions, _views, _uncertainty, _phases, _checks)
+    parts = (_subject, _text, _numbers, _views, _uncertainty, _checks)
     return " ".join(sentence for part in parts for sentence in part(analysis))
 
 
@@ -32,27 +33,23 @@ def _subject(analysis: Result) -> Iterator[str]:
 
 def _text(analysis: Result) -> Iterator[str]:
     documents = analysis.run.get("documents")
-    origin = f" of {documents} document{'s' * (documents != 1)}" if documents else ""
+    origin = f" of {counted(documents, 'document')}" if documents else ""
     fingerprint = analysis.run.get("text_fingerprint")
     digest = f" (SHA-256 of its tokens, documents and positions {fingerprint})" if fingerprint else ""
-    yield f"The text had {analysis.n_calib_tokens} tokens{origin}{digest}."
+    yield f"The text had {counted(analysis.n_calib_tokens, 'token')}{origin}{digest}."
     yield "Its first token, an attention sink, was left out of all statistics."
 
 
 def _numbers(analysis: Result) -> Iterator[str]:
     run = analysis.run
-    method = {"gram": "Gram matrices", "full": "a full SVD"}.get(
-        run.get("flags", {}).get("svd", ""), "an SVD"
-    )
+    methods = {"gram": "Gram matrices", "full": "a full SVD"}
+    method = methods.get(run.get("flags", {}).get("svd", ""), "an SVD")
     last = {"residual": "before", "normed": "after"}.get(run.get("last_state", ""), "before or after")
     yield (
         f"Products were taken in {run.get('compute_dtype', 'an unknown dtype')}, the stream kept in "
         f"{run.get('residual_dtype', 'an unknown dtype')}, spectra computed in float64 from {method}; "
         f"the last layer's update was taken {last} the final norm."
     )
-
-
-def _definitions(analysis: Result) -> Iterator[str]:
     yield (
         "The effective rank is exp(−Σ p ln p) with p = σ²/Σσ² (Giraldo et al. 2014), v_L the first right "
         "singular vector of layer L's update, and its relative step the mean of ‖δ_i‖/‖h_i‖ over tokens "
@@ -88,9 +85,6 @@ def _uncertainty(analysis: Result) -> Iterator[str]:
         )
     if "seed" in flags:
         yield f"The seed was {flags['seed']}."
-
-
-def _phases(analysis: Result) -> Iterator[str]:
     bands = (
         f"{name} {first}" + (f"–{last}" if last > first else "")
         for first, last, name in phase_bands(analysis)

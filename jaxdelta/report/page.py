@@ -11,6 +11,7 @@ from jaxdelta.report.methods import methods
 from jaxdelta.report.page_parts import (
     as_file,
     bounded,
+    counted,
     document,
     element,
     figure_section,
@@ -58,7 +59,7 @@ def _body(analysis: Result, drawn: Sequence[Figure]) -> Iterator[Element]:
         yield from after.get(figure.name, lambda _: ())(analysis)
     yield element("h2", "Every layer in numbers")
     yield _layer_table(analysis)
-    hint = element("p", "For a paper, with what is needed to repeat the run:", class_="faint")
+    hint = element("p", "For a paper:", class_="faint")
     yield element("section", element("h2", "Methods"), hint, element("blockquote", methods(analysis)))
 
 
@@ -72,16 +73,18 @@ def _headline(analysis: Result) -> Iterator[Element]:
 
 
 def _title(analysis: Result) -> str:
-    return f"What {analysis.num_layers} layers of {analysis.model} write"
+    verb = "writes" if analysis.num_layers == 1 else "write"
+    return f"What {counted(analysis.num_layers, 'layer')} of {analysis.model} {verb}"
 
 
 def _facts(analysis: Result) -> dict[str, str]:
     run = analysis.run
     documents = run.get("documents")
     return {
-        "model": f"{analysis.model}, {analysis.num_layers} layers, hidden size {analysis.hidden}",
+        "model": f"{analysis.model}, {counted(analysis.num_layers, 'layer')}, hidden size {analysis.hidden}",
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
-        "tokens": str(analysis.n_calib_tokens) + (f" in {documents} documents" if documents else ""),
+        "tokens": str(analysis.n_calib_tokens)
+        + (f" in {counted(documents, 'document')}" if documents else ""),
         "dtypes": f"weights {run.get('weights_dtype')}, products {run.get('compute_dtype')}, "
         f"stream {run.get('residual_dtype')}",
         "closure ‖h₀ + Σδ − h_N‖ / ‖h_N‖": f"{run['closure_error']:.1e}",

@@ -104,6 +104,11 @@ def number(value: Number | None, form: str = ".4g") -> str:
     return "–" if value is None else format(value, form)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def bounded(entry: dict[str, Any]) -> tuple[str, str]:
     """An entry's value and its interval, as two cells of the page."""
     interval = "{:.3f} … {:.3f}".format(*entry["interval"]) if "interval" in entry else "–"

@@ -12,21 +12,10 @@ from jaxdelta.statistics.across_layers.verdict import IN_WORDS
 
 def tables(analysis: Result) -> str:
     """All tables of a run."""
-    sections = (
-        layer_table,
-        adjacent_table,
-        phase_table,
-        capture_table,
-        view_table,
-        ledger_table,
-        owner_table,
-        channel_table,
-        chance_table,
-        control_table,
-        verdict_table,
-        checks,
-    )
-    texts = ("\n".join(section(analysis)) for section in sections)
+    reference = (layer_table, adjacent_table, phase_table, capture_table)
+    layers = (view_table, ledger_table, owner_table, channel_table)
+    judgement = (chance_table, control_table, verdict_table, checks)
+    texts = ("\n".join(section(analysis)) for section in (*reference, *layers, *judgement))
     return "\n\n".join(text for text in texts if text)
 
 
@@ -146,9 +135,8 @@ def ledger_table(analysis: Result) -> Iterator[str]:
 def owner_table(analysis: Result) -> Iterator[str]:
     """The tokens with the largest shares of σ_1², and the share of the top thousandth."""
     rows = [row for row in analysis.per_layer if row.get("sigma1_tokens")]
-    if not rows:
-        return
-    yield "=== Who owns σ_1: tokens by share of σ_1² (position) ==="
+    if rows:
+        yield "=== Who owns σ_1: tokens by share of σ_1² (position) ==="
     for row in rows:
         tokens = (f"{t['token']!r} {t['share']:.3f} ({t['position']})" for t in row["sigma1_tokens"][:3])
         yield f" L={row['L']:>2} top 0.1 %: {_number(row['sigma1_top_share'])}   " + ", ".join(tokens)
@@ -157,9 +145,9 @@ def owner_table(analysis: Result) -> Iterator[str]:
 def channel_table(analysis: Result) -> Iterator[str]:
     """The channels with the largest shares of ‖δ‖² and of the state's energy after the layer."""
     rows = [row for row in analysis.per_layer if "massive_channels" in row]
-    if not rows:
-        return
-    yield "=== Massive channels: share of ‖δ‖² (+ written, - removed), share of the state after the layer ==="
+    said = "share of ‖δ‖² (+ written, - removed), share of the state after the layer"
+    if rows:
+        yield f"=== Massive channels: {said} ==="
     for row in rows:
         signs = {"writes": "+", "removes": "-", "keeps": "="}
         update, state = row["massive_channels"]["update"], row["massive_channels"]["state"]
@@ -184,8 +172,8 @@ def chance_table(analysis: Result) -> Iterator[str]:
             f"{'rank of v_L':>22} {'90 %':>5} {'left out':>9} {'chance':>7}"
         )
         for row, gap in zip(relations["phases"], test["phases"], strict=True):
-            layers = [layer for layer in relations["layers"] if layer["phase"] == row["phase"]]
-            alone = [layer["leave_one_out"] for layer in layers]
+            in_phase = (layer for layer in relations["layers"] if layer["phase"] == row["phase"])
+            alone = [layer["leave_one_out"] for layer in in_phase]
             yield (
                 f" {row['phase']:>5} {row['layers']:>3} {spanned(row['intra']):>22} "
                 f"{_number(row['intra'].get('null_mean')):>7} {_number(row['intra'].get('null_p')):>6} "

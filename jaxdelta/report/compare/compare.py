@@ -180,12 +180,10 @@ def in_bands(curve: Curve, bands: int, log: bool) -> Bands:
     """The mean of a statistic in each of `bands` bands of depth, and an interval that covers at least 95 %.
 
     mean_b = g⁻¹(Σ_L w_bL g(x_L) / Σ_L w_bL), w_bL the length of layer L inside band b and g the logarithm if
-    `log` (a geometric mean, since one layer may be a thousand times another), else the identity. Layers
-    without a value are left out; the mean is None if no layer has one.
+    `log`, else the identity. Layers without a value are left out; the mean is None if no layer has one.
 
-    The ends of the interval are the means of the layers' ends. The correlation of the layers' errors, which
-    come from the same documents, is unknown; the deviation of a weighted mean is at most the weighted mean
-    of the deviations (Minkowski), so the interval is conservative. None if a layer of the band has none.
+    The ends of the interval are the means of the layers' ends: conservative whatever the correlation of the
+    layers' errors (Minkowski). The interval is None if a layer of the band has none.
     """
     ends = np.linspace(0.0, 1.0, bands + 1)
     return tuple(_in_band(curve, low, high, log) for low, high in itertools.pairwise(ends.tolist()))
@@ -200,7 +198,8 @@ def _in_band(curve: Curve, low: float, high: float, log: bool) -> tuple[float | 
             inside.append((weight, value, bounds))
     if not inside:
         return None, None
-    shares = [weight / math.fsum(weight for weight, _, _ in inside) for weight, _, _ in inside]
+    total = math.fsum(weight for weight, _, _ in inside)
+    shares = [weight / total for weight, _, _ in inside]
 
     def mean(values: Sequence[Number]) -> float:
         numbers = [_log(value) if log else value for value in values]
@@ -238,12 +237,7 @@ def _compared(runs: Sequence[Result], bands: int) -> list[Compared]:
 
 
 def _parts(bands: Bands | None, first: Bands | None) -> tuple[Part, ...] | None:
-    """The bands, marked where their interval does not overlap that of the first run.
-
-    The deviation of a difference is at most the sum of the two deviations, so 95 % intervals that do not
-    overlap mean a difference at the 5 % level or below, whether or not the runs share text or weights. Equal
-    values are marked less often than that (Schenker & Gentleman 2001, Am. Stat. 55:182).
-    """
+    """The bands, marked where their interval does not overlap that of the first run (see `page.METHOD`)."""
     if bands is None:
         return None
     return tuple(
