@@ -58,7 +58,8 @@ def ranks(analysis: Result) -> Figure:
     return Figure(
         "ranks",
         "How many directions a layer writes",
-        "A low rank and much energy along v_L mean that a layer writes one thing for all tokens; "
+        "With a low effective rank the updates of all tokens lie along few directions; where the energy of "
+        "the mean update is high too, the first of them is one push given to every token; "
         f"{_masking(analysis)}{steady}{bars(analysis)}.",
         _panels(analysis, "ranks", views),
     )

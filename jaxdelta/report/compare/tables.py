@@ -11,7 +11,7 @@ CELL = 10
 
 
 def tables(comparison: Comparison) -> str:
-    """All tables of a comparison: settings, figures by depth, directions, phases."""
+    """All tables of a comparison: settings, statistics by depth, directions, phases."""
     sections = (_settings, _bands, _directions, _phases)
     texts = ("\n".join(line.rstrip() for line in section(comparison)) for section in sections)
     return "\n\n".join(text for text in texts if text)

@@ -19,9 +19,9 @@ def sigma1_tokens(view: ViewData) -> list[dict[str, Any]] | None:
         return []
     if view.sigma1_shares is None:
         return None
-    shares, kept = view.sigma1_shares, np.flatnonzero(view.kept)
-    largest = kept[np.argsort(-shares[kept], kind="stable")[:NAMED]]
-    return [view.token_at(int(i)) | {"share": float(shares[i])} for i in largest]
+    shares, rows = view.sigma1_shares, np.flatnonzero(view.kept)
+    largest = rows[np.argsort(-shares[rows], kind="stable")[:NAMED]]
+    return [view.token_at(int(row)) | {"share": float(shares[row])} for row in largest]
 
 
 @statistic(
