@@ -197,7 +197,7 @@ def test_the_page(run: Analysis, plain: Analysis) -> None:
     assert "layer 3" in ranks["one"]["customdata"][3] and "[" in ranks["one"]["customdata"][3]
     assert charts["ranks-0"]["layout"]["yaxis"]["type"] == "log"
     assert charts["directions-0"]["data"][0]["y"] == pytest.approx([0.5] * 4, rel=1e-4)
-    assert "they would have to live in one space" in parsed.text
+    assert "they do not lie in the same space" in parsed.text
     for row in run.verdict or []:
         assert row["why"] is None or row["why"] in parsed.text
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from conftest import PHASES, TEXT
 
+from jaxdelta.report import tables
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.charts.chart import Heatmap, Panel
 from jaxdelta.report.charts.layers import figures
 from jaxdelta.report.page import page, page_file
 from jaxdelta.run.analyze import analyze
+from jaxdelta.spectra.views import view_of
 from jaxdelta.text.excerpt import context, excerpt
 
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)> & <!-- $title <a href="http://a.b">'
@@ -165,6 +167,39 @@ def test_masked_stands_beside_raw_where_there_are_sinks(run: Analysis) -> None:
     assert "no token is a sink" in checked(run).text
     masked = series(with_sinks(run))
     assert list(masked) == ["raw", "masked", "centred"] and masked["masked"][1] == 9
+
+
+def with_sinks_left(run: Analysis, path: Path) -> Analysis:
+    """The run read back from a file whose masked views of layer 1 still contain two sinks."""
+    run.save(path)
+    fields = json.loads(path.read_text())
+    for view in ("masked", "mlp.masked"):
+        view_of(fields["per_layer"][1], view)["sinks_left"] = 2
+    path.write_text(json.dumps(fields))
+    return Analysis.load(path)
+
+
+def test_sinks_that_could_not_be_masked_are_counted(run: Analysis, tmp_path: Path) -> None:
+    left = with_sinks_left(run, tmp_path / "a.json")
+    assert "sinks left in" not in checked(run).text
+    text = checked(left).text
+    assert "no token is a sink" not in text
+    assert "no sink was masked, so the masked view is the raw one (sinks left in: 2 in layer 1)" in text
+    assert "Some sinks could not be masked (sinks left in: 2 in layer 1)." in text  # in the methods
+    text = checked(with_sinks(left)).text
+    assert "which can make a rank look low (sinks left in: 2 in layer 1)" in text
+
+
+def test_tables_count_sinks_that_could_not_be_masked(run: Analysis, tmp_path: Path) -> None:
+    left = with_sinks_left(run, tmp_path / "a.json")
+    head, _, *layers = tables.view_table(left)
+    assert "sinks that could not be masked" in head
+    assert [line.endswith("  2 left in") for line in layers] == [row["L"] == 1 for row in run.per_layer]
+    _, *ledger = tables.ledger_table(left)
+    assert [line.endswith("sinks masked 0, 2 left in") for line in ledger] == [L == 1 for L in range(4)]
+    assert not any("no sinks to mask" in line for line in tables.chance_table(left))
+    assert any("no sinks to mask" in line for line in tables.chance_table(run))
+    assert "left in" not in tables.tables(run)
 
 
 def test_a_run_without_views_intervals_and_nulls_says_so(plain: Analysis) -> None:

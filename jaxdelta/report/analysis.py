@@ -1,4 +1,4 @@
-"""Analysis: a Result that shows itself, as charts and in a notebook."""
+"""Analysis: a Result with charts and a view for notebooks."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Analysis(Result):
-    """A Result, which lists the fields, with charts (`plot`) and a view for notebooks."""
+    """A `Result`, which lists the fields, with charts (`plot`) and a view for notebooks."""
 
     @property
     def plot(self) -> "Plot":
@@ -21,13 +21,13 @@ class Analysis(Result):
         >>> norms.get_ylabel()
         'norm (activation units), log'
         """
-        # What shows a result stands below it: it is imported when it is asked for.
+        # Imported on use: charts depend on results, not the reverse.
         from jaxdelta.report.notebook import Plot
 
         return Plot(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of a run: its head, verdict and layers."""
+        """The view of a notebook: facts, verdict and layers."""
         from jaxdelta.report.page import summary
 
         return summary(self)

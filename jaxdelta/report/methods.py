@@ -1,9 +1,11 @@
-"""A paragraph on the methods of a run, ready for a paper: what was measured, how, and with which seeds."""
+"""A paragraph on the methods of a run, for a paper."""
 
 import hashlib
 from collections.abc import Iterator
 
 from jaxdelta.report.charts.chart import phase_bands
+from jaxdelta.report.charts.layers import sinks_left_in
+from jaxdelta.report.page_parts import counted
 from jaxdelta.report.result import Result
 from jaxdelta.report.tables import probed
 from jaxdelta.spectra.views import view_of
@@ -11,13 +13,8 @@ from jaxdelta.spectra.views import view_of
 
 def methods(analysis: Result) -> str:
     """The paragraph."""
-    parts = (_subject, _text, _numbers, _definitions, _views, _uncertainty, _phases, _checks)
+    parts = (_subject, _text, _numbers, _views, _uncertainty, _checks)
     return " ".join(sentence for part in parts for sentence in part(analysis))
-
-
-def array_hash(analysis: Result) -> str:
-    """SHA-256 of the run's .safetensors file."""
-    return hashlib.sha256(analysis.arrays_file()).hexdigest()
 
 
 def _subject(analysis: Result) -> Iterator[str]:
@@ -28,7 +25,7 @@ def _subject(analysis: Result) -> Iterator[str]:
     yield (
         f"We measured with {versions or 'jaxdelta'} what each of the {analysis.num_layers} layers of {model} "
         f"(hidden size {analysis.hidden}, weights {run.get('weights_dtype', 'of unknown dtype')}) writes "
-        "into the residual stream: its update δ_L = h_{L+1} − h_L, what attention and the MLP wrote together."
+        "into the residual stream: its update δ_L = h_{L+1} − h_L, the sum of attention's and the MLP's."
     )
     if control := run.get("flags", {}).get("control"):
         yield f"The run is a control ({control}), not the model itself."
@@ -36,27 +33,23 @@ def _subject(analysis: Result) -> Iterator[str]:
 
 def _text(analysis: Result) -> Iterator[str]:
     documents = analysis.run.get("documents")
-    of = f" of {documents} document{'s' * (documents != 1)}" if documents else ""
+    origin = f" of {counted(documents, 'document')}" if documents else ""
     fingerprint = analysis.run.get("text_fingerprint")
     digest = f" (SHA-256 of its tokens, documents and positions {fingerprint})" if fingerprint else ""
-    yield f"The text had {analysis.n_calib_tokens} tokens{of}{digest}."
-    yield "Its first token, an attention sink, was left out of every figure."
+    yield f"The text had {counted(analysis.n_calib_tokens, 'token')}{origin}{digest}."
+    yield "Its first token, an attention sink, was left out of all statistics."
 
 
 def _numbers(analysis: Result) -> Iterator[str]:
     run = analysis.run
-    method = {"gram": "Gram matrices", "full": "a full SVD"}.get(
-        run.get("flags", {}).get("svd", ""), "an SVD"
-    )
+    methods = {"gram": "Gram matrices", "full": "a full SVD"}
+    method = methods.get(run.get("flags", {}).get("svd", ""), "an SVD")
     last = {"residual": "before", "normed": "after"}.get(run.get("last_state", ""), "before or after")
     yield (
         f"Products were taken in {run.get('compute_dtype', 'an unknown dtype')}, the stream kept in "
         f"{run.get('residual_dtype', 'an unknown dtype')}, spectra computed in float64 from {method}; "
         f"the last layer's update was taken {last} the final norm."
     )
-
-
-def _definitions(analysis: Result) -> Iterator[str]:
     yield (
         "The effective rank is exp(−Σ p ln p) with p = σ²/Σσ² (Giraldo et al. 2014), v_L the first right "
         "singular vector of layer L's update, and its relative step the mean of ‖δ_i‖/‖h_i‖ over tokens "
@@ -73,26 +66,25 @@ def _views(analysis: Result) -> Iterator[str]:
             f"In masked views, tokens whose state was longer than {factor:g} times the layer's median were "
             f"left out as sinks (at most {most} in a layer)."
         )
+    if left := sinks_left_in(analysis):
+        yield f"Some sinks could not be masked ({left})."
 
 
 def _uncertainty(analysis: Result) -> Iterator[str]:
     flags = analysis.run.get("flags", {})
     if any("intervals" in row for row in analysis.per_layer):
         yield (
-            "Intervals are at 95 % and treat documents as the unit: for a layer's figures by leaving out "
-            f"each in turn, for those across layers by {flags['bootstrap']} draws of documents."
+            "95 % intervals treat documents as the unit: a jackknife for statistics of a layer, "
+            f"{flags['bootstrap']} bootstrap draws for statistics across layers."
         )
     if analysis.overlap and flags.get("null_draws"):
         yield (
-            f"Chance is {flags['null_draws']} draws of directions from the pooled covariance of the layers "
-            "compared; p = (b+1)/(m+1) (Phipson & Smyth 2010), adjusted over layers after Benjamini & "
-            "Hochberg (1995)."
+            f"Chance is estimated by {flags['null_draws']} draws of directions from the pooled covariance of "
+            "the compared layers; p = (b+1)/(m+1) (Phipson & Smyth 2010); the JSON file also has p adjusted "
+            "over layers after Benjamini & Hochberg (1995)."
         )
     if "seed" in flags:
         yield f"The seed was {flags['seed']}."
-
-
-def _phases(analysis: Result) -> Iterator[str]:
     bands = (
         f"{name} {first}" + (f"–{last}" if last > first else "")
         for first, last, name in phase_bands(analysis)
@@ -103,7 +95,8 @@ def _phases(analysis: Result) -> Iterator[str]:
 def _checks(analysis: Result) -> Iterator[str]:
     run = analysis.run
     yield (
-        f"The updates account for the last state to {run['closure_error']:.1e}; the loss on "
+        f"The updates add up to the last state with relative error {run['closure_error']:.1e}; the loss on "
         f"{probed(run)}the text was {run['calibration_loss']:.4f} nats per token."
     )
-    yield f"The SHA-256 of the run's .safetensors file is {array_hash(analysis)}."
+    digest = hashlib.sha256(analysis.arrays_file()).hexdigest()
+    yield f"The SHA-256 of the run's .safetensors file is {digest}."

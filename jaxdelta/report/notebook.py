@@ -1,4 +1,4 @@
-"""`Analysis.plot`: the figures of a run in a notebook. `contents` says what is in them, `figures` draws."""
+"""`Analysis.plot`: the figures of a run in a notebook, by matplotlib."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,8 @@ else:
 class Plot:
     """The figures of a run, drawn by matplotlib.
 
-    Every method returns the axes it drew on, one for each panel of its figure. `panels` are the beginnings of
-    the titles of those that are wanted, all without any; `ax` is the axes to draw them on, one or as many as
-    there are panels, and else a new picture is made.
+    Every method returns its axes, one for each panel. `panels` chooses panels by the beginnings of their
+    titles (default: all); `ax`: axes to draw on, one for each panel (default: a new picture).
 
     >>> import matplotlib.pyplot as plt
     >>> picture, (left, right) = plt.subplots(1, 2)
@@ -33,48 +32,47 @@ class Plot:
     >>> _ = run.plot.norms("relative step", ax=right)
 
     Raises:
-        UsageError: a panel that the figure has not, or more or fewer axes than panels.
-        JaxDeltaError: the run did not measure what the figure shows, or matplotlib is not installed
-            (`pip install 'jaxdelta[figures]'`).
+        UsageError: an unknown panel, or a number of axes that is not that of panels.
+        JaxDeltaError: the run has no data for the figure, or matplotlib is not installed.
     """
 
     def __init__(self, analysis: Result) -> None:
         self._analysis = analysis
 
     def overview(self) -> "list[Axes]":
-        """One picture of a run: norms, ranks and energy by layer, and |cos| between all layers."""
+        """Norms, ranks and energy by layer, and |cos| between all layers, in one picture."""
         return _drawing().overview(self._analysis).axes[:4]
 
     def norms(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """Lengths of states and updates, the relative step, γ_L, and the cosine of update and state."""
+        """Norms of states and updates, the relative step, γ_L, and the cosine of update and state."""
         return self._draw(contents.norms, panels, ax)
 
     def ranks(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """Effective ranks and energy fractions by view, and how steady v_L is."""
+        """Effective ranks and energy fractions by view, and the steadiness of v_L."""
         return self._draw(contents.ranks, panels, ax)
 
     def spectra(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """All singular values of all layers, and the energy they add up to."""
+        """Singular values of all layers, and their cumulative energy."""
         return self._draw(contents.spectra, panels, ax)
 
     def overlaps(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """Maps of |cos| and principal angles between all layers, and neighbours beside chance."""
+        """Maps of |cos| and principal angles between all layers, and |cos| of neighbours with chance."""
         return self._draw(contents.overlaps, panels, ax)
 
     def ledger(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """The energy of an update, parted into attention's, the MLP's and their cross term."""
+        """The energy of the update, split into attention, MLP and their cross term."""
         return self._draw(contents.ledger, panels, ax)
 
     def owners(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """Whether few tokens make σ_1, and where they stand in the text."""
+        """The share of σ_1² of the most influential tokens, and their positions."""
         return self._draw(contents.owners, panels, ax)
 
     def phases(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """|cos| within phases, and the number of dimensions their directions fill."""
+        """|cos| within phases, and the number of dimensions that their first directions span."""
         return self._draw(contents.phases, panels, ax)
 
     def captures(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """How much of each layer's first direction lies in what its phase shares."""
+        """The share of each layer's first direction in its phase's leading directions."""
         return self._draw(contents.captures, panels, ax)
 
     def _draw(self, build: Callable[[Result], Figure], names: Sequence[str], ax: Target) -> "list[Axes]":
@@ -84,13 +82,13 @@ class Plot:
         panels = [_panel(figure, name) for name in names] or figure.panels
         if ax is None:
             return _drawing().on_new(panels)
-        given = list(np.ravel(np.asarray(ax, object)))
-        if len(given) != len(panels):
+        axes = list(np.ravel(np.asarray(ax, object)))
+        if len(axes) != len(panels):
             raise UsageError(
-                f"ax: {len(panels)} axes are needed, {len(given)} given; name one of the panels "
+                f"ax: {len(panels)} axes are needed, {len(axes)} given; name one of the panels "
                 f"{_titles(figure)}, as in {figure.name}({figure.panels[0].title!r}, ax=ax)"
             )
-        return _drawing().on_given(panels, given)
+        return _drawing().on_given(panels, axes)
 
 
 def _panel(figure: Figure, name: str) -> Panel | Heatmap:

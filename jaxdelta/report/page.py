@@ -1,15 +1,17 @@
-"""One HTML file that shows a run and opens from disk: its figures, tables, doubts and methods."""
+"""The report of a run as one HTML file: figures, tables, warnings and methods."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, tostring
 
+from jaxdelta.report.charts.across_layers import phase_rows
 from jaxdelta.report.charts.chart import Figure
 from jaxdelta.report.charts.layers import figures, has_sinks
 from jaxdelta.report.methods import methods
 from jaxdelta.report.page_parts import (
     as_file,
     bounded,
+    counted,
     document,
     element,
     figure_section,
@@ -19,16 +21,16 @@ from jaxdelta.report.page_parts import (
 )
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import view_of
+from jaxdelta.statistics.across_layers.verdict import IN_WORDS
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.excerpt import context
 
-SAID = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
 LARGE_CLOSURE = 1e-2
 FEW_TOKENS = 3  # per dimension
 
 
 def page(analysis: Result) -> str:
-    """The page."""
+    """The page as HTML."""
     drawn = figures(analysis)
     return document(f"{analysis.model} – jaxdelta", _body(analysis, drawn), drawn)
 
@@ -39,9 +41,9 @@ def page_file(analysis: Result) -> bytes:
 
 
 def summary(analysis: Result) -> str:
-    """What a notebook shows of a run: the head of the page, phases and verdict, and the layers, folded.
+    """A notebook's view of a run: facts, warnings, phases, verdict and the layers, folded.
 
-    Plain tables without a style of their own: a notebook's is made for its light and its dark.
+    The tables have no style, so that the notebook's light or dark theme applies.
     """
     facts = table((_title(analysis), ""), list(_facts(analysis).items()), "Run")
     layers = element("details", element("summary", "Every layer in numbers"), _layer_table(analysis))
@@ -57,7 +59,7 @@ def _body(analysis: Result, drawn: Sequence[Figure]) -> Iterator[Element]:
         yield from after.get(figure.name, lambda _: ())(analysis)
     yield element("h2", "Every layer in numbers")
     yield _layer_table(analysis)
-    hint = element("p", "For a paper, with what is needed to repeat the run:", class_="faint")
+    hint = element("p", "For a paper:", class_="faint")
     yield element("section", element("h2", "Methods"), hint, element("blockquote", methods(analysis)))
 
 
@@ -71,16 +73,18 @@ def _headline(analysis: Result) -> Iterator[Element]:
 
 
 def _title(analysis: Result) -> str:
-    return f"What {analysis.num_layers} layers of {analysis.model} write"
+    verb = "writes" if analysis.num_layers == 1 else "write"
+    return f"What {counted(analysis.num_layers, 'layer')} of {analysis.model} {verb}"
 
 
 def _facts(analysis: Result) -> dict[str, str]:
     run = analysis.run
     documents = run.get("documents")
     return {
-        "model": f"{analysis.model}, {analysis.num_layers} layers, hidden size {analysis.hidden}",
+        "model": f"{analysis.model}, {counted(analysis.num_layers, 'layer')}, hidden size {analysis.hidden}",
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
-        "tokens": str(analysis.n_calib_tokens) + (f" in {documents} documents" if documents else ""),
+        "tokens": str(analysis.n_calib_tokens)
+        + (f" in {counted(documents, 'document')}" if documents else ""),
         "dtypes": f"weights {run.get('weights_dtype')}, products {run.get('compute_dtype')}, "
         f"stream {run.get('residual_dtype')}",
         "closure ‖h₀ + Σδ − h_N‖ / ‖h_N‖": f"{run['closure_error']:.1e}",
@@ -91,20 +95,20 @@ def _facts(analysis: Result) -> dict[str, str]:
 
 
 def _warned(analysis: Result) -> Iterator[Element]:
-    if found := list(warnings(analysis)):
-        yield element("ul", *(element("li", warning) for warning in found), class_="warnings")
+    if items := [element("li", warning) for warning in warnings(analysis)]:
+        yield element("ul", *items, class_="warnings")
 
 
 def warnings(analysis: Result) -> Iterator[str]:
-    """What a reader must know before believing a figure."""
+    """Reasons to doubt the numbers."""
     run, first = analysis.run, analysis.per_layer[0]
     flags = run.get("flags", {})
     if flags.get("control"):
-        yield f"This is a control ({flags['control']}, seed {flags['seed']}), not the model's own figures."
+        yield f"This is a control ({flags['control']}, seed {flags['seed']}), not the model itself."
     if run["closure_error"] > LARGE_CLOSURE:
-        yield "The closure is large: the updates do not account for the last state in this dtype."
+        yield "The closure is large: in this dtype the updates do not add up to the last state."
     if run.get("documents") == 1:
-        yield "One document: there are no intervals, they need several."
+        yield "One document: no intervals, which need several."
     elif run.get("few_documents"):
         yield f"Only {run['documents']} documents: fewer than ten, intervals are rough."
     if first.get("n_over_d", FEW_TOKENS) < FEW_TOKENS:
@@ -113,7 +117,7 @@ def warnings(analysis: Result) -> Iterator[str]:
             "read lower than on a longer text."
         )
     if again := run.get("rows_on_host"):
-        yield f"Spectra done again on the host, since the device's failed their check: rows {again}."
+        yield f"Spectra recomputed on the host because the device's failed their check: rows {again}."
     if missing := list(_not_measured(analysis)):
         yield f"Not measured in this run: {'; '.join(missing)}."
 
@@ -132,9 +136,9 @@ def _not_measured(analysis: Result) -> Iterator[str]:
 
 def _channel_table(analysis: Result) -> Iterator[Element]:
     rows = [
-        [row["L"], row["phase"], *(_channels(found[part]) for part in ("update", "state"))]
+        [row["L"], row["phase"], *(_channels(channels[part]) for part in ("update", "state"))]
         for row in analysis.per_layer
-        if (found := row.get("massive_channels"))
+        if (channels := row.get("massive_channels"))
     ]
     if rows:
         yield element("h3", "Channels with the most energy")
@@ -142,29 +146,28 @@ def _channel_table(analysis: Result) -> Iterator[Element]:
         yield table(head, rows, "Massive channels")
 
 
-def _channels(found: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(f"{c['channel']}: {number(c['share'], '.3f')} ({c['effect']})" for c in found)
+def _channels(entries: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{c['channel']}: {number(c['share'], '.3f')} ({c['effect']})" for c in entries)
 
 
 def _owner_table(analysis: Result) -> Iterator[Element]:
-    views = ["raw", "masked"] if has_sinks(analysis) else ["raw"]
-    for view in views:
+    for name in ["raw", "masked"] if has_sinks(analysis) else ["raw"]:
         rows = [
-            [row["L"], row["phase"], number(found.get("sigma1_top_share"), ".4f"), _owners(found, analysis)]
+            [row["L"], row["phase"], number(view.get("sigma1_top_share"), ".4f"), _owners(view, analysis)]
             for row in analysis.per_layer
-            if (found := view_of(row, view)) and found.get("sigma1_tokens")
+            if (view := view_of(row, name)) and view.get("sigma1_tokens")
         ]
         if rows:
             head = ("layer", "phase", "top 0.1 %", "share of σ₁² and text")
-            yield element("h3", f"Owners of σ₁ in their text, {view}")
-            yield table(head, rows, f"Owners of σ₁, {view}")
+            yield element("h3", f"Owners of σ₁ in their text, {name}")
+            yield table(head, rows, f"Owners of σ₁, {name}")
 
 
-def _owners(found: dict[str, Any], analysis: Result) -> Element:
+def _owners(view: dict[str, Any], analysis: Result) -> Element:
     lines = element("div")
-    for owner in found["sigma1_tokens"]:
-        before, behind = (visible(text) for text in context(analysis.text, owner["position"]))
-        code = element("code", before, element("mark", visible(owner["token"])), behind)
+    for owner in view["sigma1_tokens"]:
+        before, after = (visible(text) for text in context(analysis.text, owner["position"]))
+        code = element("code", before, element("mark", visible(owner["token"])), after)
         where = f"token {owner['position']}, document {owner['document']}"
         share = element("span", number(owner["share"], ".4f"), class_="share", title=where)
         lines.append(element("div", share, code, class_="owner"))
@@ -174,26 +177,23 @@ def _owners(found: dict[str, Any], analysis: Result) -> Element:
 def _phase_tables(analysis: Result) -> Iterator[Element]:
     for row in analysis.verdict or ():
         if row["prediction"]:
+            said = f"Phase {row['phase']}: {IN_WORDS[row['prediction']]}: "
             verdict = element("span", row["verdict"], class_=row["verdict"])
-            yield element(
-                "p", f"Phase {row['phase']}: {SAID[row['prediction']]}: ", verdict, f" ({row['why']})."
-            )
-    if not analysis.verdict:
-        yield element("p", "No verdict: it needs intervals and chance (--bootstrap, --null_draws).")
+            yield element("p", said, verdict, f" ({row['why']}).")
     if analysis.verdict:
         yield _verdict_table(analysis.verdict)
     else:
+        yield element("p", "No verdict: it needs intervals and chance (--bootstrap, --null_draws).")
         head = ("phase", "layers", "mean |cos| within", "with all others")
-        keys = ("intra_cos_mean", "cross_cos_mean")
         rows = [
-            [row["phase"], row["layers"], *(number(row[key]) for key in keys)]
-            for row in analysis.phase_overlap
+            [row["phase"], row["layers"], *(number(row[key]["value"]) for key in ("intra", "cross"))]
+            for row in phase_rows(analysis)
         ]
         yield table(head, rows, "Phases")
 
 
 def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
-    head = ("phase", "layers", "|cos| within", "95 %", "chance", "p", "p against drift")
+    head = ("phase", "layers", "|cos| within", "95 %", "chance", "p", "p against drift", "rank of the v_L")
     rows = [
         [
             row["phase"],
@@ -207,16 +207,16 @@ def _verdict_table(verdict: Iterable[dict[str, Any]]) -> Element:
         ]
         for row in verdict
     ]
-    return table((*head, "rank of the v_L", "95 %", "90 % in"), rows, "Phases and verdict")
+    return table((*head, "95 %", "90 % in"), rows, "Phases and verdict")
 
 
 def _layer_table(analysis: Result) -> Element:
-    keys = {one.name: one.column for one in registered() if one.column}
+    columns = {entry.name: entry.column for entry in registered() if entry.column}
     masked = {"eff_rank": "masked rank", "top1_frac": "masked v₁"} if has_sinks(analysis) else {}
     rows = [
         [row["L"], row["phase"]]
-        + [number(row[key]) for key in keys]
+        + [number(row[key]) for key in columns]
         + [number((view_of(row, "masked") or {}).get(key)) for key in masked]
         for row in analysis.per_layer
     ]
-    return table(["layer", "phase", *keys.values(), *masked.values()], rows, "Layers")
+    return table(["layer", "phase", *columns.values(), *masked.values()], rows, "Layers")

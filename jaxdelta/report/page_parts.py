@@ -1,6 +1,6 @@
-"""The parts of a page that opens from disk: elements, tables, sections of figures, and the file they make.
+"""Parts of a self-contained HTML page: elements, tables and sections of figures.
 
-Whatever a run brings along (names, tokens) becomes text of an element tree, which escapes it.
+Names and tokens of a run become text of an element tree, which escapes them.
 """
 
 import json
@@ -15,15 +15,9 @@ from jaxdelta.report.charts.with_plotly import chart
 
 
 def document(title: str, body: Iterable[Element], drawn: Iterable[Figure]) -> str:
-    """A page.
-
-    Args:
-        title: the browser's.
-        body: all that is seen, the sections of `drawn` among it.
-        drawn: what is drawn into them.
-    """
+    """A page with this title and body, which contains the sections of the figures `drawn`."""
     charts = {f"{figure.name}-{i}": chart(panel) for figure in drawn for i, panel in enumerate(figure.panels)}
-    # Plotly's JavaScript is all that is wanted of it; only here, since it takes a tenth of a second.
+    # Imported here: it takes a tenth of a second.
     from plotly.offline import get_plotlyjs
 
     return Template(_asset("page.html")).substitute(
@@ -42,12 +36,12 @@ def as_file(html: str) -> bytes:
 
 
 def figure_section(figure: Figure) -> Element:
-    """A figure's title, caption and panels, with room for its charts."""
+    """A figure's title, caption, legends and empty elements for its charts."""
     section = element("figure", element("h2", figure.title), element("figcaption", figure.text))
     panels = SubElement(section, "div", {"class": "panels"})
     for i, panel in enumerate(figure.panels):
-        place = element("div", id=f"{figure.name}-{i}", class_="chart")
-        parts = (element("h3", panel.title), place, *_legend(panel))
+        chart_element = element("div", id=f"{figure.name}-{i}", class_="chart")
+        parts = (element("h3", panel.title), chart_element, *_legend(panel))
         panels.append(element("div", *parts, class_="panel map" if isinstance(panel, Heatmap) else "panel"))
     return section
 
@@ -65,12 +59,12 @@ def _legend(panel: Panel | Heatmap) -> Iterator[Element]:
 def table(
     head: Iterable[str], rows: Iterable[Sequence[Any] | Element], label: str, kind: str = ""
 ) -> Element:
-    """A table that scrolls in its box.
+    """A scrolling table.
 
     Args:
-        head: the columns' names.
-        rows: cells, each text, a number or an element; or a row as it is.
-        label: what the table is, for who hears it.
+        head: names of the columns.
+        rows: each a sequence of cells (text, numbers or elements), or a finished element.
+        label: its name for screen readers.
         kind: a class of page.css.
     """
     body = Element("tbody")
@@ -80,13 +74,12 @@ def table(
             row = element("tr", *(element("td", cell) for cell in cells))
         body.append(row)
     whole = element("table", element("thead", element("tr", *(element("th", name) for name in head))), body)
-    return element(
-        "div", whole, class_=f"scroll {kind}".strip(), tabindex="0", role="region", aria_label=label
-    )
+    classes = f"scroll {kind}".strip()
+    return element("div", whole, class_=classes, tabindex="0", role="region", aria_label=label)
 
 
 def element(tag: str, *children: str | Element, **attributes: str) -> Element:
-    """An element with its children in order; class_ is class, aria_label is aria-label."""
+    """An element with these children; `class_` stands for class, `aria_label` for aria-label."""
     names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
     made, last = Element(tag, names), None
     for child in children:
@@ -101,30 +94,35 @@ def element(tag: str, *children: str | Element, **attributes: str) -> Element:
 
 
 def visible(text: str) -> str:
-    """Text whose line ends, tabs and unprintable characters are seen."""
+    """The text with visible signs for line ends, tabs and unprintable characters."""
     signs = {"\n": "↵", "\t": "⇥", "\r": "␍"}
     return "".join(c if c.isprintable() else signs.get(c) or f"\\x{ord(c):02x}" for c in text)
 
 
 def number(value: Number | None, form: str = ".4g") -> str:
-    """A number, or a dash where there is none."""
+    """A number, or a dash for None."""
     return "–" if value is None else format(value, form)
 
 
-def bounded(figure: dict[str, Any]) -> tuple[str, str]:
-    """A figure and its interval."""
-    interval = "{:.3f} … {:.3f}".format(*figure["interval"]) if "interval" in figure else "–"
-    return number(figure["value"]), interval
+def counted(count: int, noun: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def spanned(figure: dict[str, Any]) -> str:
-    """The two in one cell of a table on the terminal."""
-    interval = " [{:.3f}, {:.3f}]".format(*figure["interval"]) if "interval" in figure else ""
-    return number(figure["value"], ".3f") + interval
+def bounded(entry: dict[str, Any]) -> tuple[str, str]:
+    """An entry's value and its interval, as two cells of the page."""
+    interval = "{:.3f} … {:.3f}".format(*entry["interval"]) if "interval" in entry else "–"
+    return number(entry["value"]), interval
+
+
+def spanned(entry: dict[str, Any]) -> str:
+    """An entry's value and its interval, as one cell of a table on the terminal."""
+    interval = " [{:.3f}, {:.3f}]".format(*entry["interval"]) if "interval" in entry else ""
+    return number(entry["value"], ".3f") + interval
 
 
 def _embedded(data: Any) -> str:
-    """JSON that nothing in HTML can end before its end."""
+    """JSON that can stand inside an HTML script element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""Analysis: the result of a run, its two files, and how they are read back."""
+"""The result of a run, and its files: JSON, safetensors and control vectors."""
 
 import dataclasses
 import json
@@ -24,10 +24,10 @@ AnyResult = TypeVar("AnyResult", bound="Result")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """The figures of one run: the JSON's entries by their names, then the arrays of the safetensors file.
+    """The statistics of one run: the entries of its JSON file, and the arrays of its safetensors file.
 
-    Of N layers of hidden size d, with k = `top_k` directions kept; every key is defined in
-    docs/definitions.md. What a file of an older version lacks is None.
+    Axes: N layers, hidden size d, k = `top_k` directions per layer. docs/definitions.md defines every key. A
+    field that a file of an older version lacks is None.
 
     Examples:
         >>> run
@@ -38,25 +38,25 @@ class Result:
         (7.09, 2.49)
 
     Attributes:
-        model: what the run was told to measure.
-        num_layers, hidden, n_calib_tokens: N, d, and the tokens of the text.
-        per_layer: layer L's figures in `per_layer[L]` as the reference names them, its other views' under
-            their names (`["masked"]`, `["mlp"]`, `["mlp"]["masked"]`), 95 % intervals under `["intervals"]`.
+        model: the model as named in the run's options.
+        num_layers, hidden, n_calib_tokens: N, d, and the number of tokens.
+        per_layer: statistics of layer L in `per_layer[L]`, named as in the reference; other views nested
+            under their names (`["masked"]`, `["mlp"]["masked"]`), 95 % intervals under `["intervals"]`.
         top1_cos_adjacent: ⟨v_L, v_{L+1}⟩.
         phase_overlap: by phase, mean |cos| within it and with all other layers.
-        block_capture: by layer, how much of v_L lies in what its phase shares.
+        block_capture: by layer, the share of v_L in the subspace that its phase shares.
         last_layer_normed, last_layer_residual: the last layer's row with the last state after and before
             the final norm.
-        run: how it was made: versions, device, dtypes, flags, seconds by stage, closure, loss.
-        directions: float32, (N, k, d): orthonormal rows, `[L, 0]` is v_L.
-        singular_values: float32, (N, r): all of each layer, descending.
-        top1_cos: float32, (N, N): ⟨v_L, v_M⟩.
-        overlap: by view (`raw`, `masked`) what relates the layers, with chance and intervals.
-        verdict: by phase, what that says of the hypothesis.
-        control: a control's figures, see `compare_control`.
+        run: provenance: versions, device, dtypes, flags, seconds by stage, closure, loss.
+        directions: (N, k, d), orthonormal rows; `[L, 0]` is v_L.
+        singular_values: (N, r), descending.
+        top1_cos: (N, N), ⟨v_L, v_M⟩.
+        overlap: comparison of layers by view (`raw`, `masked`), with chance and intervals.
+        verdict: by phase, the verdict on the hypothesis.
+        control: statistics of a control, see `compare_control`.
         text: excerpts from the text, see `excerpt`.
-        principal_cosines: float32, (N, N, k): of the angles between every two layers' directions.
-        projection_distance, grassmann_distance: float32, (N, N): √Σ sin²θ and √Σ θ² of these angles.
+        principal_cosines: (N, N, k), cosines of the principal angles θ between two layers' directions.
+        projection_distance, grassmann_distance: (N, N), √Σ sin²θ and √Σ θ².
     """
 
     model: str
@@ -92,52 +92,46 @@ class Result:
     )
 
     def __repr__(self) -> str:
-        """One line: all that is in a run fills a book."""
+        """Model, size and number of tokens, on one line."""
         size = f"{self.num_layers} layers, hidden size {self.hidden}"
         return f"<{type(self).__name__} of {self.model!r}: {size}, {self.n_calib_tokens} tokens>"
 
     def save(self, path: str | Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
-        """Writes `path` (.json) and, beside it, .safetensors with the arrays: both, or neither.
+        """Writes `path` (.json), the arrays (.safetensors) and `more` files: all of them or none.
 
         >>> run.save("demo.json")
         [PosixPath('demo.json'), PosixPath('demo.safetensors')]
 
-        Args:
-            path: the JSON's name.
-            more: other files and what is in them, which appear with these two or not at all.
-
         Returns:
-            What was written.
+            The paths of the files.
 
         Raises:
             UsageError: the name does not end in .json.
             JaxDeltaError: a file cannot be written.
         """
         path = json_path(path)
-        fields = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.ARRAYS
-        }
-        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
-        beside, more = path.with_suffix(".safetensors"), more or {}
-        # The JSON is renamed last: where it is, the others are.
-        write_together({**more, beside: self.arrays_file(), path: text.encode()})
-        return [path, beside, *more]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.ARRAYS]
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1, allow_nan=False) + "\n"
+        arrays_path, more = path.with_suffix(".safetensors"), more or {}
+        # The JSON is renamed last: if it exists, so do the others.
+        write_together({**more, arrays_path: self.arrays_file(), path: text.encode()})
+        return [path, arrays_path, *more]
 
     def arrays_file(self) -> bytes:
-        """What the .safetensors file holds: the same run gives the same bytes."""
-        held = {name: getattr(self, name) for name in self.ARRAYS}
-        arrays = {name: np.ascontiguousarray(array) for name, array in held.items() if array is not None}
+        """The content of the .safetensors file; equal runs give equal bytes."""
+        fields = {name: getattr(self, name) for name in self.ARRAYS}
+        arrays = {name: np.ascontiguousarray(array) for name, array in fields.items() if array is not None}
         return save(arrays, {"schema_version": str(self.schema_version)})
 
     @classmethod
     def load(cls: type[AnyResult], path: str | Path) -> AnyResult:
-        """Reads what `save` wrote.
+        """Reads the files of `save`.
 
         >>> jaxdelta.Analysis.load("demo.json").top1_cos.shape
         (28, 28)
 
         Raises:
-            JaxDeltaError: a file is missing or damaged, or was written by a newer version.
+            JaxDeltaError: a file is missing or damaged, or comes from a newer version.
         """
         path = Path(path)
         try:
@@ -155,10 +149,10 @@ class Result:
             raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
 
     def to_frame(self, view: str = "raw") -> Any:
-        """The layers' figures in one view as a pandas DataFrame: a row a layer, a column a figure.
+        """The statistics of one view as a pandas DataFrame: one row per layer, one column per statistic.
 
-        `gamma` is σ_1; a figure with an interval has its bounds in `…_low` and `…_high`, and the ledger's
-        entries are `ledger_…`. What is a list is left to `per_layer` and `singular_values`.
+        `gamma` is σ_1; the bounds of intervals are `…_low` and `…_high`, the ledger's entries `ledger_…`.
+        Lists are left to `per_layer` and `singular_values`.
 
         >>> run.to_frame().loc[2:3, ["phase", "token_norm_mean", "eff_rank"]].round(2)
           phase  token_norm_mean  eff_rank
@@ -172,16 +166,17 @@ class Result:
             view: `raw`, `masked`, `attention.masked.centred`, …; see docs/definitions.md.
 
         Raises:
-            UsageError: no such view, or not in this run.
+            UsageError: a view that does not exist or was not measured.
             JaxDeltaError: pandas is not installed.
         """
         with extra("frames", "to_frame"):
             import pandas
         if view not in ALL:
             raise UsageError(f"view: no view {view!r}; there are {', '.join(ALL)}")
-        found = [(row, view_of(row, view)) for row in self.per_layer]
         rows = [
-            {"L": row["L"], "phase": row["phase"]} | _columns(figures) for row, figures in found if figures
+            {"L": row["L"], "phase": row["phase"]} | _columns(entry)
+            for row in self.per_layer
+            if (entry := view_of(row, view))
         ]
         if not rows:
             raise UsageError(f"view: {view} was not measured; ask for it by views={view}")
@@ -197,57 +192,45 @@ class Result:
     ) -> Path:
         """Writes directions as a control vector, which steering tools add to the residual stream.
 
-        A `.gguf` file is for llama.cpp (`--control-vector`) and repeng (`ControlVector.import_gguf`), a
-        `.safetensors` file has the same names: `direction.L`, float32, is added to what leaves layer L,
-        counted from 0. It is the direction in which the layer's summed update of all tokens (the raw view)
-        points, so adding it strengthens what the layer writes, and the same run gives the same signs.
+        A `.gguf` file is for llama.cpp (`--control-vector`) and repeng (`ControlVector.import_gguf`); a
+        `.safetensors` file has the same names: `direction.L`, float32, is added to the output of layer L,
+        counted from 0. Its sign is that of the layer's summed update of all tokens (raw view), so adding it
+        strengthens what the layer writes.
 
         >>> run.save_directions("late.gguf", layers=range(20, 28))
         PosixPath('late.gguf')
 
         Args:
-            path: the file's name; the ending chooses the format.
-            rank: which of the `top_k` directions, from 1, which is v_L.
-            layers: which layers; all but layer 0, to which llama.cpp adds nothing, by default.
-            scale: the vectors' lengths: `unit` 1; `rms` γ_L/√n, the root mean square over tokens of what the
-                layer writes along the direction; `norm` the mean ‖δ_i‖.
-
-        Returns:
-            `path`.
+            path: a .gguf or .safetensors file.
+            rank: number of the direction, 1 (v_L) to `top_k`.
+            layers: numbers of layers; by default all but layer 0, which llama.cpp refuses.
+            scale: length of the vectors: `unit` 1; `rms` σ_rank/√n, the root mean square over tokens of the
+                update along the direction; `norm` the mean ‖δ_i‖.
 
         Raises:
-            UsageError: an argument that this run or the format has nothing for.
-            JaxDeltaError: gguf is not installed (`pip install 'jaxdelta[steering]'`), or the file cannot be
-                written.
+            UsageError: an argument that this run or the format cannot serve.
+            JaxDeltaError: gguf is not installed, or the file cannot be written.
         """
         path = Path(path)
-        # With the last state after the final norm, the last layer's direction lies in no stream.
+        # After the final norm the last layer's direction is not in the residual stream.
         steered = range(self.num_layers - (self.run.get("last_state") == "normed"))
-        tensors = steering.vectors(
-            self.directions,
-            steering.lengths(scale, rank, self.per_layer, self.singular_values),
-            rank=rank,
-            layers=layers,
-            steered=steered,
-        )
+        lengths = steering.lengths(scale, rank, self.per_layer, self.singular_values)
+        tensors = steering.vectors(self.directions, lengths, rank=rank, layers=layers, steered=steered)
         said = f"direction {rank} of each layer's update, scale {scale}, by jaxdelta"
-        hint = self.run.get("model_type", "qwen3")  # the only family when a run did not say
+        hint = self.run.get("model_type", "qwen3")  # older files have no model_type
         write_together({path: steering.steering_file(path, tensors, hint, self.model, said)})
         return path
 
 
-def _columns(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A view's figures as the cells of a table's row."""
-    single = {
+def _columns(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a view in a layer's row of the data frame."""
+    cells = {
         key: value
-        for key, value in figures.items()
+        for key, value in entry.items()
         if key not in ("L", "phase") and not isinstance(value, dict | list)
     }
-    ledger = {f"ledger_{key}": value for key, value in figures.get("ledger", {}).items()}
-    bounds = {
-        f"{key}_{end}": bound
-        for key, interval in figures.get("intervals", {}).items()
-        for end, bound in zip(("low", "high"), interval or (None, None), strict=True)
-    }
-    inside = {one.name: one.of(figures) for one in registered() if one.first_of}
-    return single | inside | ledger | bounds
+    cells |= {statistic.name: statistic.of(entry) for statistic in registered() if statistic.first_of}
+    cells |= {f"ledger_{key}": value for key, value in entry.get("ledger", {}).items()}
+    for key, interval in entry.get("intervals", {}).items():
+        cells[f"{key}_low"], cells[f"{key}_high"] = interval or (None, None)
+    return cells

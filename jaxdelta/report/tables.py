@@ -1,37 +1,28 @@
-"""The tables a run prints, in the reference's words and columns."""
+"""The tables that a run prints; the first four have the reference's words and columns."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from jaxdelta.report.charts.layers import sinks_left
 from jaxdelta.report.page_parts import number, spanned
 from jaxdelta.report.result import Result
 from jaxdelta.spectra.views import ALL, view_of
+from jaxdelta.statistics.across_layers.verdict import IN_WORDS
 
 
 def tables(analysis: Result) -> str:
-    """All tables of a run: the reference's; views, sinks, chance, a control's; verdict, checks."""
-    sections = (
-        layer_table,
-        adjacent_table,
-        phase_table,
-        capture_table,
-        view_table,
-        ledger_table,
-        owner_table,
-        channel_table,
-        chance_table,
-        control_table,
-        verdict_table,
-        checks,
-    )
-    texts = ("\n".join(section(analysis)) for section in sections)
+    """All tables of a run."""
+    reference = (layer_table, adjacent_table, phase_table, capture_table)
+    layers = (view_table, ledger_table, owner_table, channel_table)
+    judgement = (chance_table, control_table, verdict_table, checks)
+    texts = ("\n".join(section(analysis)) for section in (*reference, *layers, *judgement))
     return "\n\n".join(text for text in texts if text)
 
 
 def layer_table(analysis: Result) -> Iterator[str]:
-    """One line a layer: mean state and update norms, relative step, mean |cos(δ, h)|, effective rank."""
+    """Mean state and update norms, relative step, mean |cos(δ, h)| and effective rank of each layer."""
     if name := analysis.run["flags"].get("control"):
-        yield f" control: {name} (seed {analysis.run['flags']['seed']}); not the model's own figures"
+        yield f" control: {name} (seed {analysis.run['flags']['seed']}); not the model itself"
     for row in analysis.per_layer:
         yield (
             f" L={row['L']:>2} phase={row['phase']:>4} ||h||={row['h_norm_mean']:7.1f} "
@@ -54,18 +45,19 @@ def phase_table(analysis: Result) -> Iterator[str]:
     yield f"{'phase':>7} {'N':>3} {'intra_cos_mean':>14} {'cross_cos_mean':>14}"
     for row in analysis.phase_overlap:
         intra, cross = row["intra_cos_mean"], row["cross_cos_mean"]
-        yield f"{row['phase']:>7} {row['layers']:>3} {intra:14.4f} {cross:14.4f}"
+        alone = "  one layer: 1 by definition" if row["layers"] == 1 else ""
+        yield f"{row['phase']:>7} {row['layers']:>3} {intra:14.4f} {cross:14.4f}{alone}"
 
 
 def capture_table(analysis: Result) -> Iterator[str]:
-    """How much of each layer's first direction lies in its phase's shared subspace."""
+    """The share of each layer's first direction inside its phase's shared subspace."""
     yield "=== Block-shared subspace (rank-8) capture fraction per layer ==="
     for row in analysis.block_capture:
         yield f" phase={row['phase']:>4} L={row['L']:>2} v1 captured by block top-8: {row['capture']:.4f}"
 
 
 def control_table(analysis: Result) -> Iterator[str]:
-    """Each layer's and each phase's figures, and after the bar the control's, where there is one."""
+    """Statistics of layers and phases, and after the bar those of the control."""
     control = analysis.control
     if control is None:
         return
@@ -89,12 +81,12 @@ def control_table(analysis: Result) -> Iterator[str]:
 
 
 def probed(run: dict[str, Any]) -> str:
-    """How much of the text the loss is of, where the file says it."""
+    """`N tokens of `, the part of the text that the loss is of; empty if the file does not say."""
     return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
 
 
 def checks(analysis: Result) -> Iterator[str]:
-    """What tells that the figures can be believed, and the last layer in both conventions."""
+    """Closure and loss, and the last layer before and after the final norm."""
     run = analysis.run
     yield "=== Checks ==="
     yield f" closure  ‖h_0 + Σδ - h_N‖ / ‖h_N‖ = {run['closure_error']:.1e}"
@@ -108,28 +100,26 @@ def checks(analysis: Result) -> Iterator[str]:
 
 
 def view_table(analysis: Result) -> Iterator[str]:
-    """Effective rank and share of energy along v_1 in every view, if sinks or the mean change anything."""
-    rows = analysis.per_layer
-    names: list[str] = []
-    seen = [[view_of(row, "raw") for row in rows]]
+    """Effective rank and share of energy along v_1 in all views that differ; sinks left in masked views."""
+    rows, columns = analysis.per_layer, dict[str, list[str]]()
     for name in ALL:
-        figures = [view_of(row, name) for row in rows]
-        if figures[0] is not None and figures not in seen:
-            names.append(name)
-            seen.append(figures)
-    if not names:
+        views = [view_of(row, name) for row in rows]
+        cells = [f"{v['eff_rank']:8.2f} ({v['top1_frac']:.3f})" if v else f"{'-':>16}" for v in views]
+        if views[0] and cells not in columns.values():
+            columns[name] = cells
+    left = [f"  {count} left in" if (count := sinks_left(row)) else "" for row in rows]
+    if len(columns) < 2 and not any(left):
         return
-    yield "=== Views: eff_rank (top1_frac) ==="
-    yield "     " + " ".join(f"{name:>16}" for name in ["raw", *names])
-    for row in rows:
-        figures = [view_of(row, name) for name in ["raw", *names]]
-        yield f" L={row['L']:>2} " + " ".join(
-            f"{f['eff_rank']:8.2f} ({f['top1_frac']:.3f})" if f else f"{'-':>16}" for f in figures
-        )
+    yield (
+        "=== Views: eff_rank (top1_frac)" + ("; sinks that could not be masked" if any(left) else "") + " ==="
+    )
+    yield "     " + " ".join(f"{name:>16}" for name in columns)
+    for row, *cells, sinks in zip(rows, *columns.values(), left, strict=True):
+        yield f" L={row['L']:>2} {' '.join(cells)}{sinks}"
 
 
 def ledger_table(analysis: Result) -> Iterator[str]:
-    """Shares of ‖δ‖²: attention's, the MLP's, and their cross term 2<attention, mlp>; and the sinks."""
+    """Shares of ‖δ‖²: attention, MLP and their cross term 2⟨attention, mlp⟩; and the number of sinks."""
     if "ledger" not in analysis.per_layer[0]:
         return
     yield "=== Energy ‖δ‖² = ‖attention‖² + ‖mlp‖² + cross, as shares ==="
@@ -138,15 +128,15 @@ def ledger_table(analysis: Result) -> Iterator[str]:
         parts = [row["ledger"][name] / whole for name in ("attention", "mlp", "cross")]
         masked = view_of(row, "masked") or view_of(row, "masked.centred")
         sinks = f" sinks masked {row['n'] - masked['n']}" if masked else ""
+        sinks += f", {left} left in" if (left := sinks_left(row)) else ""
         yield f" L={row['L']:>2} " + " + ".join(f"{part:6.3f}" for part in parts) + sinks
 
 
 def owner_table(analysis: Result) -> Iterator[str]:
-    """The tokens that own most of σ_1², and how much the first thousandth of all owns."""
+    """The tokens with the largest shares of σ_1², and the share of the top thousandth."""
     rows = [row for row in analysis.per_layer if row.get("sigma1_tokens")]
-    if not rows:
-        return
-    yield "=== Who owns σ_1: tokens by share of σ_1² (position) ==="
+    if rows:
+        yield "=== Who owns σ_1: tokens by share of σ_1² (position) ==="
     for row in rows:
         tokens = (f"{t['token']!r} {t['share']:.3f} ({t['position']})" for t in row["sigma1_tokens"][:3])
         yield f" L={row['L']:>2} top 0.1 %: {_number(row['sigma1_top_share'])}   " + ", ".join(tokens)
@@ -155,9 +145,9 @@ def owner_table(analysis: Result) -> Iterator[str]:
 def channel_table(analysis: Result) -> Iterator[str]:
     """The channels with the largest shares of ‖δ‖² and of the state's energy after the layer."""
     rows = [row for row in analysis.per_layer if "massive_channels" in row]
-    if not rows:
-        return
-    yield "=== Massive channels: share of ‖δ‖² (+ written, - removed), share of the state after the layer ==="
+    said = "share of ‖δ‖² (+ written, - removed), share of the state after the layer"
+    if rows:
+        yield f"=== Massive channels: {said} ==="
     for row in rows:
         signs = {"writes": "+", "removes": "-", "keeps": "="}
         update, state = row["massive_channels"]["update"], row["massive_channels"]["state"]
@@ -167,20 +157,23 @@ def channel_table(analysis: Result) -> Iterator[str]:
 
 
 def chance_table(analysis: Result) -> Iterator[str]:
-    """Each phase's cosines beside what its layers' covariance gives by chance, with 95 % intervals."""
+    """Each phase's cosines and 95 % intervals, compared with directions of the same covariance."""
     views = analysis.overlap or {}
     same = views.get("masked") == views.get("raw")
+    left = any(map(sinks_left, analysis.per_layer))
+    masking = "sinks could not be masked" if left else "there are no sinks to mask"
     for view, relations in views.items():
         if view == "masked" and same:
             continue
-        yield f"=== Phases beside chance, {'raw (there are no sinks to mask)' if same else view} ==="
+        yield f"=== Phases beside chance, {f'raw ({masking})' if same else view} ==="
         test = relations["phase_test"]
         yield (
             f" {'phase':>5} {'N':>3} {'intra |cos|':>22} {'chance':>7} {'p':>6} {'p(gap)':>7} "
             f"{'rank of v_L':>22} {'90 %':>5} {'left out':>9} {'chance':>7}"
         )
         for row, gap in zip(relations["phases"], test["phases"], strict=True):
-            alone = [each["leave_one_out"] for each in relations["layers"] if each["phase"] == row["phase"]]
+            in_phase = (layer for layer in relations["layers"] if layer["phase"] == row["phase"])
+            alone = [layer["leave_one_out"] for layer in in_phase]
             yield (
                 f" {row['phase']:>5} {row['layers']:>3} {spanned(row['intra']):>22} "
                 f"{_number(row['intra'].get('null_mean')):>7} {_number(row['intra'].get('null_p')):>6} "
@@ -192,14 +185,14 @@ def chance_table(analysis: Result) -> Iterator[str]:
 
 
 def verdict_table(analysis: Result) -> Iterator[str]:
-    """What the hypothesis predicts, and what the figures say."""
+    """The predictions of the hypothesis, and the verdicts."""
     if not analysis.verdict:
         return
     yield "=== Verdict on h_{L+1} = h_L + T_shared(h_L) + γ_L·v_L·f(…) ==="
     for row in analysis.verdict:
         if row["prediction"]:
-            said = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L"}
-            yield f" phase {row['phase']}: {said[row['prediction']]}: {row['verdict']} ({row['why']})"
+            said = IN_WORDS[row["prediction"]]
+            yield f" phase {row['phase']}: {said}: {row['verdict']} ({row['why']})"
     if analysis.run["documents"] == 1:
         yield " one document: intervals need several"
     elif analysis.run["few_documents"]:
@@ -210,6 +203,6 @@ def _number(value: float | None) -> str:
     return number(value, ".3f")
 
 
-def _mean(figures: list[dict[str, Any]], key: str) -> str:
-    values = [figure[key] for figure in figures if key in figure]
+def _mean(entries: list[dict[str, Any]], key: str) -> str:
+    values = [entry[key] for entry in entries if key in entry]
     return _number(sum(values) / len(values) if values else None)

@@ -1,4 +1,4 @@
-"""The files that show a run, made beside it: the page, and every figure as a picture."""
+"""The files that show a run: the page, and every figure as a picture."""
 
 import contextlib
 import importlib.util
@@ -12,10 +12,10 @@ PAGE = ".html"
 
 
 def check_figures(directory: Path) -> None:
-    """Fails now, before any work, if figures cannot be drawn, or not put there.
+    """Checks before any work that figures can be drawn and written.
 
     Raises:
-        JaxDeltaError: matplotlib or the directory's parent is missing, or it is a file.
+        JaxDeltaError: matplotlib or the directory's parent is missing, or `directory` is a file.
     """
     with extra("figures", "a figure"):
         if importlib.util.find_spec("matplotlib") is None:  # importing it would take a second
@@ -27,10 +27,7 @@ def check_figures(directory: Path) -> None:
 
 
 def shown(analysis: Result, page: Path | None, figures: Path | None) -> dict[Path, bytes]:
-    """The page under its name and the pictures in their directory, to be written; None leaves either out.
-
-    Plotly and matplotlib are imported for what is asked for, and not before.
-    """
+    """The content of the page and of the pictures in the directory `figures`; None leaves either out."""
     files: dict[Path, bytes] = {}
     if page:
         from jaxdelta.report.page import page_file
@@ -45,21 +42,21 @@ def shown(analysis: Result, page: Path | None, figures: Path | None) -> dict[Pat
 
 @contextlib.contextmanager
 def directory_for(figures: Path | None) -> Iterator[None]:
-    """Makes the figures' directory; if what is to fill it fails, what was made here goes.
+    """Makes the figures' directory, and removes it again if the block fails.
 
     Raises:
-        JaxDeltaError: it cannot be made.
+        JaxDeltaError: the directory cannot be made.
     """
-    new = figures is not None and not figures.exists()
-    if figures and new:
-        try:
-            figures.mkdir()
-        except OSError as error:
-            raise JaxDeltaError(f"{figures}: cannot be made ({error.strerror})") from error
+    if figures is None or figures.exists():
+        yield
+        return
+    try:
+        figures.mkdir()
+    except OSError as error:
+        raise JaxDeltaError(f"{figures}: cannot be made ({error.strerror})") from error
     try:
         yield
     except BaseException:
-        if figures and new:
-            with contextlib.suppress(OSError):
-                figures.rmdir()
+        with contextlib.suppress(OSError):
+            figures.rmdir()
         raise

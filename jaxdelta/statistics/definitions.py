@@ -1,9 +1,4 @@
-"""The table of registered statistics in docs/definitions.md.
-
-    python -m jaxdelta.statistics.definitions docs/definitions.md
-
-writes it anew.
-"""
+"""Updates the table of statistics: `python -m jaxdelta.statistics.definitions docs/definitions.md`."""
 
 import sys
 from pathlib import Path
@@ -22,11 +17,7 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with the table between its two marks.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
+    """The page with the current table between its two marks; ValueError if it has no marks."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -35,13 +26,8 @@ def with_table(page: str) -> str:
 
 
 def _cells(statistic: Statistic) -> tuple[str, ...]:
-    texts = (
-        statistic.definition,
-        _range(statistic),
-        statistic.interval or "",
-        statistic.trap,
-        statistic.source,
-    )
+    limits, interval = _range(statistic), statistic.interval or ""
+    texts = (statistic.definition, limits, interval, statistic.trap, statistic.source)
     return (f"`{statistic.name}`", *(text.replace("|", r"\|") for text in texts))
 
 

@@ -1,4 +1,4 @@
-"""A layer's row of the JSON: the registered statistics of each of its views, with intervals."""
+"""The JSON row of a layer: the registered statistics of its views, with intervals."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,10 +21,10 @@ from jaxdelta.text.groups import ResamplingGroups
 def layer_row(
     index: int, phase: str, layer: LayerSummary, sample: ResamplingGroups, k: int, hidden: int
 ) -> dict[str, Any]:
-    """A layer's row: the raw view's statistics, the other views' under their names, the energy ledger."""
+    """The raw view's statistics, the other views' nested under their names, and the energy ledger."""
     row: dict[str, Any] = {"L": index, "phase": phase}
-    several = {id(summary): summary for summary in layer.views.values()}  # without sinks masked is unmasked
-    rows = dict(zip(several, view_rows([*several.values()], sample, k, hidden), strict=True))
+    summaries = {id(summary): summary for summary in layer.views.values()}  # views may share one
+    rows = dict(zip(summaries, view_rows([*summaries.values()], sample, k, hidden), strict=True))
     for view, summary in layer.views.items():
         nested = row
         for name in view.path:
@@ -38,37 +38,36 @@ def layer_row(
 def view_rows(
     views: Sequence[ViewSummary], sample: ResamplingGroups, k: int, hidden: int
 ) -> list[dict[str, Any]]:
-    """The statistics of each view; views of the same tokens are computed together, which is faster."""
+    """The statistics of each view; views of the same tokens are batched for speed."""
     counts = [np.bincount(sample.group_of_token[view.kept], minlength=sample.documents) for view in views]
-    alike: dict[Any, list[int]] = {}
+    batches: dict[Any, list[int]] = {}
     for index, view in enumerate(views):
-        alike.setdefault((counts[index].tobytes(), view.products is None), []).append(index)
+        batches.setdefault((counts[index].tobytes(), view.products is None), []).append(index)
     rows: dict[int, dict[str, Any]] = {}
-    for indices in alike.values():
-        these = _rows([views[index] for index in indices], sample, counts[indices[0]], k, hidden)
-        rows |= zip(indices, these, strict=True)
+    for indices in batches.values():
+        batch = _rows([views[index] for index in indices], sample, counts[indices[0]], k, hidden)
+        rows |= zip(indices, batch, strict=True)
     return [rows[index] for index in range(len(views))]
 
 
 def _rows(
     views: Sequence[ViewSummary], sample: ResamplingGroups, counts: Int[np.ndarray, " G"], k: int, hidden: int
 ) -> list[dict[str, Any]]:
-    """The statistics of views with these numbers of tokens in each group."""
-    drawn = sample.intervals and np.count_nonzero(counts) > 1
-    left_out = np.flatnonzero(counts) if drawn else np.zeros(0, int)  # groups, one at a time
+    """Statistics of views that share the token counts of the groups."""
+    documents = int(np.count_nonzero(counts))
+    resampled = sample.intervals and documents > 1
+    left_out = np.flatnonzero(counts) if resampled else np.zeros(0, int)  # groups, one at a time
     data = [_view_data(view, sample, left_out, k, hidden) for view in views]
     columns = _columns(data, _spectra(views, counts, left_out))
     values = records({name: column[:, 0] for name, column in columns.items()})
-    intervals = _intervals(columns) if drawn else [{}] * len(views)
-    documents = int(np.count_nonzero(counts))
-    each = zip(data, values, intervals, strict=True)
-    return [_row(view, computed, bounds, documents) for view, computed, bounds in each]
+    intervals = _intervals(columns) if resampled else [{}] * len(views)
+    return [_row(*of_view, documents) for of_view in zip(data, values, intervals, strict=True)]
 
 
 def _view_data(
     view: ViewSummary, sample: ResamplingGroups, left_out: Int[np.ndarray, " L"], k: int, hidden: int
 ) -> ViewData:
-    """The view as statistics take it: all that they know of how spectra and text keep things."""
+    """The view in the form that statistics take."""
     tokens, half_cosines, kept = None, None, np.asarray(view.kept)
     if view.group_moments is not None:
         half_cosines = split_half_cosines(view.group_moments, sample.halves)
@@ -100,38 +99,38 @@ def _token_at(sample: ResamplingGroups, row: int) -> dict[str, Any]:
 def _spectra(
     views: Sequence[ViewSummary], counts: Int[np.ndarray, " G"], left_out: Int[np.ndarray, " L"]
 ) -> Float64[np.ndarray, "V B r"]:
-    """Singular values of the text, and without each group, energies then scaled to all tokens."""
+    """Singular values of the text, then without each group, rescaled to the energy of all tokens."""
     whole = np.stack([view.singular_values for view in views])[:, None]
     if not left_out.size:
         return whole
     scale = (counts.sum() / (counts.sum() - counts[left_out]))[:, None]
-    without = [_without_groups(view)[left_out] * scale for view in views]
+    without = []
+    for view in views:
+        assert view.group_moments is not None and view.group_rest is not None
+        energies = leave_one_out(view.singular_values, view.group_moments, view.group_rest)
+        without.append(energies[left_out] * scale)
     return np.concatenate([whole, np.sqrt(np.stack(without))], axis=1)
-
-
-def _without_groups(view: ViewSummary) -> Float64[np.ndarray, "G r"]:
-    """σ² of the view without each group."""
-    assert view.group_moments is not None and view.group_rest is not None
-    return leave_one_out(view.singular_values, view.group_moments, view.group_rest)
 
 
 def _columns(
     data: Sequence[ViewData], spectra: Float64[np.ndarray, "V B r"]
 ) -> dict[str, Float64[np.ndarray, "V B"]]:
-    """The statistics of tokens and spectrum in every view: of the text, and without each group."""
-    columns = {
-        one.name: one.function(spectra if one.interval else spectra[:, :1]) for one in registered("spectrum")
-    }
+    """Statistics of tokens and spectrum in every view, of the whole text and without each group."""
+    columns = {}
+    for entry in registered("spectrum"):
+        columns[entry.name] = entry.function(spectra if entry.interval else spectra[:, :1])
     tables = [view.tokens for view in data]
     if None not in tables:
-        for one in registered("tokens"):
-            columns[one.name] = np.stack([one.function(table) for table in tables])
+        for entry in registered("tokens"):
+            columns[entry.name] = np.stack([entry.function(table) for table in tables])
     return columns
 
 
 def _intervals(columns: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, list[float]]]:
-    """95 % intervals of every view's statistics from their values without each group."""
-    scales = {one.name: one.interval for one in registered() if one.interval and one.name in columns}
+    """95 % intervals of every view's statistics, by the jackknife over groups."""
+    scales = {
+        entry.name: entry.interval for entry in registered() if entry.interval and entry.name in columns
+    }
     values = np.stack([columns[name] for name in scales])
     bounds = t_interval(values[..., 0], values[..., 1:], [*scales.values()])
     return records(dict(zip(scales, np.stack(bounds, axis=-1), strict=True)))
@@ -140,14 +139,14 @@ def _intervals(columns: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str,
 def _row(
     view: ViewData, computed: dict[str, float], intervals: dict[str, list[float]], documents: int
 ) -> dict[str, Any]:
-    """A view's entry of the JSON; null where tokens are unknown, without what nothing is given for."""
+    """The JSON entry of a view; statistics of unknown tokens are null."""
     row: dict[str, Any] = {}
-    for one in registered():
-        if one.needs in ("tokens", "spectrum"):
-            if one.first_of is None:
-                row[one.name] = computed.get(one.name)
-        elif (given := view.given(one.needs)) is not None:
-            row[one.name] = one.function(given)
+    for entry in registered():
+        if entry.needs in ("tokens", "spectrum"):
+            if entry.first_of is None:
+                row[entry.name] = computed.get(entry.name)
+        elif (given := view.given(entry.needs)) is not None:
+            row[entry.name] = entry.function(given)
     rank = numerical_rank(view.singular_values)
     if rank and intervals:
         row["intervals"] = intervals
@@ -157,20 +156,20 @@ def _row(
 
 
 def records(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """The columns of a table, arrays, as entries of the JSON, one for each row."""
+    """The rows of a table, given its columns as arrays."""
     lists = (np.asarray(column).tolist() for column in columns.values())
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 def _ledger(energies: dict[str, float]) -> dict[str, float]:
-    """‖attention‖_F², ‖mlp‖_F², 2<attention, mlp>, ‖δ‖_F², and how far the first three miss the last."""
+    """‖attention‖_F², ‖mlp‖_F², 2⟨attention, mlp⟩, ‖δ‖_F², and the relative error of their sum."""
     parts = {name: energies[name] for name in ("attention", "mlp", "cross", "update")}
     missing = abs(parts["attention"] + parts["mlp"] + parts["cross"] - parts["update"])
     return parts | {"closure": float(missing / parts["update"]) if parts["update"] else 0.0}
 
 
 def _notes(view: ViewData, rank: int, documents: int) -> str:
-    """Why statistics are missing, or not what they should be."""
+    """Reasons why statistics are missing or unreliable."""
     left = view.sinks_left
     reasons = {
         "no token's own figures: the mean is known only when all tokens have passed": view.tokens is None,
@@ -188,10 +187,14 @@ def _notes(view: ViewData, rank: int, documents: int) -> str:
 
 
 class LayerRecord(NamedTuple):
-    """What is kept of a layer while the others pass: its JSON row and the summaries of its compared views.
+    """The part of a layer that outlives its measurement: its JSON row and the summaries to be compared.
 
-    `row` is empty where a statistic is not `finite`; `views` have no arrays of tokens or groups' moments;
-    `certificate` is the largest of its spectra; `on_host`: NumPy computed one of them again.
+    Attributes:
+        row: the JSON row, empty if a statistic is not finite.
+        views: summaries of the compared views, without arrays of tokens or groups' moments.
+        finite: whether all statistics are.
+        certificate: the largest residual of its spectra.
+        on_host: whether NumPy recomputed a spectrum.
     """
 
     row: dict[str, Any]
@@ -204,20 +207,15 @@ class LayerRecord(NamedTuple):
 def layer_record(
     number: int, layer: LayerSummary, phases: Phases, sample: ResamplingGroups, k: int, hidden: int
 ) -> LayerRecord:
-    """The record of a layer; the last layer normed comes after the last, in its place."""
+    """The record of a layer; number N is the last layer again, after the final norm."""
     index = min(number, len(phases.of_layer) - 1)
-    views = list(layer.views.values())
-    finite = all(view.finite for view in views)
+    summaries = layer.views.values()
+    finite = all(summary.finite for summary in summaries)
+    compared = {id(summary): summary.for_comparison() for summary in summaries}  # shared ones stay shared
     return LayerRecord(
         layer_row(index, phases.of_layer[index], layer, sample, k, hidden) if finite else {},
-        _for_comparison(layer.views),
+        {view: compared[id(summary)] for view, summary in layer.views.items() if view in COMPARED_VIEWS},
         finite,
-        max(float(view.certificate) for view in views),
-        any(bool(view.on_host) for view in views),
+        max(float(summary.certificate) for summary in summaries),
+        any(bool(summary.on_host) for summary in summaries),
     )
-
-
-def _for_comparison(views: dict[View, ViewSummary]) -> dict[View, ViewSummary]:
-    """The compared views; one object stays one: without sinks the masked view is the raw one."""
-    lighter = {id(summary): summary.for_comparison() for summary in views.values()}
-    return {view: lighter[id(summary)] for view, summary in views.items() if view in COMPARED_VIEWS}

@@ -1,11 +1,8 @@
-"""The figures of a run: the statistics in each panel, titles and captions; words and units of statistics are
-the registry's.
-
-The page and the pictures draw the same data, see `charts`.
-"""
+"""The figures of a run: panels, titles and captions. Labels and units of statistics are the registry's."""
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +24,11 @@ from jaxdelta.report.charts.chart import (
     depth_color,
 )
 from jaxdelta.report.result import Result
-from jaxdelta.spectra.views import view_of
+from jaxdelta.spectra.views import ALL, view_of
 from jaxdelta.statistics.per_layer.registry import Number, Statistic, shown
 
 SPECTRUM_POINTS = 48
+MOST_NAMED = 4  # layers in a sentence
 
 
 def figures(analysis: Result) -> list[Figure]:
@@ -40,33 +38,35 @@ def figures(analysis: Result) -> list[Figure]:
 
 
 def norms(analysis: Result) -> Figure:
-    """Lengths of states and updates, and the step relative to the state."""
+    """Norms of states and updates, the relative step, γ_L, and the cosine of update and state."""
     return Figure(
         "norms",
         "How much each layer writes",
-        "The update's length compared with the state's, their ratio, its size γ_L = σ₁ along the first "
-        "direction, and whether a layer amplifies what is there (cosine above 0) or erases it (below 0); "
+        "The update's length compared with the state's, their ratio, its strength along the first direction, "
+        "σ₁ (γ_L of the hypothesis), and whether a layer amplifies the state (cosine above 0) or erases it "
+        "(below 0); "
         f"means over tokens{bars(analysis)}.",
         _panels(analysis, "norms", {"raw": BLUE}),
     )
 
 
 def ranks(analysis: Result) -> Figure:
-    """How the energy of an update spreads over directions, by view."""
+    """Effective ranks and energy fractions by view, and the steadiness of v_L."""
     views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {}) | {"centred": GREEN}
-    steady = "; v_L is noise where its |cos| with that of another text is low"
-    measured = "split_half_cos" in analysis.per_layer[0]
+    resampled = "split_half_cos" in analysis.per_layer[0]
+    steady = "; v_L is noise where its |cos| with that of another text is low" if resampled else ""
     return Figure(
         "ranks",
         "How many directions a layer writes",
-        "A low rank and much energy along v_L mean that a layer writes one thing for all tokens; "
-        f"{_masking(analysis)}{steady if measured else ''}{bars(analysis)}.",
+        "With a low effective rank the updates of all tokens lie along few directions; where the energy of "
+        "the mean update is high too, the first of them is one push given to every token; "
+        f"{_masking(analysis)}{steady}{bars(analysis)}.",
         _panels(analysis, "ranks", views),
     )
 
 
 def axis(statistic: Statistic) -> Axis:
-    """The axis of a registered statistic; a linear one shows its whole range, where that is known."""
+    """The axis of a registered statistic; a linear one shows the whole range, if it is bounded."""
     low, high = statistic.range or (None, None)
     if statistic.log or not (isinstance(low, Number) and isinstance(high, Number)):
         return Axis(statistic.unit, statistic.log)
@@ -74,24 +74,19 @@ def axis(statistic: Statistic) -> Axis:
 
 
 def _panels(analysis: Result, figure: str, views: dict[str, str]) -> tuple[Panel, ...]:
-    """A panel for every registered statistic of a figure, one for those that share its title."""
-    sharing: dict[str, list[Statistic]] = {}
+    """The panels of the registered statistics of a figure."""
+    statistics: dict[str, list[Statistic]] = {}
     for statistic in shown(figure):
-        sharing.setdefault(statistic.panel, []).append(statistic)
-    panels = [
-        by_layer(
-            analysis,
-            title,
-            axis(some[0]),
-            _together(analysis, some, views) if some[1:] else _by_view(analysis, some[0], views),
-        )
-        for title, some in sharing.items()
-    ]
+        statistics.setdefault(statistic.panel, []).append(statistic)
+    panels = []
+    for title, [first, *more] in statistics.items():
+        series = _together(analysis, [first, *more], views) if more else _by_view(analysis, first, views)
+        panels.append(by_layer(analysis, title, axis(first), series))
     return tuple(panel for panel in panels if panel.series)
 
 
 def _by_view(analysis: Result, statistic: Statistic, views: dict[str, str]) -> list[Series | None]:
-    """A statistic in several views, and the control's."""
+    """A statistic in several views, and that of the control."""
     names = views if len(views) > 1 else {"run": BLUE}
     lines = [
         column(analysis, statistic, name, color, view=view)
@@ -103,50 +98,37 @@ def _by_view(analysis: Result, statistic: Statistic, views: dict[str, str]) -> l
 
 def _together(analysis: Result, some: Sequence[Statistic], views: Iterable[str]) -> list[Series]:
     """Several statistics, each in a colour: raw, and dashed without sinks."""
-    dashes = {view: dash for view, dash in (("raw", "solid"), ("masked", "dash")) if view in views}
-    return [
-        column(
-            analysis,
-            one,
-            one.label + (f", {view}" if dashes.keys() > {"raw"} else ""),
-            color,
-            view=view,
-            dash=dash,
-        )
-        for one, color in zip(some, itertools.cycle(ORDER), strict=False)
-        for view, dash in dashes.items()
-    ]
+    dashes = {"raw": "solid"} | ({"masked": "dash"} if "masked" in views else {})
+    series = []
+    for statistic, color in zip(some, itertools.cycle(ORDER), strict=False):
+        for view, dash in dashes.items():
+            name = statistic.label + (f", {view}" if len(dashes) > 1 else "")
+            series.append(column(analysis, statistic, name, color, view=view, dash=dash))
+    return series
 
 
 def spectra(analysis: Result) -> Figure:
-    """All singular values of all layers, and the energy they add up to."""
+    """Singular values of all layers, and their cumulative energy."""
     count = analysis.singular_values.shape[1]
     shown = np.unique(np.geomspace(1, count, SPECTRUM_POINTS).round().astype(int))
     values = analysis.singular_values.astype(np.float64)
-    energy = np.square(values)
-    added = np.cumsum(energy, axis=1)
-    held = added / np.maximum(added[:, -1:], np.finfo(float).tiny)
+    energy = np.cumsum(np.square(values), axis=1)
+    held = energy / np.maximum(energy[:, -1:], np.finfo(float).tiny)
     x = Axis("number i of the singular value", log=True)
 
-    def lines(table: np.ndarray, positive: bool) -> tuple[Series, ...]:
-        return tuple(
-            Series(
-                f"layer {layer}",
-                shown.tolist(),
-                [float(y) if y > 0 or not positive else None for y in row[shown - 1]],
-                depth_color(layer, analysis.num_layers),
-            )
-            for layer, row in enumerate(table)
-        )
-
     def panel(title: str, y: Axis, table: np.ndarray) -> Panel:
-        return Panel(title, x, y, lines(table, y.log), depth=analysis.num_layers)
+        lines = []
+        for layer, row in enumerate(table[:, shown - 1].tolist()):
+            points = [value if value > 0 or not y.log else None for value in row]
+            color = depth_color(layer, analysis.num_layers)
+            lines.append(Series(f"layer {layer}", shown.tolist(), points, color))
+        return Panel(title, x, y, tuple(lines), depth=analysis.num_layers)
 
     zeros = int((values[:, shown - 1] <= 0).sum())
     return Figure(
         "spectra",
         "The spectrum of every layer's update",
-        "A line a layer, coloured by depth: the steeper it falls, the fewer directions the layer writes "
+        "One line per layer, coloured by depth: the steeper it falls, the fewer directions the layer writes "
         f"along; raw view, {len(shown)} of {count} values shown"
         + (f", {zeros} of them 0 and so not on the log axis." if zeros else "."),
         (
@@ -157,39 +139,43 @@ def spectra(analysis: Result) -> Figure:
 
 
 def ledger(analysis: Result) -> Figure:
-    """The energy of an update, parted into attention's, the MLP's and their cross term."""
+    """The energy of the update, split into attention, MLP and their cross term."""
     title = "What attention writes and what the MLP writes"
     rows = analysis.per_layer
     if not all("ledger" in row for row in rows):
         return Figure("ledger", title, "Not measured: it needs a view of attention or of the MLP (--views).")
-    parts = {"attention": BLUE, "mlp": ORANGE, "cross": GREEN}
-    names = {"attention": "attention", "mlp": "MLP", "cross": "cross term 2⟨attention, MLP⟩"}
-
-    def shares(part: str) -> list[float | None]:
-        return [
-            row["ledger"][part] / row["ledger"]["update"] if row["ledger"]["update"] else None for row in rows
-        ]
-
+    parts = {
+        "attention": ("attention", BLUE),
+        "mlp": ("MLP", ORANGE),
+        "cross": ("cross term 2⟨attention, MLP⟩", GREEN),
+        "update": ("update", GREY),
+    }
     layers = [row["L"] for row in rows]
-    shown = [Series(names[part], layers, shares(part), color, "bars") for part, color in parts.items()]
-    lines = [
-        Series(names.get(part, "update"), layers, [row["ledger"][part] for row in rows], color)
-        for part, color in (parts | {"update": GREY}).items()
-        if part != "cross"
-    ]
+    shares, energies = [], []
+    for part, (name, color) in parts.items():
+        if part != "update":
+            shares.append(Series(name, layers, [ledger_share(row, part) for row in rows], color, "bars"))
+        if part != "cross":
+            energies.append(Series(name, layers, [row["ledger"][part] for row in rows], color))
     return Figure(
         "ledger",
         title,
         "‖δ‖² = ‖attention‖² + ‖MLP‖² + cross term: the bars of a layer add up to 1; below 0 the two cancel.",
         (
-            by_layer(analysis, "Shares of the update's energy", Axis("share of ‖δ‖²"), shown),
-            by_layer(analysis, "Energy", Axis("energy (activation units²)", log=True), lines),
+            by_layer(analysis, "Shares of the update's energy", Axis("share of ‖δ‖²"), shares),
+            by_layer(analysis, "Energy", Axis("energy (activation units²)", log=True), energies),
         ),
     )
 
 
+def ledger_share(row: dict[str, Any], part: str) -> float | None:
+    """A part's share of the update's energy; None for a zero update."""
+    whole = row["ledger"]["update"]
+    return row["ledger"][part] / whole if whole else None
+
+
 def owners(analysis: Result) -> Figure:
-    """Whether few tokens make σ_1, and which."""
+    """The share of σ_1² of the most influential tokens, and their positions."""
     title = "Who owns σ₁"
     views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {})
     (share,) = shown("owners")
@@ -197,31 +183,40 @@ def owners(analysis: Result) -> Figure:
     points = [series for view, color in views.items() if (series := _owning(analysis, view, color)).x]
     if not points:
         return Figure("owners", title, "Not measured: it needs --bootstrap or --null_draws.")
-    places = Axis("position in the text (tokens)", range=(0.0, float(analysis.n_calib_tokens)))
+    positions = Axis("position in the text (tokens)", range=(0.0, float(analysis.n_calib_tokens)))
     return Figure(
         "owners",
         title,
-        "Near 1, a handful of tokens makes a layer's first direction, and it says little of the others; "
-        "dots are the five largest owners, the larger the more of σ₁² they own.",
+        "Share of σ₁² that the most influential tokens account for. Near 1, the first direction describes a "
+        "few tokens and not the text. Dots: the five most influential tokens, area proportional to share.",
         (
             by_layer(analysis, share.title, axis(share), top),
-            by_layer(analysis, "Where the owners stand", places, points),
+            by_layer(analysis, "Where the owners stand", positions, points),
         ),
     )
 
 
 def has_sinks(analysis: Result) -> bool:
-    """Whether a layer has a token that its masked view leaves out."""
-    return any(
-        (masked := view_of(row, "masked")) is not None and masked["n"] != row["n"]
-        for row in analysis.per_layer
-    )
+    """Whether the masked view of any layer leaves out a token."""
+    return any((view := view_of(row, "masked")) and view["n"] != row["n"] for row in analysis.per_layer)
+
+
+def sinks_left(row: dict[str, Any]) -> int:
+    """The number of sinks that the masked views of a layer still contain."""
+    return max((view_of(row, name) or {}).get("sinks_left", 0) for name, view in ALL.items() if view.masked)
+
+
+def sinks_left_in(analysis: Result) -> str:
+    """`sinks left in: 3 in layer 0, 1 in layer 5`; empty if there are none."""
+    counts = [f"{count} in layer {row['L']}" for row in analysis.per_layer if (count := sinks_left(row))]
+    more = f" and some in {len(counts) - MOST_NAMED} more layers" if len(counts) > MOST_NAMED else ""
+    return f"sinks left in: {', '.join(counts[:MOST_NAMED])}{more}" if counts else ""
 
 
 def column(
     analysis: Result, statistic: Statistic, name: str, color: str, *, view: str = "raw", dash: str = "solid"
 ) -> Series:
-    """A statistic of all layers in a view, with its intervals where there are any."""
+    """A statistic of all layers in a view, with its intervals if it has any."""
     rows = [view_of(row, view) or {} for row in analysis.per_layer]
     layers = [row["L"] for row in analysis.per_layer]
     bounds = [row.get("intervals", {}).get(statistic.name) for row in rows]
@@ -229,24 +224,26 @@ def column(
 
 
 def _control(analysis: Result, statistic: Statistic) -> Series | None:
-    control = analysis.control
-    if control is None:
+    if analysis.control is None:
         return None
-    rows = control["per_layer"]
-    name = f"control: {control['name']}"
+    rows, name = analysis.control["per_layer"], f"control: {analysis.control['name']}"
     return Series(name, [row["L"] for row in rows], [statistic.of(row) for row in rows], GREY, dash="dash")
 
 
 def _masking(analysis: Result) -> str:
+    if not all(view_of(row, "masked") for row in analysis.per_layer):
+        return "sinks were not masked (--views)"
+    left = sinks_left_in(analysis)
     if has_sinks(analysis):
-        return "masked is without the sinks, which can make a rank look low"
-    if all(view_of(row, "masked") for row in analysis.per_layer):
-        return "no token is a sink, so the masked view is the raw one"
-    return "sinks were not masked (--views)"
+        but = f" ({left})" if left else ""
+        return f"masked is without the sinks, which can make a rank look low{but}"
+    if left:
+        return f"no sink was masked, so the masked view is the raw one ({left})"
+    return "no token is a sink, so the masked view is the raw one"
 
 
 def _steadiness(analysis: Result) -> list[Series]:
-    """|cos| of v_L with that of other draws of documents, where it was measured."""
+    """|cos| of v_L with that of other draws of documents, if it was measured."""
     draws = (analysis.overlap or {}).get("raw", {}).get("v1_stability", [])
     bounds = [(row["low"], row["median"]) for row in draws]
     layers, medians = [row["L"] for row in draws], [row["median"] for row in draws]
@@ -255,17 +252,12 @@ def _steadiness(analysis: Result) -> list[Series]:
 
 
 def _owning(analysis: Result, view: str, color: str) -> Series:
-    found = [
-        (row["L"], owner)
+    """The positions of the tokens that own most of σ_1."""
+    tokens = [
+        token | {"layer": row["L"]}
         for row in analysis.per_layer
-        for owner in (view_of(row, view) or {}).get("sigma1_tokens") or []
+        for token in (view_of(row, view) or {}).get("sigma1_tokens") or []
     ]
-    return Series(
-        view,
-        [layer for layer, _ in found],
-        [owner["position"] for _, owner in found],
-        color,
-        "points",
-        sizes=[owner["share"] for _, owner in found],
-        labels=[f"{owner['token']!r} {owner['share']:.3f}" for _, owner in found],
-    )
+    layers, positions, shares = ([token[key] for token in tokens] for key in ("layer", "position", "share"))
+    labels = [f"{token['token']!r} {token['share']:.3f}" for token in tokens]
+    return Series(view, layers, positions, color, "points", sizes=shares, labels=labels)

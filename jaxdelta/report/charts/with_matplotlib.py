@@ -1,9 +1,9 @@
-"""Figures of a run by matplotlib, imported here and nowhere else (`pip install jaxdelta[figures]`)."""
+"""Figures of a run by matplotlib, which only this module imports (`pip install jaxdelta[figures]`)."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +26,7 @@ WIDTH, PANEL_HEIGHT, MAP_HEIGHT = 11.0, 3.4, 4.6  # inches
 
 
 def pictures(analysis: Result, directory: Path) -> dict[Path, bytes]:
-    """Every figure of a run as PNG and PDF, and captions.md with their captions, to be written."""
+    """Every figure of a run as PNG and PDF, and captions.md; contents by path."""
     files, captions = {}, [f"# Figures of {analysis.model}"]
     for figure in contents.figures(analysis):
         if not figure.panels:
@@ -34,7 +34,7 @@ def pictures(analysis: Result, directory: Path) -> dict[Path, bytes]:
         picture = draw(figure)
         for ending in FORMATS:
             buffer = io.BytesIO()
-            # Without the date the same run gives the same file.
+            # No date: equal runs give equal files.
             picture.savefig(buffer, format=ending[1:], dpi=150, metadata=_METADATA[ending])
             files[directory / f"{figure.name}{ending}"] = buffer.getvalue()
         captions.append(f"## {figure.title}\n\n![{figure.title}]({figure.name}.png)\n\n{figure.text}")
@@ -46,32 +46,32 @@ _METADATA: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".pdf
 
 
 def draw(figure: Figure) -> Picture:
-    """A figure as a picture that no notebook or window shows by itself."""
+    """A figure as a picture that no notebook or window displays."""
     picture = Picture(layout="constrained")
     _fill(picture, figure.panels)
     return picture
 
 
 def on_new(panels: Sequence[Panel | Heatmap]) -> "list[Axes]":
-    """Panels in a new picture of pyplot's, which a notebook shows."""
+    """Panels in a new pyplot picture, which a notebook displays."""
     return _fill(plt.figure(layout="constrained"), panels)
 
 
 def on_given(panels: Sequence[Panel | Heatmap], axes: "Sequence[Axes]") -> "list[Axes]":
-    """Panels on as many axes as there are panels."""
-    for panel, each in zip(panels, axes, strict=True):
-        draw_panel(panel, each, legend_below=False)
+    """Panels on existing axes, one for each."""
+    for panel, panel_axes in zip(panels, axes, strict=True):
+        draw_panel(panel, panel_axes, legend_below=False)
     return list(axes)
 
 
 def _fill(picture: Picture, panels: Sequence[Panel | Heatmap]) -> "list[Axes]":
-    """Panels two in a row, and the picture of the size they need."""
+    """Draws panels in two columns, and sizes the picture."""
     columns, rows = min(2, len(panels)), -(-len(panels) // 2)
     height = MAP_HEIGHT if any(isinstance(panel, Heatmap) for panel in panels) else PANEL_HEIGHT
     picture.set_size_inches(WIDTH * columns / 2, height * rows)
     axes = [picture.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
-    for panel, each in zip(panels, axes, strict=True):
-        draw_panel(panel, each)
+    for panel, panel_axes in zip(panels, axes, strict=True):
+        draw_panel(panel, panel_axes)
     return axes
 
 
@@ -124,14 +124,12 @@ def _draw_series(series: Series, panel: Panel, axes: "Axes") -> None:
         sizes = np.asarray(series.sizes)
         axes.scatter(x, y, 120 * sizes / sizes.max() + 4, series.color, alpha=0.55, label=series.name)
     elif series.kind == "points":
-        stroke = {"solid": "o", "dash": "_", "dot": "_"}[series.dash]
-        width = {"solid": 1.0, "dash": 2.5, "dot": 1.0}[series.dash]
-        size = 6 if series.dash == "solid" else 18
-        axes.plot(x, y, stroke, color=series.color, ms=size, mew=width, label=series.name, clip_on=False)
+        marker, size = ("o", 6) if series.dash == "solid" else ("_", 18)
+        width = 2.5 if series.dash == "dash" else 1.0
+        axes.plot(x, y, marker, color=series.color, ms=size, mew=width, label=series.name, clip_on=False)
     else:
-        dot = "o" if series.dash == "solid" and not panel.depth else ""
+        style = ("o" if series.dash == "solid" and not panel.depth else "") + STYLES[series.dash]
         width = 0.8 if panel.depth else 1.4
-        style = dot + STYLES[series.dash]
         axes.plot(x, y, style, color=series.color, lw=width, ms=2.5, label=series.name)
     if any(series.bounds):
         low, high = np.array([pair or (np.nan, np.nan) for pair in series.bounds], float).T
@@ -139,7 +137,7 @@ def _draw_series(series: Series, panel: Panel, axes: "Axes") -> None:
 
 
 def _stack(name: str, color: str, x: np.ndarray, y: np.ndarray, axes: "Axes") -> None:
-    """Bars on those that are there: what is above 0 upwards, what is below it downwards."""
+    """Stacks bars on those of the axes, positive values upwards and negative ones downwards."""
     y, base = np.nan_to_num(y), np.zeros(len(y))
     for bars in axes.containers:
         heights = np.array([bar.get_height() for bar in bars])
@@ -153,8 +151,7 @@ def _draw_map(panel: Heatmap, axes: "Axes") -> None:
     for first, _, _ in panel.bands[1:]:
         axes.axhline(first - 0.5, color="white", linewidth=0.8)
         axes.axvline(first - 0.5, color="white", linewidth=0.8)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("layer")
+    axes.set(xlabel="layer", ylabel="layer")
     _name_phases(panel, axes)
     bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label=panel.label)
     if panel.chance is not None:
@@ -162,18 +159,9 @@ def _draw_map(panel: Heatmap, axes: "Axes") -> None:
 
 
 def _name_phases(panel: Panel | Heatmap, axes: "Axes") -> None:
+    style: Any = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "0.4", "parse_math": False}
     for first, last, name in panel.bands:
-        axes.text(
-            (first + last) / 2,
-            1.01,
-            str(name),
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color="0.4",
-            parse_math=False,
-        )
+        axes.text((first + last) / 2, 1.01, str(name), transform=axes.get_xaxis_transform(), **style)
 
 
 def _set_axis(axes: "Axes", which: str, axis: Axis) -> None:

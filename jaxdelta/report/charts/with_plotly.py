@@ -1,6 +1,6 @@
-"""Figures as Plotly takes them: plain dictionaries, so that nothing of plotly.py is imported to make them.
+"""Panels as Plotly's JSON, made of plain dictionaries, so that plotly.py is not imported.
 
-Colours of text, grid and background are the page's (page.css); only the data's are set here.
+Colours of text, grid and background are set by page.css; only those of the data are set here.
 """
 
 import html
@@ -22,7 +22,7 @@ def chart(panel: Panel | Heatmap) -> dict[str, Any]:
 
 
 def rounded(values: Iterable[Any]) -> list[float | None]:
-    """To five digits, which the eye cannot tell from more; what is no finite number becomes None."""
+    """The values rounded to five digits; None for values that are not finite."""
     return [
         None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}")
         for value in values
@@ -30,7 +30,7 @@ def rounded(values: Iterable[Any]) -> list[float | None]:
 
 
 def escaped(text: str) -> str:
-    """Plotly reads a part of HTML in its texts."""
+    """The text without HTML, a part of which Plotly interprets."""
     return html.escape(text, quote=False)
 
 
@@ -40,14 +40,13 @@ def _lines(panel: Panel) -> dict[str, Any]:
         traces.append(_depth_scale(panel.depth))
     points = any(series.sizes for series in panel.series)
     layout = {
-        **_frame(LINES_HEIGHT),
-        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": f"{panel.x.place} %{{x}}"}},
+        **_frame(LINES_HEIGHT, panel.bands),
+        "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": panel.x.hover}},
         "yaxis": _axis(panel.y) | {"zeroline": not panel.y.log} | _log_ticks(panel),
         "showlegend": False,  # the page has its own, which wraps
         "hovermode": "closest" if panel.depth or points or panel.x.names else "x unified",
         "barmode": "relative",
-        "shapes": _shades(panel.bands),
-        "annotations": _band_names(panel.bands),
+        "shapes": [_shade(band, i) for i, band in enumerate(panel.bands)],
     }
     return {"data": traces, "layout": layout}
 
@@ -63,80 +62,55 @@ def _trace(series: Series, panel: Panel) -> dict[str, Any]:
     dots = series.dash == "solid" and not panel.depth
     trace["mode"] = "markers" if series.kind == "points" else "lines+markers" if dots else "lines"
     trace["line"] = {"color": series.color, "width": 1.2 if panel.depth else 1.8, "dash": series.dash}
-    said, trace["customdata"] = _said(series)
-    if not trace["customdata"]:
-        del trace["customdata"]
-    place = "" if series.sizes or not panel.depth else ", i = %{x}"
+    index = "" if series.sizes or not panel.depth else ", i = %{x}"
     value = "layer %{x}, position %{y}" if series.sizes else "%{y:.4g}"
-    trace["hovertemplate"] = f"{name}{place}: {value}{said}<extra></extra>"
+    more = ""
+    if series.labels or any(series.bounds):
+        more, trace["customdata"] = "%{customdata}", _hover_texts(series)
+    trace["hovertemplate"] = f"{name}{index}: {value}{more}<extra></extra>"
     if any(series.bounds):
         trace["error_y"] = _error_bars(series)
     return trace
 
 
 def _marker(series: Series) -> dict[str, Any]:
+    color, solid = series.color, series.dash == "solid"
     if series.sizes:
         largest = max(series.sizes)
         sizes = [max(4.0, 22 * math.sqrt(size / largest)) for size in series.sizes]
-        line = {"color": series.color, "width": 1}
-        return {"color": series.color, "opacity": 0.55, "size": rounded(sizes), "line": line}
+        line = {"color": color, "width": 1}
+        return {"color": color, "opacity": 0.55, "size": rounded(sizes), "line": line}
     if series.kind != "points":
-        return {"color": series.color, "size": 4}
-    # Points of chance are short strokes, open and bold, that a phase's own figure is seen above or below.
-    symbols = {"solid": "circle", "dash": "line-ew", "dot": "line-ew"}
-    width = {"solid": 0, "dash": 2.5, "dot": 1}[series.dash]
-    return {
-        "color": series.color,
-        "size": 9 if series.dash == "solid" else 22,
-        "symbol": symbols[series.dash],
-        "line": {"color": series.color, "width": width},
-    }
+        return {"color": color, "size": 4}
+    # Chance is a wide stroke, so that a phase's own value is seen above or below it.
+    size, symbol = (9, "circle") if solid else (22, "line-ew")
+    line = {"color": color, "width": {"solid": 0, "dash": 2.5, "dot": 1}[series.dash]}
+    return {"color": color, "size": size, "symbol": symbol, "line": line}
 
 
-def _said(series: Series) -> tuple[str, list[str]]:
-    """What a hover adds to the value: its interval and its label."""
-    if not (series.labels or any(series.bounds)):
-        return "", []
+def _hover_texts(series: Series) -> list[str]:
+    """The interval and the label of each point."""
     bounds = [f" [{pair[0]:.4g}, {pair[1]:.4g}]" if pair else "" for pair in series.bounds]
-    between = "<br>" if series.sizes else ", "
-    labels = [between + escaped(label) for label in series.labels]
-    return "%{customdata}", ["".join(said) for said in itertools.zip_longest(bounds, labels, fillvalue="")]
+    separator = "<br>" if series.sizes else ", "
+    labels = [separator + escaped(label) for label in series.labels]
+    return ["".join(parts) for parts in itertools.zip_longest(bounds, labels, fillvalue="")]
 
 
 def _error_bars(series: Series) -> dict[str, Any]:
     pairs = list(zip(series.y, series.bounds, strict=True))
-    above = [pair[1] - y if pair and y is not None else None for y, pair in pairs]
-    below = [y - pair[0] if pair and y is not None else None for y, pair in pairs]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": rounded(above),
-        "arrayminus": rounded(below),
-        "width": 0,
-        "thickness": 1.5,
-        "color": series.color,
-    }
+    above = rounded(pair[1] - y if pair and y is not None else None for y, pair in pairs)
+    below = rounded(y - pair[0] if pair and y is not None else None for y, pair in pairs)
+    style = {"type": "data", "symmetric": False, "width": 0, "thickness": 1.5, "color": series.color}
+    return style | {"array": above, "arrayminus": below}
 
 
 def _depth_scale(layers: int) -> dict[str, Any]:
-    """A trace without points, whose colour bar tells the layers."""
+    """A trace without points that shows the colour scale of layers."""
     steps = [[i / (len(DEPTH) - 1), color] for i, color in enumerate(DEPTH)]
-    marker = {
-        "color": [0],
-        "cmin": 0,
-        "cmax": max(layers - 1, 1),
-        "colorscale": steps,
-        "showscale": True,
-        "colorbar": _color_bar("layer"),
-    }
-    return {
-        "type": "scatter",
-        "x": [None],
-        "y": [None],
-        "mode": "markers",
-        "marker": marker,
-        "hoverinfo": "skip",
-    }
+    scale = {"cmin": 0, "cmax": max(layers - 1, 1), "colorscale": steps, "showscale": True}
+    marker = {"color": [0], **scale, "colorbar": _color_bar("layer")}
+    trace = {"type": "scatter", "x": [None], "y": [None], "mode": "markers"}
+    return trace | {"marker": marker, "hoverinfo": "skip"}
 
 
 def _map(panel: Heatmap) -> dict[str, Any]:
@@ -152,28 +126,26 @@ def _map(panel: Heatmap) -> dict[str, Any]:
         "hovertemplate": f"layers %{{y}} and %{{x}}<br>{label} %{{z:.3f}}{chance}<extra></extra>",
         "colorbar": _color_bar(label),
     }
-    layers = len(panel.values)
-    x = _axis(Axis("layer", range=(-0.5, layers - 0.5)))
-    y = x | {"range": [layers - 0.5, -0.5], "scaleanchor": "x", "constrain": "domain"}
+    low, high = -0.5, len(panel.values) - 0.5
+    x = _axis(Axis("layer", range=(low, high))) | {"constrain": "domain", "showgrid": False}
     layout = {
-        **_frame(MAP_HEIGHT),
-        "xaxis": x | {"constrain": "domain", "showgrid": False},
-        "yaxis": y | {"showgrid": False},
-        "shapes": _boundaries(panel.bands, layers),
-        "annotations": _band_names(panel.bands),
+        **_frame(MAP_HEIGHT, panel.bands),
+        "xaxis": x,
+        "yaxis": x | {"range": [high, low], "scaleanchor": "x"},
+        "shapes": _boundaries(panel.bands, low, high),
     }
     return {"data": [trace], "layout": layout}
 
 
 def _color_bar(title: str) -> dict[str, Any]:
-    return {
-        "title": {"text": title, "side": "right", "font": {"size": 13}},
-        "thickness": 10,
-        "outlinewidth": 0,
-    }
+    text = {"text": title, "side": "right", "font": {"size": 13}}
+    return {"title": text, "thickness": 10, "outlinewidth": 0}
 
 
-def _frame(height: int) -> dict[str, Any]:
+def _frame(height: int, bands: Sequence[Band]) -> dict[str, Any]:
+    """The layout of every chart, with the names of the phases above it."""
+    name = {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    name["font"] = {"size": 11, "color": GREY}
     return {
         "height": height,
         "margin": {"l": 62, "r": 12, "t": 24, "b": 48},
@@ -181,12 +153,14 @@ def _frame(height: int) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "dragmode": False,
+        "annotations": [
+            {"text": escaped(str(phase)), "x": (first + last) / 2, **name} for first, last, phase in bands
+        ],
     }
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    title = {"text": axis.title, "standoff": 8, "font": {"size": 13}}
-    layout: dict[str, Any] = {"title": title}
+    layout: dict[str, Any] = {"title": {"text": axis.title, "standoff": 8, "font": {"size": 13}}}
     if axis.log:
         layout |= {"type": "log", "exponentformat": "power"}
     if axis.range:
@@ -197,52 +171,24 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 
 def _log_ticks(panel: Panel) -> dict[str, Any]:
-    """Powers of ten, and where there are few of them 2 and 5 between."""
+    """Powers of ten, with 2 and 5 between if there are few."""
     if not panel.y.log:
         return {}
-    seen = [y for series in panel.series for y in series.y if y is not None and y > 0]
-    decades = math.log10(max(seen) / min(seen)) if seen else 0
+    positive = [y for series in panel.series for y in series.y if y is not None and y > 0]
+    decades = math.log10(max(positive) / min(positive)) if positive else 0
     return {"dtick": 1 if decades > 3 else "D2"}
 
 
-def _shades(bands: Sequence[Band]) -> list[dict[str, Any]]:
-    """The phases, light and dark in turn, behind the data."""
-    return [
-        {
-            "type": "rect",
-            "yref": "paper",
-            "x0": first - 0.5,
-            "x1": last + 0.5,
-            "y0": 0,
-            "y1": 1,
-            "fillcolor": BAND.format((0.05, 0.14)[i % 2]),
-            "line": {"width": 0},
-            "layer": "below",
-        }
-        for i, (first, last, _) in enumerate(bands)
-    ]
+def _shade(band: Band, number: int) -> dict[str, Any]:
+    """A phase behind the data, light and dark in turn."""
+    corners = {"x0": band[0] - 0.5, "x1": band[1] + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
+    fill = {"fillcolor": BAND.format((0.05, 0.14)[number % 2]), "line": {"width": 0}, "layer": "below"}
+    return {"type": "rect", **corners, **fill}
 
 
-def _boundaries(bands: Sequence[Band], layers: int) -> list[dict[str, Any]]:
-    """Lines between the phases, over a map."""
-    line = {"color": "rgba(255,255,255,0.85)", "width": 1.2}
-    places = [first - 0.5 for first, _, _ in bands[1:]]
-    ends = (-0.5, layers - 0.5)
-    down = [{"type": "line", "x0": p, "x1": p, "y0": ends[0], "y1": ends[1], "line": line} for p in places]
-    across = [{"type": "line", "x0": ends[0], "x1": ends[1], "y0": p, "y1": p, "line": line} for p in places]
-    return down + across
-
-
-def _band_names(bands: Sequence[Band]) -> list[dict[str, Any]]:
-    return [
-        {
-            "text": escaped(str(name)),
-            "x": (first + last) / 2,
-            "y": 1,
-            "yref": "paper",
-            "yanchor": "bottom",
-            "showarrow": False,
-            "font": {"size": 11, "color": GREY},
-        }
-        for first, last, name in bands
-    ]
+def _boundaries(bands: Sequence[Band], low: float, high: float) -> list[dict[str, Any]]:
+    """Lines between the phases of a map."""
+    line = {"type": "line", "line": {"color": "rgba(255,255,255,0.85)", "width": 1.2}}
+    edges = [first - 0.5 for first, _, _ in bands[1:]]
+    down = [line | {"x0": edge, "x1": edge, "y0": low, "y1": high} for edge in edges]
+    return down + [line | {"x0": low, "x1": high, "y0": edge, "y1": edge} for edge in edges]

@@ -1,4 +1,4 @@
-"""What differs in the runs themselves: models, texts, dtypes, flags; and what follows from that."""
+"""Settings of compared runs (models, texts, dtypes, flags), and cautions on their differences."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -6,41 +6,40 @@ from typing import Any
 
 from jaxdelta.report.result import Result
 
-# Flags that have a line of their own, and those that change no figure.
+# Flags with their own line, and flags that change no number.
 TOLD = {"control", "revision", "last_state", "compute_dtype", "residual_dtype", "layout"}
 IDLE = {"memory", "device_memory_gb", "scratch", "keep_moments", "checkpoint_dir", "mesh"}
-LETTERS = 16  # of a fingerprint, which no two texts share by chance
-CLOSE = 1.05  # tokens per dimension within this ratio are about the same
+LETTERS = 16  # of a fingerprint
+CLOSE = 1.05  # ratio of tokens per dimension that needs no caution
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A fact of every run; `chosen` before the run, not found by it."""
+    """A property of every run; `chosen`: an input and not a result."""
 
     name: str
     values: tuple[str, ...]
     chosen: bool
 
     def other(self, run: int) -> bool:
-        """Whether a run was told something else than the first."""
+        """Whether a run differs from the first in a chosen setting."""
         return self.chosen and self.values[run] != self.values[0]
 
 
 def settings(runs: Sequence[Result]) -> tuple[Setting, ...]:
-    """What each run is of, with every flag that differs; at the end how it went."""
+    """The inputs of each run, every other flag that differs, and last the loss and the closure."""
     rows = [*map(_facts, runs)]
     flags = [run.run.get("flags", {}) for run in runs]
-    names = dict.fromkeys(name for each in flags for name in each if name not in TOLD | IDLE)
-    for name in names:
-        values = [each.get(name) for each in flags]
+    for name in dict.fromkeys(name for of_run in flags for name in of_run if name not in TOLD | IDLE):
+        values = [of_run.get(name) for of_run in flags]
         if any(value != values[0] for value in values):
             for row, value in zip(rows, values, strict=True):
                 row[f"--{name}"] = value
-    return (*_beside(rows, chosen=True), *_beside([*map(_outcomes, runs)], chosen=False))
+    return (*_transposed(rows, chosen=True), *_transposed([*map(_outcomes, runs)], chosen=False))
 
 
 def cautions(runs: Sequence[Result], labels: Sequence[str]) -> tuple[str, ...]:
-    """What a reader must know before taking a difference between runs for one between models."""
+    """Reasons other than the models why runs may differ."""
     return (*_about_runs(runs, labels), *_about_differences(runs))
 
 
@@ -78,7 +77,7 @@ def _outcomes(run: Result) -> dict[str, str]:
     }
 
 
-def _beside(rows: Sequence[dict[str, Any]], chosen: bool) -> Iterator[Setting]:
+def _transposed(rows: Sequence[dict[str, Any]], chosen: bool) -> Iterator[Setting]:
     for name in rows[0]:
         yield Setting(name, tuple("–" if row[name] is None else str(row[name]) for row in rows), chosen)
 
@@ -88,9 +87,9 @@ def _about_runs(runs: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
         flags = run.run.get("flags", {})
         if flags.get("control"):
             said = f"{flags['control']}, seed {flags['seed']}"
-            yield f"{label} is a control ({said}), not a model's own figures."
+            yield f"{label} is a control ({said}), not a model itself."
         if not any("intervals" in row for row in run.per_layer):
-            yield f"{label} has no intervals: whether it lies apart cannot be said."
+            yield f"{label} has no intervals: its differences cannot be judged."
         elif run.run.get("few_documents"):
             yield f"{label} has {run.run['documents']} documents: fewer than ten, its intervals are rough."
 
@@ -98,9 +97,9 @@ def _about_runs(runs: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
 def _about_differences(runs: Sequence[Result]) -> Iterator[str]:
     texts = [run.run.get("text_fingerprint") for run in runs]
     if None in texts:
-        yield "Not all runs tell which text they saw: a difference may be the text's."
+        yield "Not all runs say which text they saw: a difference may be due to the text."
     elif len(set(texts)) > 1:
-        yield "The runs saw different tokens: a difference between them may be the text's, not the model's."
+        yield "The runs saw different tokens: a difference may be due to the text and not to the model."
     densities = [_density(run) for run in runs]
     if max(densities) > CLOSE * min(densities):
         yield (
@@ -108,12 +107,9 @@ def _about_differences(runs: Sequence[Result]) -> Iterator[str]:
             "and shares along v_L higher, where they are few."
         )
     if len({run.hidden for run in runs}) > 1:
-        yield "Hidden sizes differ: norms and ranks are on scales of their own; shares and ratios compare."
-    for key, name in (
-        ("weights_dtype", "weights"),
-        ("compute_dtype", "products"),
-        ("residual_dtype", "stream"),
-    ):
+        yield "Hidden sizes differ: compare shares and ratios, not norms and ranks."
+    dtypes = {"weights_dtype": "weights", "compute_dtype": "products", "residual_dtype": "stream"}
+    for key, name in dtypes.items():
         if len({run.run.get(key) for run in runs}) > 1:
             yield f"Dtypes differ ({name}): small differences may be rounding."
     if len({run.run.get("last_state") for run in runs}) > 1:
@@ -121,5 +117,5 @@ def _about_differences(runs: Sequence[Result]) -> Iterator[str]:
 
 
 def _density(run: Result) -> float:
-    """Tokens per dimension, without the windows' first ones where the run says so."""
+    """Tokens per dimension."""
     return run.per_layer[0].get("n_over_d", run.n_calib_tokens / run.hidden)

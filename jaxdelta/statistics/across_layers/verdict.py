@@ -15,6 +15,7 @@ direction, so that the stacked v_L have a rank close to their number. The rules 
 from typing import Any
 
 PREDICTIONS = {"C": "shared", "E": "own"}
+IN_WORDS = {"shared": "v_L share few dimensions", "own": "every layer has its own v_L", None: "–"}
 ALPHA, SHARED_RANK, OWN_RANK = 0.05, 0.5, 0.8
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
@@ -51,7 +52,7 @@ def _missing(row: dict[str, Any], gap_p: float | None) -> str | None:
 
 
 def _shared(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
-    intra, rank = row["intra"], _relative_rank(row)
+    intra, rank = row["intra"], relative_rank(row)["interval"]
     if intra["interval"][1] < intra["null_mean"]:
         return CONTRADICTED, "less |cos| within the phase than chance"
     if rank[0] > OWN_RANK:
@@ -66,7 +67,7 @@ def _shared(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
 
 
 def _own(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
-    rank = _relative_rank(row)
+    rank = relative_rank(row)["interval"]
     if rank[1] < OWN_RANK:
         return CONTRADICTED, f"the rank of the v_L is below {OWN_RANK:g} of their number"
     failed = {
@@ -79,10 +80,16 @@ def _own(row: dict[str, Any], gap_p: float | None) -> tuple[str, str]:
 _RULES = {"shared": _shared, "own": _own}
 
 
-def _relative_rank(row: dict[str, Any]) -> tuple[float, float]:
-    """The interval of the stacked v_L's effective rank over their number."""
-    low, high = row["stacked_rank"]["interval"]
-    return low / row["layers"], high / row["layers"]
+def relative_rank(row: dict[str, Any]) -> dict[str, Any]:
+    """The effective rank of a phase's stacked v_L over their number, with its interval if it has one.
+
+    The value is None for a phase of one layer, and for a row without `stacked_rank`.
+    """
+    rank, layers = row.get("stacked_rank"), row["layers"]
+    if rank is None or layers < 2:
+        return {"value": None}
+    divided = {"value": rank["value"] / layers}
+    return divided | ({"interval": [end / layers for end in rank["interval"]]} if "interval" in rank else {})
 
 
 def _unless(failed: dict[str, bool], otherwise: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Statistics of a single layer. Each module registers its own, so the package imports every one of them."""
+"""Statistics of a single layer. Importing the package imports all its modules, which register theirs."""
 
 import importlib
 import pkgutil

@@ -1,6 +1,6 @@
-"""The inputs of per-layer statistics: tables of a view's tokens and channels, and the view as a whole.
+"""The inputs of per-layer statistics: a view's table of tokens, and the view as a whole.
 
-Plain NumPy on the host. Axes: n tokens, G groups of documents, B weightings of them, r singular values, d
+NumPy on the host. Axes: n tokens, G groups of documents, B weightings of them, r singular values, d
 channels of the residual stream.
 """
 
@@ -14,19 +14,19 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from jaxdelta.spectra.channels import ChannelTable
 
-_FLOOR = 1e-8  # the reference's, below which a norm divides nothing
+_FLOOR = 1e-8  # the reference's smallest divisor
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """Squared norms and inner products of every token, and how often each weighting counts its group.
+    """Squared norms and inner products of every token, and weightings of the groups of tokens.
 
     Attributes:
         update_energy: ‖δ_i‖².
-        state_energy: ‖h_i‖², of the state that the update is added to.
+        state_energy: ‖h_i‖² of the state before the update.
         inner: ⟨δ_i, h_i⟩.
         groups: the token's group.
-        weights: of each group; the first weighting has every group once.
+        weights: number of times that each weighting counts each group; once each in the first.
     """
 
     update_energy: Float64[np.ndarray, " n"]
@@ -61,7 +61,7 @@ class TokenTable:
         return self.weights @ np.bincount(self.groups, minlength=self.weights.shape[1])
 
     def sum(self, values: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " B"]:
-        """Σ w_i x_i: sums by group first, so that a weighting costs G and not n."""
+        """Σ w_i x_i, summed by group first: O(n + BG)."""
         return self.weights @ np.bincount(self.groups, values, self.weights.shape[1])
 
     def mean(self, values: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " B"]:
@@ -70,26 +70,26 @@ class TokenTable:
 
     def deviation(self, values: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " B"]:
         """The population deviation √(Σ w_i (x_i - x̄)² / Σ w_i)."""
-        moved = values - values.mean()  # about 0, so that nothing cancels
-        return np.sqrt(np.maximum(self.mean(np.square(moved)) - np.square(self.mean(moved)), 0))
+        centred = values - values.mean()  # avoids cancellation
+        return np.sqrt(np.maximum(self.mean(np.square(centred)) - np.square(self.mean(centred)), 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewData:
-    """Everything that a statistic can be a function of, in one view of one layer.
+    """Everything that a statistic of one view of one layer may depend on.
 
     Attributes:
-        singular_values: all of them, descending.
-        tokens: None where only sums over the text are known.
-        channels: None where channels were not summed.
+        singular_values: all σ, descending.
+        tokens: None if only sums over the text are known.
+        channels: None if the view has no channel energies.
         mean_energy: ‖Σ_i δ_i‖²/n.
-        n, hidden, top_k: tokens in the view, d, and how many singular values the JSON has.
-        half_cosines: |⟨v_1, v_1'⟩| of halves of the documents, NaN where a half has no update; None where
-            documents were not resampled.
-        sigma1_shares: u_i1² of every token of the text, None where it is unknown.
-        kept: which tokens of the text the view has.
-        sinks_left: sinks that could not be taken out of the view.
-        token_at: what the JSON says of the token in a row: its text, position and document.
+        n, hidden, top_k: number of tokens in the view, d, and number of singular values in the JSON.
+        half_cosines: |⟨v_1, v_1'⟩| of halves of the documents, NaN if a half has no update; None without
+            resampling.
+        sigma1_shares: u_i1² of every token of the text; None if unknown.
+        kept: mask of the text's tokens that are in the view.
+        sinks_left: number of sinks that could not be removed from the view.
+        token_at: the JSON entry of the token in a row: text, position and document.
     """
 
     singular_values: Float64[np.ndarray, " r"]
@@ -106,6 +106,6 @@ class ViewData:
     token_at: Callable[[int], dict[str, Any]]
 
     def given(self, needs: str) -> Any:
-        """What a statistic with these needs is computed from; None leaves the statistic out."""
+        """The argument of a statistic with these needs; None leaves the statistic out."""
         resampled = None if self.half_cosines is None else self
         return {"view": self, "documents": resampled, "channels": self.channels}[needs]

@@ -10,18 +10,20 @@ from jaxdelta.statistics.per_layer.registry import statistic
 
 LARGEST = 3  # channels
 _SUN = "Sun et al. 2024 (arXiv 2402.17762)"
-_PANEL = "Energy in the largest 3 channels"
+_LARGEST: dict[str, Any] = {
+    "needs": "channels",
+    "unit": "share of the energy",
+    "range": (0, 1),
+    "source": _SUN,
+    "panel": "Energy in the largest 3 channels",
+}
 
 
 @statistic(
     "channel_top3_frac",
-    needs="channels",
     label="update's largest 3 channels",
-    unit="share of the energy",
-    range=(0, 1),
     trap="3/d where all channels are alike",
-    source=_SUN,
-    panel=_PANEL,
+    **_LARGEST,
 )
 def channel_top3_frac(channels: ChannelTable) -> float:
     """Share of ‖δ‖² in its three largest channels, by Σ_i δ_ij²."""
@@ -30,13 +32,9 @@ def channel_top3_frac(channels: ChannelTable) -> float:
 
 @statistic(
     "state_channel_top3_frac",
-    needs="channels",
     label="state's largest 3 channels",
-    unit="share of the energy",
-    range=(0, 1),
     trap="a few sinks can hold nearly all of it: see `masked`",
-    source=_SUN,
-    panel=_PANEL,
+    **_LARGEST,
 )
 def state_channel_top3_frac(channels: ChannelTable) -> float:
     """The same of the state after the layer, by Σ_i (h + δ)_ij²."""

@@ -19,7 +19,7 @@ from jaxdelta.statistics.per_layer.registry import statistic
 def power_law_exponent(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """α of the least-squares line ln λ_i = c − α ln i over the σ above float32's resolution.
 
-    0 where fewer than two σ are.
+    Zero with fewer than two such σ.
     """
     values = np.asarray(singular_values, np.float64)
     counted = resolved(values)

@@ -11,87 +11,70 @@ from jaxtyping import Float, Float64
 from jaxdelta.spectra.view_summary import resolved
 from jaxdelta.statistics.per_layer.registry import statistic
 
-_DIRECTIONS, _OTHERS = "number of directions", "Rank by other definitions"
+_OTHERS = "Rank by other definitions"
+_RANK: dict[str, Any] = {
+    "needs": "spectrum",
+    "unit": "number of directions",
+    "log": True,
+    "range": (1, "r"),
+}
 
 
 def energy_shares(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets r"]:
     """p_i = σ_i²/Σσ², the share of ‖δ‖_F² along each direction; zero for a zero spectrum."""
-    energy = np.square(np.asarray(singular_values, np.float64))
-    return _shares(energy)
+    return _shares(np.square(np.asarray(singular_values, np.float64)))
 
 
 @statistic(
     "eff_rank",
-    needs="spectrum",
     interval="log",
     label="effective rank",
-    unit=_DIRECTIONS,
-    log=True,
-    range=(1, "r"),
     trap="not Roy & Vetterli's; grows with n",
     source="Giraldo et al. 2014; Skean et al. 2025 (arXiv 2502.02013)",
     column="effective rank",
+    **_RANK,
 )
 def effective_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """exp(−Σ p ln p) over p > 1e-12, p = λ/Σλ.
 
-    The matrix-based entropy rank; 0 for a zero spectrum. Not Roy & Vetterli's, whose p is σ/Σσ.
+    The matrix-based entropy rank; zero for a zero spectrum. Not Roy & Vetterli's, whose p is σ/Σσ.
     """
     return _perplexity(energy_shares(singular_values))
 
 
 @statistic(
     "roy_vetterli_rank",
-    needs="spectrum",
     label="Roy & Vetterli's rank",
-    unit=_DIRECTIONS,
-    log=True,
-    range=(1, "r"),
     trap="on one spectrum 791 where `eff_rank` is 178",
     source="Roy & Vetterli 2007; RankMe (arXiv 2210.02885)",
     panel=_OTHERS,
+    **_RANK,
 )
 def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """exp(−Σ p ln p), p = σ/Σσ.
 
-    Over the σ that `numerical_rank` counts: a thousand that are rounding would move the fourth digit.
+    Over the `resolved` σ: a thousand values of rounding error would change the fourth digit.
     """
     values = np.asarray(singular_values, np.float64)
     return _perplexity(_shares(np.where(resolved(values), values, 0)), floor=0.0)
 
 
 @statistic(
-    "participation_ratio",
-    needs="spectrum",
-    label="participation ratio",
-    unit=_DIRECTIONS,
-    log=True,
-    range=(1, "r"),
-    source="Gao et al. 2017",
-    panel=_OTHERS,
+    "participation_ratio", label="participation ratio", source="Gao et al. 2017", panel=_OTHERS, **_RANK
 )
 def participation_ratio(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """(Σλ)²/Σλ².
 
-    0 for a zero spectrum.
+    Zero for a zero spectrum.
     """
     return _inverse(np.square(energy_shares(singular_values)).sum(axis=-1))
 
 
-@statistic(
-    "stable_rank",
-    needs="spectrum",
-    label="stable rank",
-    unit=_DIRECTIONS,
-    log=True,
-    range=(1, "r"),
-    source="Rudelson & Vershynin 2007",
-    panel=_OTHERS,
-)
+@statistic("stable_rank", label="stable rank", source="Rudelson & Vershynin 2007", panel=_OTHERS, **_RANK)
 def stable_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """‖δ‖_F²/σ_1².
 
-    0 for a zero spectrum.
+    Zero for a zero spectrum.
     """
     return _inverse(energy_shares(singular_values).max(axis=-1))
 

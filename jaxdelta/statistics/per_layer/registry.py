@@ -1,4 +1,4 @@
-"""The registry of per-layer statistics. From a registration follow the JSON key, the interval, the column of
+"""The registry of per-layer statistics. A registration defines the JSON key, the interval, the column of
 `to_frame`, the panel of the page, the comparison of runs and the row of docs/definitions.md.
 
     @statistic(
@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 Number = float | int
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
-# What a statistic is a function of, in the order of the JSON; see `Statistic.needs`.
-NEEDS = ("tokens", "spectrum", "view", "documents", "channels")
-SCALES = ("linear", "log", "unit")  # of an interval, see `t_interval`
+NEEDS = ("tokens", "spectrum", "view", "documents", "channels")  # in the order of the JSON
+SCALES = ("linear", "log", "unit")  # see `t_interval`
 _registered: dict[str, "Statistic"] = {}
 
 
@@ -28,27 +27,26 @@ class Statistic:
 
     Attributes:
         name: its key in the JSON.
-        function: what computes it; the first paragraph of its docstring is the row of definitions.md.
-        needs: what the function takes, and when the statistic is missing.
-            `tokens`: a `TokenTable`, to one value per weighting, (B,); null where the table is unknown.
+        function: computes it; the first paragraph of its docstring is its row of definitions.md.
+        needs: argument and result of the function.
+            `tokens`: a `TokenTable`, to one value per weighting, (B,); null if the table is unknown.
             `spectrum`: singular values, descending, (..., r), to (...).
             `view`: a `ViewData`, to a float, a list or None.
-            `documents`: the same, left out where documents were not resampled.
-            `channels`: a `ChannelTable`, to a float, a list or a dict; left out where there is no table.
-        label: its name in words, which begins with a small letter.
-        unit: the text of its axis.
-        interval: the scale on which it is about symmetric (`linear`, `log` for values above 0, `unit` for
-            values in [0, 1]); None for a statistic without interval, as all but those of tokens and
-            spectrum are.
-        log: whether its axis is logarithmic, and a mean over layers geometric.
-        range: the lowest and the highest value; the highest may be a symbol, or None.
-        trap: what to mind when reading it.
-        source: who defined it.
-        figure: the figure whose panels show it, `norms` (of tokens by default) or `ranks`; None keeps it
-            out of charts, comparisons and the record of a control.
-        panel: the title of its panel; statistics with the same one share a panel. By default the label.
-        column: its heading in the page's table of layers, which leaves it out without one.
-        first_of: for a statistic without a key of its own, the list whose first entry it is.
+            `documents`: the same; left out without resampling.
+            `channels`: a `ChannelTable`, to a float, a list or a dict; left out without a table.
+        label: its name in words, starting in lower case.
+        unit: the title of its axis.
+        interval: the scale on which its error is about symmetric (`linear`, `log` for values above 0, `unit`
+            for values in [0, 1]); None for no interval. Only statistics of tokens and spectrum have one.
+        log: whether its axis is logarithmic and its mean over layers geometric.
+        range: the lowest and the highest value; the highest may be a symbol or None.
+        trap: caution for readers.
+        source: the publication that defines it.
+        figure: the figure that shows it: by default `norms` for statistics of tokens, else `ranks`; None
+            keeps it out of charts, comparisons and the record of a control.
+        panel: the title of its panel, which statistics may share; by default the label.
+        column: its heading in the page's table of layers; empty: not in the table.
+        first_of: the JSON list whose first entry it is, for a statistic without its own key.
     """
 
     name: str
@@ -67,12 +65,7 @@ class Statistic:
     first_of: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the registration.
-
-        Raises:
-            ValueError: an unknown word, or an interval of something that is not computed without each
-                document.
-        """
+        """Raises ValueError for a field with an impossible value."""
         if self.needs not in NEEDS:
             raise ValueError(f"{self.name}: needs must be one of {', '.join(NEEDS)}, not {self.needs!r}")
         if self.interval not in (None, *SCALES):
@@ -94,37 +87,37 @@ class Statistic:
         return " ".join(paragraph.split()).removesuffix(".")
 
     def of(self, row: Mapping[str, Any]) -> Any:
-        """Its value in a row of the JSON; None where the row has none."""
+        """Its value in a row of the JSON; None if missing."""
         if self.first_of is None:
             return row.get(self.name)
         return next(iter(row.get(self.first_of) or ()), None)
 
 
 def statistic(name: str, *, needs: str, **entry: Any) -> Callable[[AnyFunction], AnyFunction]:
-    """Registers a function as a statistic of a layer; `entry` are the other fields of `Statistic`.
+    """Registers a function as a statistic of a layer; `entry` holds the other fields of `Statistic`.
 
     Raises:
-        ValueError: the name is taken, or the registration makes no sense.
+        ValueError: a name that is taken, or a field with an impossible value.
     """
     entry.setdefault("figure", "norms" if needs == "tokens" else "ranks")
 
     def register(function: AnyFunction) -> AnyFunction:
         if name in _registered:
             raise ValueError(f"{name}: is registered already")
-        one = Statistic(name, function, needs, **entry)
-        _registered[name] = one if one.panel else dataclasses.replace(one, panel=one.title)
+        new = Statistic(name, function, needs, **entry)
+        _registered[name] = new if new.panel else dataclasses.replace(new, panel=new.title)
         return function
 
     return register
 
 
 def registered(*needs: str) -> tuple[Statistic, ...]:
-    """All statistics, or those that need one of these; in the order of the JSON."""
-    chosen = [one for one in _registered.values() if one.needs in (needs or NEEDS)]
-    return tuple(sorted(chosen, key=lambda one: NEEDS.index(one.needs)))
+    """All statistics, or only those with the given needs, in the order of the JSON."""
+    chosen = [entry for entry in _registered.values() if entry.needs in (needs or NEEDS)]
+    return tuple(sorted(chosen, key=lambda entry: NEEDS.index(entry.needs)))
 
 
 def shown(*figures: str) -> tuple[Statistic, ...]:
-    """The statistics of these figures of the page, those of its table of layers first."""
-    found = (one for figure in figures for one in registered() if one.figure == figure)
-    return tuple(sorted(found, key=lambda one: (figures.index(str(one.figure)), not one.column)))
+    """The statistics in these figures of the page; in each, columns of the table of layers come first."""
+    chosen = [entry for entry in registered() if entry.figure in figures]
+    return tuple(sorted(chosen, key=lambda entry: (figures.index(str(entry.figure)), not entry.column)))

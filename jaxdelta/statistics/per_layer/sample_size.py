@@ -1,10 +1,10 @@
-"""The number of tokens that a view is measured on."""
+"""The number of tokens in a view."""
 
 from jaxdelta.statistics.per_layer.inputs import ViewData
 from jaxdelta.statistics.per_layer.registry import statistic
 
 
-@statistic("n", needs="view", label="tokens", unit="tokens", range=(1, None), figure=None)
+@statistic("n", needs="view", label="tokens", range=(1, None), figure=None)
 def token_count(view: ViewData) -> int:
     """Tokens in the view."""
     return view.n
@@ -14,7 +14,6 @@ def token_count(view: ViewData) -> int:
     "n_over_d",
     needs="view",
     label="tokens per dimension",
-    unit="ratio",
     range=(0, None),
     trap="a true rank of 1024 reads 620 at n = 1024",
     figure=None,

@@ -12,16 +12,16 @@ NAMED = 5  # tokens
 TOP_SHARE = 1e-3  # of all tokens
 
 
-@statistic("sigma1_tokens", needs="documents", label="tokens that own σ₁", unit="", range=(0, 1), figure=None)
+@statistic("sigma1_tokens", needs="documents", label="tokens that own σ₁", range=(0, 1), figure=None)
 def sigma1_tokens(view: ViewData) -> list[dict[str, Any]] | None:
     """The five tokens with the largest u_i1², their share of σ_1²: text, position, document."""
     if not numerical_rank(view.singular_values):
         return []
     if view.sigma1_shares is None:
         return None
-    shares, kept = view.sigma1_shares, np.flatnonzero(view.kept)
-    largest = kept[np.argsort(-shares[kept], kind="stable")[:NAMED]]
-    return [view.token_at(int(i)) | {"share": float(shares[i])} for i in largest]
+    shares, rows = view.sigma1_shares, np.flatnonzero(view.kept)
+    largest = rows[np.argsort(-shares[rows], kind="stable")[:NAMED]]
+    return [view.token_at(int(row)) | {"share": float(shares[row])} for row in largest]
 
 
 @statistic(

@@ -1,5 +1,7 @@
 """Norms of updates and states, relative steps and cosines: means and deviations over tokens."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float64
 
@@ -7,21 +9,18 @@ from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
 from jaxdelta.statistics.per_layer.registry import statistic
 
 ByWeighting = Float64[np.ndarray, " B"]
-_NORM = "norm (activation units)"
+_NORM: dict[str, Any] = {
+    "needs": "tokens",
+    "interval": "log",
+    "unit": "norm (activation units)",
+    "log": True,
+    "range": (0, None),
+    "panel": "Norms",
+}
 _CSORDAS = "Csordás et al. 2025"
 
 
-@statistic(
-    "h_norm_mean",
-    needs="tokens",
-    interval="log",
-    label="state ‖h‖",
-    unit=_NORM,
-    log=True,
-    range=(0, None),
-    panel="Norms",
-    column="‖h‖",
-)
+@statistic("h_norm_mean", label="state ‖h‖", column="‖h‖", **_NORM)
 def h_norm_mean(tokens: TokenTable) -> ByWeighting:
     """Mean ‖h_i‖."""
     return tokens.mean(tokens.state_norm)
@@ -29,29 +28,17 @@ def h_norm_mean(tokens: TokenTable) -> ByWeighting:
 
 @statistic(
     "token_norm_mean",
-    needs="tokens",
-    interval="log",
     label="update ‖δ‖",
-    unit=_NORM,
-    log=True,
-    range=(0, None),
-    trap="norms grow up to 2,700 times over the layers",
-    panel="Norms",
     column="‖δ‖",
+    trap="norms grow up to 2,700 times over the layers",
+    **_NORM,
 )
 def token_norm_mean(tokens: TokenTable) -> ByWeighting:
     """Mean ‖δ_i‖."""
     return tokens.mean(tokens.norm)
 
 
-@statistic(
-    "token_norm_std",
-    needs="tokens",
-    label="deviation of ‖δ‖",
-    unit="activation units",
-    range=(0, None),
-    figure=None,
-)
+@statistic("token_norm_std", needs="tokens", label="deviation of ‖δ‖", range=(0, None), figure=None)
 def token_norm_std(tokens: TokenTable) -> ByWeighting:
     """Population deviation of ‖δ_i‖."""
     return tokens.deviation(tokens.norm)
@@ -77,7 +64,6 @@ def rel_step_mean(tokens: TokenTable) -> ByWeighting:
     "rel_step_std",
     needs="tokens",
     label="deviation of the relative step",
-    unit="ratio",
     range=(0, None),
     source=_CSORDAS,
     figure=None,
@@ -108,7 +94,6 @@ def cos_delta_h_mean(tokens: TokenTable) -> ByWeighting:
     needs="tokens",
     interval="unit",
     label="parallel to the state",
-    unit="mean |cos(δ, h)| (no unit)",
     range=(0, 1),
     figure=None,
 )
@@ -117,15 +102,7 @@ def parallel_frac(tokens: TokenTable) -> ByWeighting:
     return tokens.mean(np.abs(tokens.cosine))
 
 
-@statistic(
-    "frob",
-    needs="view",
-    label="size of the whole update",
-    unit="‖δ‖_F (activation units)",
-    log=True,
-    range=(0, None),
-    figure=None,
-)
+@statistic("frob", needs="view", label="size of the whole update", range=(0, None), figure=None)
 def frob(view: ViewData) -> float:
     """‖δ‖_F = √Σ ‖δ_i‖² = √Σ σ_i²."""
     if view.tokens is None:

@@ -1,5 +1,7 @@
 """The leading singular values, and whether the first direction v_1 is more than noise."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Float64
 
@@ -7,7 +9,12 @@ from jaxdelta.statistics.per_layer.inputs import ViewData
 from jaxdelta.statistics.per_layer.ranks import energy_shares, numerical_rank
 from jaxdelta.statistics.per_layer.registry import statistic
 
-_SHARE = "share of ‖δ‖²"
+_SHARE: dict[str, Any] = {
+    "needs": "spectrum",
+    "interval": "unit",
+    "unit": "share of ‖δ‖²",
+    "range": (0, 1),
+}
 _FURTHER = "Energy along the first 3 and 10 directions"
 
 
@@ -27,43 +34,19 @@ def gamma(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, 
     return np.asarray(singular_values, np.float64)[..., 0]
 
 
-@statistic(
-    "top1_frac",
-    needs="spectrum",
-    interval="unit",
-    label="energy along the first direction v_L",
-    unit=_SHARE,
-    range=(0, 1),
-    column="along v₁",
-)
+@statistic("top1_frac", label="energy along the first direction v_L", column="along v₁", **_SHARE)
 def top1_frac(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """p_1, p = λ/Σλ."""
     return _top(singular_values, 1)
 
 
-@statistic(
-    "top3_frac",
-    needs="spectrum",
-    interval="unit",
-    label="first 3 directions",
-    unit=_SHARE,
-    range=(0, 1),
-    panel=_FURTHER,
-)
+@statistic("top3_frac", label="first 3 directions", panel=_FURTHER, **_SHARE)
 def top3_frac(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """p_1 + p_2 + p_3."""
     return _top(singular_values, 3)
 
 
-@statistic(
-    "top10_frac",
-    needs="spectrum",
-    interval="unit",
-    label="first 10 directions",
-    unit=_SHARE,
-    range=(0, 1),
-    panel=_FURTHER,
-)
+@statistic("top10_frac", label="first 10 directions", panel=_FURTHER, **_SHARE)
 def top10_frac(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """p_1 + … + p_10."""
     return _top(singular_values, 10)
@@ -73,14 +56,7 @@ def _top(singular_values: Float[np.ndarray, "*sets r"], count: int) -> Float64[n
     return energy_shares(singular_values)[..., :count].sum(axis=-1)
 
 
-@statistic(
-    "top_singvals",
-    needs="view",
-    label="leading singular values",
-    unit="activation units",
-    range=(0, None),
-    figure=None,
-)
+@statistic("top_singvals", needs="view", label="leading singular values", range=(0, None), figure=None)
 def top_singvals(view: ViewData) -> list[float]:
     """The k largest σ."""
     return view.singular_values[: view.top_k].tolist()
@@ -90,8 +66,6 @@ def top_singvals(view: ViewData) -> list[float]:
     "sigma1_over_sigma2",
     needs="view",
     label="gap of the first direction",
-    unit="σ₁/σ₂ (ratio)",
-    log=True,
     range=(1, None),
     trap="near 1, v_1 is noise: split-half .64 at 1.00, .97 at 1.05",
     figure=None,
