@@ -1,4 +1,4 @@
-"""analyze(): the whole way from a checkpoint and a text to an Analysis."""
+"""analyze(): from a checkpoint and a text to an Analysis."""
 
 import contextlib
 import dataclasses
@@ -64,7 +64,7 @@ def analyze(
     keep_checkpoint: bool = False,
     **options: Any,
 ) -> Analysis:
-    """Runs a model over a calibration text and measures what each layer writes into the residual stream.
+    """Measures what each layer of a model writes into its residual stream on a calibration text.
 
     >>> import jaxdelta
     >>> run = jaxdelta.analyze("demo", max_tokens=100, bootstrap=0, null_draws=0)
@@ -72,20 +72,19 @@ def analyze(
     100 tokens, loss 4.77 nats per token
 
     Args:
-        model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
-        calibration: a source of documents as `read_documents` takes it, documents, or Tokens; by default the
-            prompts of the package.
-        listener: told a line as each stage ends.
-        progress: show a bar, with tokens per second, where standard error is a terminal.
-        before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
-        keep_checkpoint: leave what is in `checkpoint_dir` to the caller, who calls `resume.remove` when the
-            result is where it cannot be lost.
+        model: `demo`, a directory, a hub id, or a loaded model, which needs `calibration` as Tokens.
+        calibration: a file, directory or data set as for --calibration, an iterable of documents, or Tokens;
+            default: the prompts in the package.
+        listener: called with a line of text after each stage.
+        progress: show a progress bar with tokens per second, if standard error is a terminal.
+        before: called with (config, tokens, phases, Options) before any weight is read; it may raise.
+        keep_checkpoint: leave `checkpoint_dir` in place; the caller removes it with `resume.remove` once the
+            result is saved.
         **options: the fields of Options.
 
     Raises:
         UsageError: an impossible option.
-        JaxDeltaError: a model, checkpoint or text that cannot be used. What a script would print in its one
-            line of either is the message.
+        JaxDeltaError: an unusable model, checkpoint or text. The messages are the commands' error lines.
     """
     run = _opened(model, calibration, Options.of(options), Stages(listener))
     if before:
@@ -107,7 +106,7 @@ def _opened(
     options: Options,
     stages: Stages,
 ) -> RunContext:
-    """Opens the model and reads the text; no weight of a layer is read."""
+    """Opens the model and reads the text; reads no layer's weights."""
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):
@@ -119,8 +118,9 @@ def _opened(
     if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:
-        raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
-    phases = Phases(_phases(options.phases, weights.config.num_layers))
+        raise UsageError("checkpoint_dir needs a model by its name; a loaded one cannot be recognised again")
+    layers, given = weights.config.num_layers, options.phases
+    phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, options)
         note(f"{tokens.count} tokens")
@@ -140,10 +140,6 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
                 f"out of memory ({first_line(error)}); lower --device_memory_gb, or --max_tokens"
             ) from error
         raise
-
-
-def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
-    return default_phases(num_layers) if given is None else parse_phases(given, num_layers)
 
 
 def _tokens(
@@ -170,7 +166,7 @@ def _tokens(
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
-    """The run itself: every layer passes and is summarised; then the layers are compared."""
+    """Runs and summarises every layer, then compares the layers; moments go to the directory `kept`."""
     stages, plan = run.stages, run.plan
     assert plan is not None
     with stages("layers") as note, contextlib.ExitStack() as stack:
@@ -183,49 +179,45 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
         summaries = stack.enter_context(_summaries(run, sweep, schedule, kept))
         for layer in shown(sweep, run.sample.tokens.count, progress):
             _keep(summaries.add(layer), records, checkpoint)
-        found = sweep.finish()  # beside the last layers' spectra
+        outcome = sweep.finish()  # while the last layers' spectra are computed
         _keep(summaries.rest(), records, checkpoint)
         if checkpoint:
             checkpoint.wait()
         spectra = SpectrumChecks.of(records)
-        note(f"closure {found.closure_error:.1e}, certificate {spectra.certificate:.1e}")
-        note(f"loss {found.loss:.4f} nats per token")
+        note(f"closure {outcome.closure_error:.1e}, certificate {spectra.certificate:.1e}")
+        note(f"loss {outcome.loss:.4f} nats per token")
         if spectra.on_host:
-            note(f"spectra done again on the host: rows {spectra.on_host}")
+            note(f"spectra recomputed on the host: rows {spectra.on_host}")
     rate = tokens_per_second(sweep, run.sample.tokens.count, stages.clock.seconds["layers"])
     stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(clock.seconds)}")
-    _check_finite(run.weights, records, found.loss)
+    _check_finite(run.weights, records, outcome.loss)
     if kept:
         keep_text(kept, run.sample)
     with stages("overlaps"):
         result = collect(records, run.phases, run.sample, run.options)
-    facts = run_record(run, found, spectra)
+    facts = run_record(run, outcome, spectra)
+    facts |= {"layers_seconds": dict(clock.seconds), "seconds": dict(stages.clock.seconds)}
     return Analysis(
         model=run.name,
         num_layers=run.weights.config.num_layers,
         hidden=run.weights.config.hidden_size,
         n_calib_tokens=run.sample.tokens.count,
         text=excerpt(run.sample.tokens, result["per_layer"]),
-        run=facts
-        | {
-            "layers_seconds": dict(clock.seconds),
-            "seconds": dict(stages.clock.seconds),
-            "tokens_per_second": rate,
-        },
+        run=facts | {"tokens_per_second": rate},
         **result,
     )
 
 
-def _keep(found: Iterable[LayerRecord], records: list[LayerRecord], checkpoint: resume.Run | None) -> None:
-    """Adds records in the layers' order, and keeps them for a run that goes on after a kill."""
-    for record in found:
+def _keep(ready: Iterable[LayerRecord], records: list[LayerRecord], checkpoint: resume.Run | None) -> None:
+    """Adds records in the layers' order, and writes them to the checkpoint."""
+    for record in ready:
         if checkpoint:
             checkpoint.keep_record(len(records), record)
         records.append(record)
 
 
 def _controlled(run: RunContext) -> RunContext:
-    """The run on a control's weights or text."""
+    """The run with the weights or the text of its control, if it has one."""
     options = run.options
     weights, tokens = controlled(run.weights, run.sample.tokens, options.control, options.seed)
     if options.control:
@@ -234,7 +226,7 @@ def _controlled(run: RunContext) -> RunContext:
 
 
 def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock: Clock) -> Sweep:
-    """The pass, from the layer where a checkpoint ends."""
+    """The pass, starting after the last layer of the checkpoint."""
     assert run.plan is not None
     options = run.options
     resumed = Resume(states, checkpoint.restore(states), checkpoint.keep) if checkpoint else Resume(states)
@@ -254,7 +246,7 @@ def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
 
 
 def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | None) -> Summaries:
-    """What summarises the layers: from rows on threads or in batches, or from moments."""
+    """Summarises layers from moments, or from rows: on threads or in batches."""
     options, sample, devices = run.options, run.sample, run.devices
     assert run.plan is not None
     plan = MeasurementPlan(options.top_k, options.svd, run.views, options.sink_factor, options.resampled)
@@ -274,7 +266,7 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
 
 
 def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run | None]:
-    """The checkpoint of this run, begun now or before it was killed; None where none is wanted."""
+    """The run's checkpoint, new or from before an interruption; None without --checkpoint_dir."""
     options, plan, weights = run.options, run.plan, run.original
     if options.checkpoint_dir is None or plan is None or not isinstance(weights, Checkpoint):
         return contextlib.nullcontext()
@@ -284,7 +276,7 @@ def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run
 
 
 def _planned(run: RunContext) -> RunContext:
-    """The run with its plan; with the weights loaded if they are to be resident."""
+    """The run with its memory plan, and with all weights in memory if they are to be resident."""
     options, weights, devices, tokens = run.options, run.weights, run.devices, run.sample.tokens
     resident = options.memory == "resident" or isinstance(weights, InMemoryWeights)
     with run.stages("plan") as note:

@@ -1,4 +1,4 @@
-"""What is fixed before the first layer of a run."""
+"""The inputs of a run, fixed before its first layer."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from jaxdelta.utils.timing import Stages
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """All that is fixed before the first layer; `original` are the weights before a control changes them."""
+    """The inputs of a run; `original` are the weights before a control changes them."""
 
     name: str
     weights: Weights
