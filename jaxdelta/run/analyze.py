@@ -19,7 +19,7 @@ from jaxdelta.report.analysis import Analysis
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
 from jaxdelta.run.context import RunContext
-from jaxdelta.run.memory_plan import Measurement, MemoryDemand, device_limit
+from jaxdelta.run.memory_plan import Measurement, MemoryDemand, Plan, device_limit
 from jaxdelta.run.options import Options, check_rank
 from jaxdelta.run.provenance import SpectrumChecks, device, pass_times, run_record, versions
 from jaxdelta.spectra.moments.accumulate import MomentSummaries, TextBlocks
@@ -36,9 +36,10 @@ from jaxdelta.spectra.scheduler import (
     on_one_device,
 )
 from jaxdelta.spectra.view_summary import MeasurementPlan
-from jaxdelta.spectra.views import parts_of_views
+from jaxdelta.spectra.views import parse_views, parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases, parse_phases
 from jaxdelta.statistics.layer_row import LayerRecord, layer_record
+from jaxdelta.sweep.devices import Devices
 from jaxdelta.sweep.mesh import DeviceMesh, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
@@ -90,9 +91,10 @@ def analyze(
     if before:
         before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
     with _out_of_memory_in_a_line():
+        run = _loaded(run)
         waiting = resume.moments(run.options.checkpoint_dir)
         with keeping(run.options.keep_moments if leads() else None, waiting) as kept:
-            result = _measure(_planned(run), progress, kept)
+            result = _measure(run, progress, kept)
             if kept:
                 result.save(kept / RUN)
         if not keep_checkpoint:
@@ -106,7 +108,7 @@ def _opened(
     options: Options,
     stages: Stages,
 ) -> RunContext:
-    """Opens the model and reads the text; reads no layer's weights."""
+    """Opens the model, reads the text and plans the memory; reads no layer's weights."""
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):
@@ -127,7 +129,43 @@ def _opened(
     devices = make_devices(options.mesh, weights.config)
     check_rank(options.top_k, min(int(tokens.counted.sum()), weights.config.hidden_size), "a layer's update")
     sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
-    return RunContext(name, weights, weights, sample, phases, options, stages, devices)
+    with stages("plan") as note:
+        plan = _plan(weights, sample, options, devices)
+        note(str(plan))
+    if plan.groups:
+        sample = sample.coarser(plan.groups, options.seed)
+    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan)
+
+
+def _plan(weights: Weights, sample: ResamplingGroups, options: Options, devices: Devices) -> Plan:
+    views, groups = parse_views(options.views), options.resampled
+    measurement = Measurement(
+        len({view._replace(masked=False) for view in views}),
+        len(parts_of_views(views)),
+        sample.documents if groups else 1,
+        sample.most_in_a_window if groups else 1,
+        moments_only=options.keep_moments is not None,
+    )
+    demand = MemoryDemand(
+        weights,
+        sample.tokens.ids.shape,
+        options.compute_dtype,
+        options.residual_dtype,
+        options.memory == "resident" or isinstance(weights, InMemoryWeights),
+        measurement,
+        options.scratch is not None,
+        devices.data,
+        devices.model,
+    )
+    return demand.plan(device_limit(options.device_memory_gb, len(devices.local)))
+
+
+def _loaded(run: RunContext) -> RunContext:
+    """The run with all weights in memory, if they are to be resident."""
+    if run.options.memory != "resident" or not isinstance(run.weights, Checkpoint):
+        return run
+    with run.stages("load"):
+        return dataclasses.replace(run, weights=InMemoryWeights(run.weights.load()))
 
 
 @contextlib.contextmanager
@@ -168,7 +206,6 @@ def _tokens(
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
     """Runs and summarises every layer, then compares the layers; moments go to the directory `kept`."""
     stages, plan = run.stages, run.plan
-    assert plan is not None
     with stages("layers") as note, contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(run.options.scratch, plan.blocks.place))
         checkpoint = stack.enter_context(_checkpoint(run))
@@ -227,7 +264,6 @@ def _controlled(run: RunContext) -> RunContext:
 
 def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock: Clock) -> Sweep:
     """The pass, starting after the last layer of the checkpoint."""
-    assert run.plan is not None
     options = run.options
     resumed = Resume(states, checkpoint.restore(states), checkpoint.keep) if checkpoint else Resume(states)
     plan = PassPlan(
@@ -239,7 +275,6 @@ def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock
 
 
 def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
-    assert run.plan is not None
     at_once = run.plan.at_once * run.devices.size
     pending = resume.PENDING if run.options.checkpoint_dir else layers_pending(at_once)
     return Schedule(at_once, pending, start, clock)
@@ -248,7 +283,6 @@ def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
 def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | None) -> Summaries:
     """Summarises layers from moments, or from rows: on threads or in batches."""
     options, sample, devices = run.options, run.sample, run.devices
-    assert run.plan is not None
     plan = MeasurementPlan(options.top_k, options.svd, run.views, options.sink_factor, options.resampled)
     hidden = run.weights.config.hidden_size
     finish = partial(layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=hidden)
@@ -268,44 +302,11 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
 def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run | None]:
     """The run's checkpoint, new or from before an interruption; None without --checkpoint_dir."""
     options, plan, weights = run.options, run.plan, run.original
-    if options.checkpoint_dir is None or plan is None or not isinstance(weights, Checkpoint):
+    if options.checkpoint_dir is None or not isinstance(weights, Checkpoint):
         return contextlib.nullcontext()
     program = {**versions(), "device": device(), "layers summarised at once": plan.at_once}
     manifest = resume.manifest(program, weights, dataclasses.asdict(options), run.sample.tokens, plan.blocks)
     return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, run.stages.listener)
-
-
-def _planned(run: RunContext) -> RunContext:
-    """The run with its memory plan, and with all weights in memory if they are to be resident."""
-    options, weights, devices, tokens = run.options, run.weights, run.devices, run.sample.tokens
-    resident = options.memory == "resident" or isinstance(weights, InMemoryWeights)
-    with run.stages("plan") as note:
-        measurement = Measurement(
-            len({view._replace(masked=False) for view in run.views}),
-            len(parts_of_views(run.views)),
-            run.sample.documents if options.resampled else 1,
-            run.sample.most_in_a_window if options.resampled else 1,
-            moments_only=options.keep_moments is not None,
-        )
-        work = MemoryDemand(
-            weights,
-            tokens.ids.shape,
-            options.compute_dtype,
-            options.residual_dtype,
-            resident,
-            measurement,
-            options.scratch is not None,
-            devices.data,
-            devices.model,
-        )
-        plan = work.plan(device_limit(options.device_memory_gb, len(devices.local)))
-        note(str(plan))
-    sample = run.sample.coarser(plan.groups, options.seed) if plan.groups else run.sample
-    run = dataclasses.replace(run, plan=plan, sample=sample)
-    if resident and isinstance(weights, Checkpoint):
-        with run.stages("load"):
-            return dataclasses.replace(run, weights=InMemoryWeights(weights.load()))
-    return run
 
 
 def _check_finite(weights: Weights, layers: Sequence[LayerRecord], loss: float) -> None:

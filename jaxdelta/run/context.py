@@ -24,7 +24,7 @@ class RunContext:
     options: Options
     stages: Stages
     devices: Devices
-    plan: Plan | None = None
+    plan: Plan
 
     @property
     def views(self) -> tuple[View, ...]:

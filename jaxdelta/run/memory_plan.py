@@ -66,8 +66,8 @@ class Measurement:
 class Plan:
     """How the pass is divided, what layers are summarised from, and the bytes on the device by purpose.
 
-    `groups` is the number of groups with moments of their own, 0 if layers are summarised from rows; `at_once`
-    the number of layers summarised together; `waiting` the bytes of states kept off the device.
+    `groups`: number of groups whose moments are kept, 0 if layers are summarised from rows; `at_once`: number
+    of layers summarised together; `waiting`: bytes of states kept off the device.
     """
 
     mode: str

@@ -15,8 +15,17 @@ from jaxdelta.sweep.mesh import parse_mesh
 from jaxdelta.text.documents import DEFAULT_SPLIT, DEFAULT_TEXT_KEY
 from jaxdelta.text.windows import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS
 
-LAST_STATES = ("residual", "normed")
 DTYPES = ("float32", "bfloat16")
+CHOICES = {
+    "layout": LAYOUTS,
+    "last_state": ("residual", "normed"),
+    "svd": METHODS,
+    "compute_dtype": DTYPES,
+    "residual_dtype": DTYPES,
+    "loader": LOADERS,
+    "memory": MODES,
+    "control": (None, *CONTROLS),
+}
 MIN_DRAWS = 20  # fewer resampling draws have meaningless quantiles
 
 
@@ -74,17 +83,7 @@ class Options:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        choices = {
-            "layout": LAYOUTS,
-            "last_state": LAST_STATES,
-            "svd": METHODS,
-            "compute_dtype": DTYPES,
-            "residual_dtype": DTYPES,
-            "loader": LOADERS,
-            "memory": MODES,
-            "control": (None, *CONTROLS),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}"

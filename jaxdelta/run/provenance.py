@@ -35,7 +35,6 @@ class SpectrumChecks:
 def run_record(run: RunContext, outcome: PassResult, spectra: SpectrumChecks) -> dict[str, Any]:
     """The field `run` of a result, without the seconds of its stages."""
     options, plan, tokens = run.options, run.plan, run.sample.tokens
-    assert plan is not None
     return {
         "versions": versions(),
         "device": device(),

@@ -6,13 +6,13 @@ Files in the run's directory, `DIR/jaxdelta-run`:
     step-L/block-B      the states of block B after layer L; the last two steps are kept
     record-L            the record of layer L
     moments/            the moments for --keep_moments, until the run ends
-    step-L.json         step L is complete: digests of its blocks, and of the records and moments up to layer L
+    step-L.json         completes step L: digests of its blocks, and of records and moments up to layer L
 
 Orbax writes blocks and records; with several processes TensorStore does, in Orbax's format. One thread
 writes them, in order, while the pass continues, so a step's content is on disk before step-L.json.
 
-Each of several processes keeps the states of its windows, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on its own
-disk or on a shared one. They resume from the last step that is complete for all of them.
+Each of several processes keeps the states of its windows, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on its
+own disk or on a shared one. They resume from the last step that is complete for all of them.
 """
 
 import contextlib
