@@ -21,7 +21,7 @@ from jaxdelta.run.collect import collect
 from jaxdelta.run.context import RunContext
 from jaxdelta.run.memory_plan import Measurement, MemoryDemand, Plan, device_limit
 from jaxdelta.run.options import Options, check_rank
-from jaxdelta.run.provenance import SpectrumChecks, device, pass_times, run_record, versions
+from jaxdelta.run.provenance import pass_times, run_record
 from jaxdelta.spectra.moments.accumulate import MomentSummaries, TextBlocks
 from jaxdelta.spectra.moments.files import RUN, keep_layer, keep_text, keeping
 from jaxdelta.spectra.moments.on_mesh import mesh_kernels
@@ -45,7 +45,6 @@ from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
 from jaxdelta.text.documents import read_documents, shuffled
-from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
@@ -212,36 +211,33 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
         run, clock = _controlled(run), Clock()
         sweep = _sweep(run, checkpoint, States(plan.blocks.place, directory, run.devices), clock)
         records = checkpoint.records() if checkpoint else []
-        schedule = _schedule(run, sweep.start, clock)
-        summaries = stack.enter_context(_summaries(run, sweep, schedule, kept))
+        summaries = stack.enter_context(_summaries(run, sweep, clock, kept))
         for layer in shown(sweep, run.sample.tokens.count, progress):
             _keep(summaries.add(layer), records, checkpoint)
         outcome = sweep.finish()  # while the last layers' spectra are computed
         _keep(summaries.rest(), records, checkpoint)
         if checkpoint:
             checkpoint.wait()
-        spectra = SpectrumChecks.of(records)
-        note(f"closure {outcome.closure_error:.1e}, certificate {spectra.certificate:.1e}")
+        facts = run_record(run, outcome, records)
+        note(f"closure {outcome.closure_error:.1e}, certificate {facts['certificate']:.1e}")
         note(f"loss {outcome.loss:.4f} nats per token")
-        if spectra.on_host:
-            note(f"spectra recomputed on the host: rows {spectra.on_host}")
+        if facts["rows_on_host"]:
+            note(f"spectra recomputed on the host: rows {facts['rows_on_host']}")
     rate = tokens_per_second(sweep, run.sample.tokens.count, stages.clock.seconds["layers"])
     stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(clock.seconds)}")
     _check_finite(run.weights, records, outcome.loss)
     if kept:
         keep_text(kept, run.sample)
     with stages("overlaps"):
-        result = collect(records, run.phases, run.sample, run.options)
-    facts = run_record(run, outcome, spectra)
+        fields = collect(records, run.phases, run.sample, run.options)
     facts |= {"layers_seconds": dict(clock.seconds), "seconds": dict(stages.clock.seconds)}
     return Analysis(
         model=run.name,
         num_layers=run.weights.config.num_layers,
         hidden=run.weights.config.hidden_size,
         n_calib_tokens=run.sample.tokens.count,
-        text=excerpt(run.sample.tokens, result["per_layer"]),
         run=facts | {"tokens_per_second": rate},
-        **result,
+        **fields,
     )
 
 
@@ -274,16 +270,14 @@ def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock
     return sweep
 
 
-def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
-    at_once = run.plan.at_once * run.devices.size
-    pending = resume.PENDING if run.options.checkpoint_dir else layers_pending(at_once)
-    return Schedule(at_once, pending, start, clock)
-
-
-def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | None) -> Summaries:
+def _summaries(run: RunContext, sweep: Sweep, clock: Clock, kept: Path | None) -> Summaries:
     """Summarises layers from moments, or from rows: on threads or in batches."""
     options, sample, devices = run.options, run.sample, run.devices
-    plan = MeasurementPlan(options.top_k, options.svd, run.views, options.sink_factor, options.resampled)
+    views = parse_views(options.views)
+    plan = MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
+    at_once = run.plan.at_once * devices.size
+    pending = resume.PENDING if options.checkpoint_dir else layers_pending(at_once)
+    schedule = Schedule(at_once, pending, sweep.start, clock)
     hidden = run.weights.config.hidden_size
     finish = partial(layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=hidden)
     mesh = devices if isinstance(devices, DeviceMesh) else None
@@ -294,19 +288,17 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
     groups = sample.groups if options.resampled else None
     if mesh is None and not in_batches():
         return ThreadedSummaries(plan, finish, schedule, groups)
-    at_once = schedule.at_once
     solver = on_mesh(mesh, at_once, groups) if mesh else on_one_device(at_once, groups)
     return BatchedSummaries(plan, finish, schedule, solver)
 
 
 def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run | None]:
     """The run's checkpoint, new or from before an interruption; None without --checkpoint_dir."""
-    options, plan, weights = run.options, run.plan, run.original
-    if options.checkpoint_dir is None or not isinstance(weights, Checkpoint):
+    directory, weights = run.options.checkpoint_dir, run.original
+    if directory is None or not isinstance(weights, Checkpoint):
         return contextlib.nullcontext()
-    program = {**versions(), "device": device(), "layers summarised at once": plan.at_once}
-    manifest = resume.manifest(program, weights, dataclasses.asdict(options), run.sample.tokens, plan.blocks)
-    return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, run.stages.listener)
+    manifest = resume.manifest(run, weights)
+    return resume.opened(directory, manifest, weights.config.num_layers, run.stages.listener)
 
 
 def _check_finite(weights: Weights, layers: Sequence[LayerRecord], loss: float) -> None:

@@ -14,6 +14,7 @@ from jaxdelta.statistics.across_layers.table import compare_layers, reference_ta
 from jaxdelta.statistics.across_layers.verdict import verdicts
 from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.statistics.per_layer.ranks import numerical_rank
+from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import ResamplingGroups
 
 
@@ -36,6 +37,7 @@ def collect(
         "per_layer": [layer.row for layer in chosen],
         "last_layer_normed": normed.row,
         "last_layer_residual": plain[-1].row,
+        "text": excerpt(sample.tokens, [layer.row for layer in chosen]),
         **reference_tables(related, phases),
         **_related(chosen, phases, sample, options),
         "directions": directions.astype(np.float32),

@@ -5,7 +5,6 @@ import dataclasses
 from jaxdelta.checkpoint.weights import Weights
 from jaxdelta.run.memory_plan import Plan
 from jaxdelta.run.options import Options
-from jaxdelta.spectra.views import View, parse_views
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.sweep.devices import Devices
 from jaxdelta.text.groups import ResamplingGroups
@@ -25,8 +24,3 @@ class RunContext:
     stages: Stages
     devices: Devices
     plan: Plan
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        """The views that are measured."""
-        return parse_views(self.options.views)

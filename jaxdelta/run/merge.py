@@ -18,7 +18,6 @@ from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import parse_views, parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import layer_record
-from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import PADDING, Tokens
 
@@ -51,15 +50,13 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
         layer_record(index, _layer(directories, index, options), phases, sample, options.top_k, first.hidden)
         for index in range(first.num_layers + 1)
     ]
-    fields = collect(layers, phases, sample, options)
     return Analysis(
         model=first.model,
         num_layers=first.num_layers,
         hidden=first.hidden,
         n_calib_tokens=sum(run.n_calib_tokens for run in runs),
-        text=excerpt(sample.tokens, fields["per_layer"]),
         run=_run_facts(runs, sample),
-        **fields,
+        **collect(layers, phases, sample, options),
     )
 
 

@@ -18,22 +18,12 @@ FEW_DOCUMENTS = 10
 VERSIONED = ("jax", "jaxlib", "flax", "numpy")
 
 
-@dataclasses.dataclass(frozen=True)
-class SpectrumChecks:
-    """The largest residual of all spectra, and the layers with spectra that NumPy had to recompute."""
+def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """The field `run` of a result, without times.
 
-    certificate: float
-    on_host: list[int]
-
-    @classmethod
-    def of(cls, layers: Sequence[LayerRecord]) -> "SpectrumChecks":
-        """The checks of all layers."""
-        on_host = np.flatnonzero([layer.on_host for layer in layers])
-        return cls(max(layer.certificate for layer in layers), on_host.tolist())
-
-
-def run_record(run: RunContext, outcome: PassResult, spectra: SpectrumChecks) -> dict[str, Any]:
-    """The field `run` of a result, without the seconds of its stages."""
+    `certificate` is the largest residual of all spectra; `rows_on_host` lists the layers with spectra that
+    NumPy had to recompute.
+    """
     options, plan, tokens = run.options, run.plan, run.sample.tokens
     return {
         "versions": versions(),
@@ -56,8 +46,8 @@ def run_record(run: RunContext, outcome: PassResult, spectra: SpectrumChecks) ->
         "closure_error": outcome.closure_error,
         "calibration_loss": outcome.loss,
         "loss_tokens": outcome.loss_tokens,
-        "certificate": spectra.certificate,
-        "rows_on_host": spectra.on_host,
+        "certificate": max(layer.certificate for layer in layers),
+        "rows_on_host": [index for index, layer in enumerate(layers) if layer.on_host],
         **document_facts(tokens),
     }
 

@@ -37,12 +37,12 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.run.context import RunContext
+from jaxdelta.run.provenance import device, versions
 from jaxdelta.run.record_files import pack, unpack
 from jaxdelta.spectra.moments.files import layer_file
 from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.states import State, States
-from jaxdelta.sweep.sweep import Blocks
-from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.files import locked, write_together
 
 RUN, MANIFEST, MOMENTS = "jaxdelta-run", "manifest.json", "moments"
@@ -237,20 +237,14 @@ def moments(directory: str | None) -> Path | None:
     return None if directory is None else _local(directory) / MOMENTS
 
 
-def manifest(
-    program: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-    tokens: Tokens,
-    blocks: Blocks,
-) -> dict[str, Any]:
-    """What must be equal for a run to resume, by name.
-
-    `program` holds versions, device, and whatever else decides the last bit of a number.
-    """
+def manifest(run: RunContext, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What must be equal for a run to resume, by name: all that may change the last bit of a number."""
     cpu = jax.default_backend() == "cpu"
+    options = dataclasses.asdict(run.options)
     return {
-        **program,
+        **versions(),
+        "device": device(),
+        "layers summarised at once": run.plan.at_once,
         "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
         "processes": jax.process_count(),
         "devices": jax.device_count(),
@@ -258,8 +252,8 @@ def manifest(
         **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
         "weights": _weights_digest(checkpoint.directory),
         **{f"--{name}": value for name, value in options.items() if name not in _FREE},
-        "text": tokens.fingerprint,
-        **{f"blocks: {name}": value for name, value in blocks._asdict().items()},
+        "text": run.sample.tokens.fingerprint,
+        **{f"blocks: {name}": value for name, value in run.plan.blocks._asdict().items()},
     }
 
 
