@@ -1,9 +1,9 @@
 """MkDocs hooks: pages from outside docs/, and generated tables.
 
 README.md, BUILD.md and others stay where GitHub shows them and become pages of the site, too. Links are
-written for GitHub; here they lead to the page or, where there is none, to the file. Three comments are replaced
-by generated text: `<!-- commands -->` by every command with its flags, `<!-- modules -->` by every module, and
-`<!-- results: FILE -->` by the medians of a file of benchmarks/results.
+written for GitHub; here they lead to the page or, where there is none, to the file. Three comments are
+replaced by generated text: `<!-- commands -->` by every command with its flags, `<!-- modules -->` by every
+module, and `<!-- results: FILE -->` by the medians of a file of benchmarks/results.
 """
 
 import json
