@@ -11,8 +11,8 @@
     python benchmarks/benchmark.py compile         # compile time at 8 and at 64 layers
 
 The sides run in turn, A B A B ..., so that a machine whose speed drifts slows both. The ratio is the second
-side's median relative to the first's: above 1, the first is faster, or smaller. The ratios of the rounds
-follow. `--results=FILE.json` keeps the measurements and a description of the machine. Environment variables
+side's median relative to the first's: above 1, the first is faster, or smaller. The rounds' ratios are also
+printed. `--results=FILE.json` keeps the measurements and a description of the machine. Environment variables
 that force an old OpenBLAS kernel are removed for all sides. end_to_end takes about three minutes on two
 cores; expect a plain run to be three times as fast as the reference.
 """
@@ -21,7 +21,7 @@ import os
 
 from jaxdelta.utils import cli
 
-os.environ.setdefault(cli.BLAS_WAIT, "26")  # what NumPy's loop has by itself, a fifth faster
+os.environ.setdefault(cli.BLAS_WAIT, "26")  # NumPy's default, a fifth faster for its loop
 cli.install()
 
 import json
@@ -82,7 +82,7 @@ _WORK_DIR = flags.DEFINE_string(
 )
 _RESULTS = flags.DEFINE_string("results", None, "the JSON file to write the measurements to")
 
-# In bfloat16 the reference's own numbers are up to 2 % off its float32 ones, and ours 1 %.
+# In bfloat16 the reference's numbers differ by up to 2 % from its float32 ones, ours by 1 %.
 TOLERANCES = {"float32": (), "bfloat16": ("--rtol=0.03", "--atol_cos=0.03")}
 # The reference's statistics and nothing else.
 PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
@@ -91,7 +91,7 @@ PLAIN = ("--views=none", "--bootstrap=0", "--null_draws=0", "--noreport")
 def main(command: str) -> None:
     """Runs the command, and writes its measurements where --results says."""
     forced = [os.environ.pop(name, None) for name in OPENBLAS]
-    if any(forced):  # NumPy read them when it was imported: start again
+    if any(forced):  # NumPy has read them at import: restart
         os.execv(sys.executable, [sys.executable, *sys.argv])
     os.environ.pop(cli.BLAS_WAIT, None)  # a setting for this process alone
     found = COMMANDS[command]()
@@ -125,7 +125,7 @@ def whole_run(scratch: Path) -> tuple[list[str], str]:
     """The flags of a run of the whole checkpoint, and a title; sets the cache of compiled programs."""
     checkpoint = random_checkpoint(Path(_WORK_DIR.value or scratch) / _SHAPE.value, _SHAPE.value)
     text = text_of(_TOKENS.value, scratch / "text.json")
-    # The uncounted run fills a new cache, or there is none.
+    # The uncounted run fills the new cache, if there is one.
     os.environ["XDG_CACHE_HOME"] = str(scratch)
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = str(_CACHE.value == "warm")
     title = f"{_SHAPE.value} shape, {_TOKENS.value} tokens, {_DTYPE.value}, {_CACHE.value} cache"
@@ -167,7 +167,7 @@ def column(costs: Mapping[str, Sequence[Cost]], field: str) -> dict[str, list[fl
 def two_trees(
     trees: Mapping[str, Path], arguments: Sequence[str], scratch: Path
 ) -> dict[str, Callable[[], Cost]]:
-    """A run of each tree's delta_svd.py, which imports that tree's package and has its own cache."""
+    """A run of each tree's delta_svd.py, with that tree's package and its own cache."""
     return {
         name: partial(
             cost_of,
@@ -179,7 +179,7 @@ def two_trees(
 
 
 def analysis() -> list[Comparison]:
-    """The spectra of all layers, compiled, compared with NumPy's SVD of one after the other."""
+    """The spectra of all layers, compiled, compared with NumPy's SVD of each."""
     found = []
     for size in _SIZES.value:
         n, d, layers = (int(number) for number in size.split("x"))

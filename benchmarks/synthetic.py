@@ -58,7 +58,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, Any] = {}
     for i in range(config.num_layers):
-        # The first file has the embeddings, too.
+        # The first file also has the embeddings.
         part = config_of((1, *sizes), vocabulary=1 if i else VOCABULARY)
         with tempfile.TemporaryDirectory() as scratch:
             save_model(Decoder(part, dtype=jnp.bfloat16, rngs=nnx.Rngs(i)), Path(scratch))
@@ -78,7 +78,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
 
 
 def text_of(tokens: int, path: Path) -> Path:
-    """Writes documents of at least as many tokens: the shipped prompts, then their words in random orders."""
+    """Writes documents of at least this many tokens: the shipped prompts, then their words shuffled."""
     documents, generator = shipped_prompts(), np.random.default_rng(0)
     words = " ".join(documents).split()
     documents += [" ".join(generator.permutation(words)) for _ in range(tokens // len(words))]

@@ -1,4 +1,4 @@
-"""The two sides of `benchmark.py throughput`: a long text through a few layers, with moments of each.
+"""The sides of `benchmark.py throughput`: a long text through a few layers, with the moments of each.
 
 Axes: B windows, T tokens of each, d hidden size.
 """
@@ -27,7 +27,7 @@ Side = Callable[[], object]
 
 
 def measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
-    """Our pass with the moments of the default views, masks and intervals, without their spectra."""
+    """Our pass with the moments for default views, masks and intervals, without spectra."""
     sweep, sample = _sweep(directory, ids, dtype)
     text = TextBlocks.of(sweep.counted, sample.group_of_token)
     plan = MeasurementPlan(8, views=parse_views(DEFAULT_VIEWS), resampled=True)
@@ -43,7 +43,7 @@ def measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Sid
 
 
 def passing(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
-    """Our pass alone."""
+    """Our pass without moments."""
     sweep, _ = _sweep(directory, ids, dtype)
 
     def run() -> None:
@@ -64,8 +64,8 @@ def _sweep(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> tuple[
 
 
 def torch_measuring(directory: Path, ids: Int32[np.ndarray, "B T"], dtype: str) -> Side:
-    """transformers' pass with all hidden states, and Σxxᵀ of what each layer, its attention and its MLP
-    wrote: float32 products, float64 sums, a window at a time."""
+    """transformers' pass with all hidden states, and Σxxᵀ of the updates of each layer, its attention and its
+    MLP: float32 products, float64 sums, a window at a time."""
     import torch
     from transformers import AutoModel
 

@@ -1,10 +1,10 @@
-"""Plants known truth, runs the package's own functions on it, and prints what came of it beside what should.
+"""Validates the statistics: plants a known truth, and prints measured next to expected values.
 
     python benchmarks/validate_statistics.py                           # a minute or two on two cores
     python benchmarks/validate_statistics.py --table=docs/validation.md  # also puts the table into that file
     python benchmarks/validate_statistics.py --quick                   # few data sets, wide tolerances
 
-No model is needed: updates are made as arrays. Exit status 1 if a line of the table fails.
+No model is needed: updates are generated arrays. Exit status 1 if a line of the table fails.
 
 Axes: N layers, G documents, n tokens, d hidden size, k directions a layer.
 """
@@ -47,18 +47,16 @@ from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
-_QUICK = flags.DEFINE_bool(
-    "quick", False, "few data sets, wide tolerances: a check that all of it still runs"
-)
+_QUICK = flags.DEFINE_bool("quick", False, "few data sets and wide tolerances, to check that everything runs")
 _TABLE = flags.DEFINE_string(
-    "table", None, "a Markdown file; its table is replaced, or the table is all of it"
+    "table", None, "Markdown file in which to replace the table, or to write if it is missing"
 )
 _ONLY = flags.DEFINE_list("only", [], "names of checks: coverage, phases, subspaces, sinks, nulls, ranks")
 
 DOCUMENTS, TOKENS, HIDDEN, TOP = 25, 300, 32, 4
 PHASES = Phases(tuple("AAABBB"))
 BOOTSTRAP = 200
-DEPTH = 28  # of the phase test
+DEPTH = 28  # layers in the phase test
 LAYERS = default_phases(DEPTH)
 LEVEL = 0.05
 ACROSS = ("adjacent", "intra", "cross", "stacked_rank", "capture", "leave_one_out")
@@ -106,7 +104,7 @@ def markdown(checks: list[Check]) -> str:
 
 
 def write(path: Path, table: str) -> None:
-    """The file with this table in the place of its own."""
+    """Replaces the table of the file by this one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
     places = [i for i, line in enumerate(lines) if line.startswith("|")] or [len(lines) - 1]
     lines[places[0] : places[-1] + 1] = table.splitlines()
@@ -114,11 +112,11 @@ def write(path: Path, table: str) -> None:
 
 
 class World:
-    """Layers whose updates are planted; every document has its own mean update and its own scale.
+    """Layers with planted updates; every document has its own mean update and its own scale.
 
     δ_i = s_g (√ρ a_g + √(1-ρ) z_i + e_1) diag(σ) Q_L + 0.02 c_g h_i for token i of document g: a_g and z_i
     standard normal and half common to all layers, Q_L (d, d) orthogonal and half common to the layers of a
-    phase, ln s_g and ln c_g normal. So 20 % of a loading's variance belong to the document.
+    phase, ln s_g and ln c_g normal. So 20 % of a loading's variance is the document's.
     """
 
     rho, spread = 0.2, 0.2
@@ -156,7 +154,7 @@ class World:
 
 
 def document_lengths(rng: np.random.Generator) -> np.ndarray:
-    """25 lengths from 5 to 20 whose sum is 300: compiled shapes are the same for all texts."""
+    """25 lengths from 5 to 20 with a sum of 300, so that compiled shapes are the same for all texts."""
     lengths = rng.integers(5, 21, DOCUMENTS)
     while missing := TOKENS - lengths.sum():
         place = rng.integers(DOCUMENTS)
@@ -165,7 +163,7 @@ def document_lengths(rng: np.random.Generator) -> np.ndarray:
 
 
 def tokens_of(document: np.ndarray) -> Tokens:
-    """Tokens that are nothing but their documents; the first, which no update has, among them."""
+    """Tokens of these documents; a first one, which is in no update, is added."""
     owners = np.concatenate([document[:1], document])[None].astype(np.int32)
     return Tokens(np.zeros_like(owners), owners)
 
@@ -183,7 +181,7 @@ def measured(
 
 
 def coverage(quick: bool) -> list[Check]:
-    """95 % intervals and the mean of their figure over all data sets."""
+    """How often 95 % intervals contain the statistic's mean over all data sets."""
     world, sets = World(), 40 if quick else 500
     least, most = (0.85, 1.0) if quick else (0.93, 0.97)
     found = [intervals_of(world, seed) for seed in range(sets)]
@@ -204,7 +202,7 @@ def coverage(quick: bool) -> list[Check]:
 
 
 def intervals_of(world: World, seed: int) -> dict[tuple[str, int], Interval]:
-    """Every interval of a text, by figure and layer (or pair of layers, or phase)."""
+    """Every interval of a text, by statistic and layer (or pair of layers, or phase)."""
     tokens, layers = world.text(np.random.default_rng((1, seed)))
     sample = ResamplingGroups.of(tokens, BOOTSTRAP, seed)
     figures = measured(layers, sample, TOP)
@@ -225,12 +223,12 @@ def intervals_of(world: World, seed: int) -> dict[tuple[str, int], Interval]:
 
 
 def figure(row: dict[str, Any], name: str) -> float:
-    """A figure of a layer's row by the name it has among the intervals: γ is σ_1."""
+    """A statistic of a layer's row by its name among the intervals: γ is σ_1."""
     return row["top_singvals"][0] if name == "gamma" else row[name]
 
 
 def phases(quick: bool) -> list[Check]:
-    """How often the order of the segments is called special, without phases and with them."""
+    """How often the phase test rejects, without phases and with them."""
     sets, few = (60, 20) if quick else (2000, 400)
     most, least = (0.15, 0.8) if quick else (0.06, 0.9)
     drift, planted = rejected(walk, sets), rejected(in_phases, few)
@@ -251,13 +249,13 @@ def phases(quick: bool) -> list[Check]:
 
 
 def rejected(draw: Callable[[np.random.Generator], np.ndarray], sets: int) -> float:
-    """Of so many sets of directions, the share whose phase test has a p-value of at most LEVEL."""
+    """The share of `sets` draws of directions whose phase test has a p-value of at most LEVEL."""
     found = (draw(np.random.default_rng((2, seed))) for seed in range(sets))
     return float(np.mean([segment_test(np.abs(v @ v.T), LAYERS).p_value <= LEVEL for v in found]))
 
 
 def walk(rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors (N, d), each a step from the one before it, in a random direction; fast or slow."""
+    """Unit vectors (N, d), each a step in a random direction from the one before; fast or slow."""
     rows, step = [unit(rng.normal(size=HIDDEN))], rng.uniform(0.15, 1)
     while len(rows) < DEPTH:
         rows.append(unit(rows[-1] + step * unit(rng.normal(size=HIDDEN))))
@@ -265,18 +263,18 @@ def walk(rng: np.random.Generator) -> np.ndarray:
 
 
 def in_phases(rng: np.random.Generator) -> np.ndarray:
-    """The walk, and each phase's own direction added."""
+    """The walk, with a direction of its own added for each phase."""
     own = {name: unit(rng.normal(size=HIDDEN)) for name in LAYERS}
     return unit(walk(rng) + np.stack([own[name] for name in LAYERS]))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Vectors of length 1 along those of the last axis."""
+    """Normalises the vectors along the last axis."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def subspaces(quick: bool) -> list[Check]:
-    """Eight directions that the layers of a phase share, under noise, are found again."""
+    """Recovery of eight directions shared by the layers of a phase, under noise."""
     sets, k, d = 5 if quick else 40, 8, 64
     members = np.repeat(np.eye(2, dtype=bool), 4, axis=1)
     worst, inside, outside = [], [], []
@@ -322,7 +320,7 @@ def subspaces(quick: bool) -> list[Check]:
 
 
 def sinks(quick: bool) -> list[Check]:
-    """Three tokens of state and update many times the others' are found, and then do no harm."""
+    """Three tokens with much larger state and update are found, and do not bias the masked view."""
     world, sets, lines = World(), 5 if quick else 50, []
     for factor in (30, 100):
         right, within = [], []
@@ -356,7 +354,7 @@ def sinks(quick: bool) -> list[Check]:
 
 
 def nulls(quick: bool) -> list[Check]:
-    """p-values of layers that share nothing but their covariance."""
+    """p-values of layers that share only their covariance."""
     import scipy.stats
 
     sets, draws, layers = (60, 200, 4) if quick else (400, 500, 4)
@@ -397,7 +395,7 @@ def pooled(rng: np.random.Generator, factors: list[np.ndarray], count: int) -> n
 
 
 def ranks(quick: bool) -> list[Check]:
-    """stable <= participation <= exp H(σ²) <= Roy-Vetterli <= number, on spectra of all shapes."""
+    """The order of the ranks on random spectra."""
     sets, rng = 1_000 if quick else 10_000, np.random.default_rng(6)
     decay = rng.uniform(0, 4, (sets, 1))
     values = (
@@ -406,7 +404,7 @@ def ranks(quick: bool) -> list[Check]:
     values = -np.sort(-values, axis=1)
     measures = [stable_rank, participation_ratio, effective_rank, roy_vetterli_rank]
     chain = np.stack([*(measure_of(values) for measure_of in measures), np.full(sets, float(HIDDEN))])
-    # effective_rank leaves out shares below 1e-12
+    # effective_rank ignores shares below 1e-12
     holds = np.all(chain[:-1] <= chain[1:] * (1 + 1e-9), axis=0)
     return [
         Check(

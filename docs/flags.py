@@ -1,6 +1,6 @@
 """Prints every command with its flags as JSON, for the page of commands.
 
-In one process, since the imports take seconds: the flags of one are removed before the next defines its own.
+One process handles all, since the imports take seconds: a command's flags are removed before the next one's.
 """
 
 import ast
@@ -34,7 +34,7 @@ def command(name: str, module: str) -> dict[str, Any]:
 
 
 def script(path: Path) -> dict[str, Any]:
-    """A script that is no command."""
+    """A script that is not a command."""
     before = set(flags.FLAGS)
     runpy.run_path(str(path), run_name=path.stem)["define_flags"]()
     names = [name for name in flags.FLAGS if name not in before]

@@ -1,10 +1,9 @@
-"""What mkdocs.yml cannot say: pages that lie outside docs/, and tables made of what is measured and run.
+"""MkDocs hooks: pages from outside docs/, and generated tables.
 
-GitHub shows README.md, BUILD.md and others where they lie, so they stay there and are pages of the site, too.
-Links are written as GitHub takes them, and followed to the page or, where there is none, to the file itself.
-Three comments stand for what would go stale if it were written down: `<!-- commands -->`, every command with
-its flags; `<!-- modules -->`, every module; `<!-- results: FILE -->`, the medians of a file of
-benchmarks/results.
+README.md, BUILD.md and others stay where GitHub shows them and become pages of the site, too. Links are
+written for GitHub; here they lead to the page or, where there is none, to the file. Three comments are
+replaced by generated text: `<!-- commands -->` by every command with its flags, `<!-- modules -->` by every
+module, and `<!-- results: FILE -->` by the medians of a file of benchmarks/results.
 """
 
 import json
@@ -39,15 +38,15 @@ _log = logging.getLogger("mkdocs.hooks")
 
 
 class KnownTags(Extension):
-    """Markdown with few of HTML's tags: in a docstring <u, v> is a product and not a tag."""
+    """Markdown with only a few HTML tags: in a docstring <u, v> is a product and not a tag."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """Puts a processor of these few in the place of that of all."""
+        """Replaces the processor of all tags by one of a few."""
         md.inlinePatterns.register(HtmlInlineProcessor(r"(</?(?:a|br|img|sub|sup)\b[^<>]*>)", md), "html", 90)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Reads every page, and every docstring, in this way."""
+    """Applies KnownTags to every page and every docstring."""
     config.markdown_extensions.append(KnownTags())
     return config
 
@@ -60,31 +59,31 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Puts in what the page's comments stand for, and follows its links."""
+    """Replaces the page's comments by generated text, and resolves its links."""
     makers: dict[str, Callable[..., str]] = {"commands": _commands, "modules": _modules, "results": _results}
     if page.file.src_uri == "performance.md":
         for file in sorted(RESULTS.glob("*.json")):
             if f"<!-- results: {file.name} -->" not in markdown:
-                _log.warning("performance.md: says nothing of benchmarks/results/%s", file.name)
+                _log.warning("performance.md: lacks benchmarks/results/%s", file.name)
     markdown = _MARK.sub(lambda mark: makers[mark[1]](*filter(None, [mark[2]])), markdown)
     here = Path(str(page.file.abs_src_path)).parent
     return _LINK.sub(lambda link: _follow(here / link[1], page, config, files) or link[1], markdown)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
-    """The site is read without a network: nothing of a page may come from elsewhere."""
+    """Checks that the page works without a network: nothing may come from elsewhere."""
     elsewhere = r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?(?:https?:)?//[^>]*>"
     for found in re.findall(elsewhere, output):
         _log.warning("%s: needs the network for %s", page.file.src_uri, found)
 
 
 def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str | None:
-    """Where the site has a file, from the page; it is added where it has none."""
+    """The relative link from the page to a file, which is added to the site if it is missing."""
     target = target.resolve()
     if target == RESULTS:
         uri = "performance.md"
     elif not target.is_file() or not target.is_relative_to(ROOT):
-        return None  # mkdocs says what it does not find
+        return None  # mkdocs reports it
     else:
         uri = next(
             (file.src_uri for file in files if file.abs_src_path == str(target)),
@@ -96,7 +95,7 @@ def _follow(target: Path, page: Page, config: MkDocsConfig, files: Files) -> str
 
 
 def _commands() -> str:
-    """Every command, and every script with flags of its own: what its help says."""
+    """The help of every command, and of every script with its own flags."""
     run = [sys.executable, ROOT / "docs" / "flags.py"]
     done = subprocess.run(run, capture_output=True, text=True)
     if done.returncode:
@@ -125,7 +124,7 @@ def _flag(flag: dict[str, Any]) -> str:
 
 
 def _modules() -> str:
-    """Every module of the package, by what it says of itself."""
+    """The docstrings of every module of the package."""
     package = ROOT / "jaxdelta"
     paths = [path for path in sorted(package.rglob("*.py")) if not path.name.startswith("__")]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]

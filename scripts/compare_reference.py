@@ -1,22 +1,22 @@
-"""Holds two reports on the same model and text against each other, key by key.
+"""Compares two reports on the same model and text, key by key.
 
     python scripts/compare_reference.py --reference=torch.json --candidate=jax.json
 
 Either file may come from scripts/delta_svd.py, from scripts/reference_torch.py or from the original
-reference, which knows fewer keys. Each key's worst figure is printed. The exit status is 0 if all figures
-that can be compared are within tolerance, 1 if one is not or the files do not fit together, 2 for a bad flag.
+reference, which has fewer keys. Prints the largest deviation of each key. The exit status is 0 if all
+comparable numbers are within tolerance, 1 if one is not or the files do not match, 2 for a bad flag.
 
 - Lengths, ranks and shares: |r - c| <= rtol |r|.
-- Cosines, their means, captures: ||r| - |c|| <= atol_cos, as the sign of a singular vector is arbitrary. That
-  of `cos_delta_h_mean` is not, and counts.
-- Leading directions, where .safetensors or .npz files lie beside both: 1 - |<v_r, v_c>| <= atol_cos/10.
+- Cosines, their means, captures: ||r| - |c|| <= atol_cos, as the sign of a singular vector is arbitrary. The
+  sign of `cos_delta_h_mean` is not, and counts.
+- Leading directions, if .safetensors or .npz files are next to both: 1 - |<v_r, v_c>| <= atol_cos/10.
 
-A leading direction is determined only where σ_1 stands out: σ_1 > gap σ_2 in both files. A figure made of
-directions is compared if all of them are determined; others are skipped and listed.
+A leading direction is determined only if σ_1 stands out: σ_1 > gap σ_2 in both files. A number that depends
+on directions is compared if all of them are determined; others are skipped and listed.
 
-The original reference takes the last state after the final RMSNorm, jaxdelta before it unless told otherwise.
-Where two files differ in this, the last row is compared with the other file's `last_layer_normed`, and
-figures made of the last layer's direction are skipped and listed.
+The original reference takes the last state after the final RMSNorm, jaxdelta before it by default. If two
+files differ in this, the last row is compared with the other file's `last_layer_normed`, and numbers that
+depend on the last layer's direction are skipped and listed.
 """
 
 import json
@@ -40,8 +40,8 @@ SHARES = ("parallel_frac", "eff_rank", "top1_frac", "top3_frac", "top10_frac")
 COSINES = ("cos_delta_h_mean", "top1_cos_adjacent", "intra_cos_mean", "cross_cos_mean", "capture", "top1_cos")
 
 DIRECTION_SHARE = 0.1  # of the cosines' tolerance
-ZERO = 1e-9  # deviations of smaller figures are relative to this
-# Float32 states resolve a singular value to about 1e-7 σ_1, which a relative 1e-4 allows from here on.
+ZERO = 1e-9  # deviations of smaller numbers are relative to this
+# Float32 states resolve a singular value to about 1e-7 σ_1: a relative 1e-4 of this share.
 NOISE = 1e-3
 PLACES_SHOWN = 6
 
@@ -50,12 +50,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class MismatchError(Exception):
-    """Files that cannot be read or are not about the same run; the message is all the user sees."""
+    """Files that cannot be read or are not of the same run; users see the message only."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a figure stands, the layers whose leading directions it is made of, its least scale."""
+    """Where a number is, the layers whose leading directions it depends on, its smallest scale."""
 
     label: str
     layers: tuple[int, ...] = ()
@@ -63,13 +63,13 @@ class Place:
 
 
 Figures = dict[Place, Any]
-Rule = tuple[float, Callable[[Any, Any, Place], float]]  # a tolerance, and what is held to it
-Worst = tuple[float, str, Any, Any]  # a deviation, where, and both sides' figures
+Rule = tuple[float, Callable[[Any, Any, Place], float]]  # a tolerance, and the deviation it limits
+Worst = tuple[float, str, Any, Any]  # a deviation, where, and both sides' numbers
 
 
 @dataclass(frozen=True)
 class Row:
-    """A key's worst figure, how many figures were compared, and the places skipped for each reason."""
+    """A key's largest deviation, how many numbers were compared, and the places skipped for each reason."""
 
     key: str
     deviation: float
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """`ok`, `FAIL`, or `skipped` where nothing could be compared."""
+        """`ok`, `FAIL`, or `skipped` if nothing could be compared."""
         if not self.compared:
             return "skipped"
         return "ok" if self.deviation <= self.tolerance else "FAIL"
@@ -107,18 +107,18 @@ def different(r: str, c: str, _: Place) -> float:
 
 
 def number(value: float | None) -> float:
-    """A figure of a report; null, which stands for an undefined one, becomes NaN."""
+    """A number of a report; null, which means undefined, becomes NaN."""
     return math.nan if value is None else float(value)
 
 
 def last_state(report: Report) -> str:
-    """`residual` or `normed`; the original reference, which has no `run`, knows only the latter."""
+    """`residual` or `normed`; always the latter in the original reference, which has no `run`."""
     run = report.get("run")
     return run.get("last_state", "normed") if isinstance(run, Mapping) else "normed"
 
 
 def flatten(report: Report, rows: Sequence[Report]) -> dict[str, Figures]:
-    """All figures of a report under their key and place; `rows` are its layers' to be compared."""
+    """All numbers of a report by key and place; `rows` are the layers' rows to compare."""
     scalars = (*LENGTHS, *SHARES, "cos_delta_h_mean")
     flat = {key: {Place(f"L={L}"): number(row[key]) for L, row in enumerate(rows)} for key in scalars}
     flat["phase"] = {Place(f"L={L}"): row["phase"] for L, row in enumerate(rows)}
@@ -139,7 +139,7 @@ def flatten_tables(report: Report, phases: Sequence[str]) -> dict[str, Figures]:
     tables: dict[str, Figures] = {}
     for line in report.get("phase_overlap", ()):
         inside = tuple(L for L, phase in enumerate(phases) if phase == line["phase"])
-        # A phase of one layer has no pairs: its 1.0 is a convention, made of no direction.
+        # A phase of one layer has no pairs: its 1.0 is a convention and depends on no direction.
         layers = {"intra_cos_mean": inside if len(inside) > 1 else (), "cross_cos_mean": range(len(phases))}
         for key in layers:
             place = Place(f"phase {line['phase']}", tuple(layers[key]))
@@ -151,7 +151,7 @@ def flatten_tables(report: Report, phases: Sequence[str]) -> dict[str, Figures]:
 
 
 def read_figures(report: Report, name: str, normed: bool) -> dict[str, Figures]:
-    """Flattens a report, its last row after the final norm if asked; what it lacks raises MismatchError."""
+    """Flattens a report, `normed`: with the last row after the final norm; a missing key: MismatchError."""
     try:
         rows = list(report["per_layer"])
         expected = report["num_layers"], report["num_layers"] - 1
@@ -166,7 +166,7 @@ def read_figures(report: Report, name: str, normed: bool) -> dict[str, Figures]:
 
 
 def undetermined(flats: Sequence[dict[str, Figures]], num_layers: int, gap: float) -> dict[int, str]:
-    """Layers without a leading direction to speak of in either file, and why."""
+    """Layers whose leading direction is undetermined in either file, and why."""
     doubts = {}
     for flat in flats:
         for L in range(num_layers):
@@ -179,7 +179,7 @@ def undetermined(flats: Sequence[dict[str, Figures]], num_layers: int, gap: floa
 def add_arrays(
     flats: Sequence[dict[str, Figures]], sides: Sequence[Arrays | None], shape: tuple[int, int]
 ) -> None:
-    """Adds |<v_i, v_j>| of all pairs of layers, and as `directions` |<v, v_r>|, which is 1 for v_r itself."""
+    """Adds |<v_i, v_j>| of all pairs of layers, and |<v, v_r>| as `directions`, which is 1 for v_r itself."""
     for flat, arrays in zip(flats, sides, strict=True):
         if arrays is None:
             continue
@@ -205,7 +205,7 @@ def condense(
     doubts: Mapping[int, str],
     veto: str = "",
 ) -> Row:
-    """The row of a key from the figures of both sides, unless a side has none or there is a veto."""
+    """The row of a key from the numbers of both sides, unless a side has none or there is a veto."""
     nothing: Worst = (0.0, "", math.nan, math.nan)
     tolerance, deviation = rule
     absent = [name for name, side in zip(("reference", "candidate"), sides, strict=True) if side is None]
@@ -215,7 +215,7 @@ def condense(
     compared: list[Worst] = []
     skipped: dict[str, tuple[str, ...]] = {}
     for place in reference | candidate:
-        # A figure that one side lacks deviates by as much as can be.
+        # A number that one side lacks deviates infinitely.
         r, c = reference.get(place, math.nan), candidate.get(place, math.nan)
         if reason := next((doubts[layer] for layer in place.layers if layer in doubts), ""):
             skipped[reason] = (*skipped.get(reason, ()), place.label)
@@ -235,7 +235,7 @@ def compare(
     atol_cos: float = 1e-4,
     gap: float = 1.01,
 ) -> list[Row]:
-    """Compares two reports and, where both are given, the arrays beside them.
+    """Compares two reports and, if both are given, their arrays.
 
     Args:
         reference: contents of one JSON file.
@@ -244,13 +244,13 @@ def compare(
         candidate_arrays: those of the candidate.
         rtol: tolerated relative deviation of lengths, ranks and shares.
         atol_cos: tolerated absolute deviation of cosines.
-        gap: σ_1 / σ_2 beyond which a leading direction is worth comparing.
+        gap: smallest σ_1 / σ_2 at which a leading direction is compared.
 
     Returns:
         One row per key.
 
     Raises:
-        MismatchError: the reports are not about runs of the same shape, or lack what a report must have.
+        MismatchError: the reports are of runs of different shapes, or lack required keys.
     """
     reports = {"reference": reference, "candidate": candidate}
     if differ := [key for key in SAME_RUN if reference.get(key) != candidate.get(key)]:
@@ -262,7 +262,7 @@ def compare(
     doubts = undetermined(flats, reference["num_layers"], gap)
     if mixed:
         doubts[reference["num_layers"] - 1] = f"last state {conventions[0]} / {conventions[1]}"
-    # Files may keep different numbers of singular values; the basis of a block is made of as many directions.
+    # Files may keep different numbers of singular values, and the basis of a block depends on that number.
     common = flats[0]["top_singvals"].keys() & flats[1]["top_singvals"].keys()
     same_k = all(len(flat["top_singvals"]) == len(common) for flat in flats)
     vetoes = {} if same_k else {"capture": "of different numbers of directions"}
@@ -292,7 +292,7 @@ def read_report(path: Path) -> Report:
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """The arrays beside a report, under jaxdelta's names; None if there are none."""
+    """The arrays next to a report, under jaxdelta's names; None if there are none."""
     tensors, archive = path.with_suffix(".safetensors"), path.with_suffix(".npz")
     try:
         if tensors.exists():
@@ -302,12 +302,12 @@ def read_arrays(path: Path) -> Arrays | None:
             with np.load(archive) as file:
                 return {"directions": file["top_dirs"], "top1_cos": file["top1_cos"]}
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        raise MismatchError(f"cannot read the arrays beside {path}: {error}") from error
+        raise MismatchError(f"cannot read the arrays next to {path}: {error}") from error
     return None
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """The table, then what was skipped and why."""
+    """Prints the table, then what was skipped and why."""
     line = "{:<18} {:>9} {:>9}  {:<12} {:>13} {:>13} {:>8}  {}"
     print(
         line.format("key", "deviation", "tolerance", "where", "reference", "candidate", "compared", "verdict")
@@ -328,7 +328,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def define_flags() -> None:
-    """Called when run as a script only, so that tests can import several scripts into one process."""
+    """Defines the flags; called only when run as a script, so that tests can import several scripts."""
     flags.DEFINE_string("reference", None, "JSON file to compare with", required=True)
     flags.DEFINE_string("candidate", None, "JSON file to check", required=True)
     flags.DEFINE_float("rtol", 1e-4, "largest relative deviation of lengths and shares", lower_bound=0)
@@ -337,7 +337,7 @@ def define_flags() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parser answers a mistake with a page of help and status 1; here it is one line and 2."""
+    """Parses the flags; a mistake ends in one line and status 2, instead of absl's page of help and 1."""
     try:
         if rest := FLAGS(argv)[1:]:
             raise flags.Error(f"unexpected argument {rest[0]!r}")
@@ -348,7 +348,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_: Sequence[str]) -> int:
-    """Returns the exit status: 0 if all that can be compared agrees, else 1."""
+    """Returns the exit status: 0 if all comparable numbers agree, else 1."""
     paths = Path(FLAGS.reference), Path(FLAGS.candidate)
     try:
         reports, arrays = [read_report(path) for path in paths], [read_arrays(path) for path in paths]

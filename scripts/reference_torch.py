@@ -1,8 +1,8 @@
-"""What every layer of a decoder writes into its residual stream, by PyTorch and NumPy.
+"""Measures what every layer of a decoder writes into its residual stream, with PyTorch and NumPy.
 
-A second opinion on jaxdelta, none of whose code is used here: the forward pass is Hugging Face's with eager
-attention, every figure a line of NumPy in float32. With h_L (n, d) the state entering layer L of N, and the
-first token's row dropped, the figures describe
+An independent check of jaxdelta, without any of its code: the forward pass is Hugging Face's with eager
+attention, every statistic a line of NumPy in float32. With h_L (n, d) the state entering layer L of N, and
+the first token's row dropped, the statistics describe
 
     δ_L = h_{L+1} - h_L = U diag(σ) Vᵀ,    v_L = the first row of Vᵀ.
 
@@ -12,9 +12,9 @@ To compare:
     python scripts/reference_torch.py --model=demo --out=torch.json
     python scripts/compare_reference.py --reference=torch.json --candidate=jax.json
 
-OUT.safetensors, beside OUT.json, holds `directions` (N, k, d), `singular_values` (N, r), `top1_cos` (N, N).
-The last state is the one after the final RMSNorm, as Hugging Face reports it, so the last row is not what
-layer N-1 wrote; --last_state=residual takes the state before the norm. `last_layer_normed` keeps the former.
+OUT.safetensors, next to OUT.json, holds `directions` (N, k, d), `singular_values` (N, r), `top1_cos` (N, N).
+The last state is that after the final RMSNorm, as Hugging Face reports it, so the last row is not what layer
+N-1 wrote; --last_state=residual takes the state before the norm. `last_layer_normed` is always after it.
 """
 
 import json
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 DATA = Path(__file__).resolve().parents[1] / "jaxdelta" / "data"
-TINY = 1e-8  # floor of a norm that is divided by
+TINY = 1e-8  # lower bound of norms in a denominator
 LEAST_SHARE = 1e-12  # shares of the energy below this do not count towards the effective rank
 BLOCK_RANK = 8  # size of the basis that the layers of a phase share
 PHASES_OF_64 = "A:0-6,B:7-9,C:10-31,D:32-46,E:47-58,tail:59-63"
@@ -49,11 +49,11 @@ Arrays = dict[str, np.ndarray]
 
 
 class UserError(Exception):
-    """Input that cannot be used; the message is all the user sees."""
+    """Unusable input; users see the message only."""
 
 
 def parse_phases(text: str) -> list[str]:
-    """`A:0-1,B:2` -> ["A", "A", "B"]: the phase of every layer from 0 on, each in one range."""
+    """`A:0-1,B:2` -> ["A", "A", "B"]: the phase of every layer from 0; every layer is in one range."""
     phases: dict[int, str] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([^:\s]+):(\d{1,4})(?:-(\d{1,4}))?\s*", part)
@@ -69,7 +69,7 @@ def parse_phases(text: str) -> list[str]:
 
 
 def phase_names(text: str | None, num_layers: int) -> list[str]:
-    """The phase of every layer: by the map given, else by the reference's, made for N = 64, or by L / N."""
+    """The phase of every layer: from the given map, else the reference's map for N = 64, else by L / N."""
     if text is None and num_layers != 64:
         return [next(name for name, end in PHASE_ENDS if L / num_layers < end) for L in range(num_layers)]
     names = parse_phases(text or PHASES_OF_64)
@@ -80,7 +80,7 @@ def phase_names(text: str | None, num_layers: int) -> list[str]:
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turns what a library says about unusable input into a single line that starts with `what`."""
+    """Turns a library's error about unusable input into one line that begins with `what`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -88,7 +88,7 @@ def one_line(what: str) -> Iterator[None]:
 
 
 def pretrained(auto_class: str, source: str, revision: str, **options: Any) -> Any:
-    """What a class of transformers loads from a directory or the hub, its complaints cut to one line."""
+    """Loads a class of transformers from a directory or the hub; its errors become one line."""
     import transformers
 
     if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
@@ -98,14 +98,14 @@ def pretrained(auto_class: str, source: str, revision: str, **options: Any) -> A
 
 
 def load_model(source: str, revision: str, dtype: str, device: str | None) -> "PreTrainedModel":
-    """The model with all of its weights: transformers alone would fill a gap with random numbers."""
+    """The model with all weights; transformers would fill missing ones with random numbers."""
     import torch
 
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise UserError("--device=cuda: PyTorch finds no CUDA device")
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
-    # A weight of another shape is to be reported, by name, along with the others.
+    # A weight of a wrong shape is reported by name below.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     model, report = pretrained("AutoModelForCausalLM", source, revision, **options)
     if not (hasattr(model, "model") and hasattr(model.model, "layers") and hasattr(model.model, "norm")):
@@ -133,7 +133,7 @@ def read_calibration(path: Path) -> str:
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> list[int]:
     """The text as one stream of at most `max_tokens` ids: no chat template, no token added."""
-    if tokenizer.vocab_size < 2:  # what transformers 5 makes of a directory without a tokenizer
+    if tokenizer.vocab_size < 2:  # transformers 5 returns this for a directory without a tokenizer
         raise UserError("there is no tokenizer with the model, name one with --tokenizer")
     ids = tokenizer(text, add_special_tokens=False).input_ids[:max_tokens]
     if len(ids) < 2:
@@ -151,7 +151,7 @@ def forward(model: "PreTrainedModel", tokens: list[int]) -> tuple[list[np.ndarra
     with torch.inference_mode(), one_line("the forward pass failed"):
         output = model(ids, output_hidden_states=True, use_cache=False)
         loss = torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
-    # The tuple's last entry is the state after the norm; all others are the residual stream itself.
+    # The last of `hidden_states` is after the norm; all others are the residual stream itself.
     *states, normed = (h[0].float().cpu().numpy() for h in (*output.hidden_states[:-1], *around_norm))
     for L, state in enumerate([*states, normed]):
         if not np.isfinite(state).all():
@@ -160,7 +160,7 @@ def forward(model: "PreTrainedModel", tokens: list[int]) -> tuple[list[np.ndarra
 
 
 def effective_rank(share: np.ndarray) -> float:
-    """exp(-Σ p ln p) over the shares p > 1e-12 (Roy & Vetterli 2007); 0 for a zero matrix."""
+    """exp(-Σ p ln p) over the shares of the energy p > 1e-12; 0 for a zero matrix."""
     share = share[share > LEAST_SHARE]
     return float(np.exp(-np.sum(share * np.log(share)))) if share.size else 0.0
 
@@ -174,7 +174,7 @@ def describe(after: np.ndarray, before: np.ndarray, k: int) -> tuple[Report, np.
         k: number of singular values and directions to keep.
 
     Returns:
-        The layer's figures, all singular values (r,) and the k leading right singular vectors (k, d).
+        The layer's statistics, all singular values (r,) and the k leading right singular vectors (k, d).
     """
     delta, state = (after - before)[1:], before[1:]
     delta_norm, state_norm = np.linalg.norm(delta, axis=1), np.linalg.norm(state, axis=1)
@@ -199,7 +199,7 @@ def describe(after: np.ndarray, before: np.ndarray, k: int) -> tuple[Report, np.
 
 
 def describe_layers(states: list[np.ndarray], phases: list[str], k: int) -> tuple[list[Report], Arrays]:
-    """Every layer's row, printed as it comes, and the arrays of all layers together."""
+    """Every layer's row, printed when computed, and the arrays of all layers."""
     rows, spectra = [], []
     for L, phase in enumerate(phases):
         row, *spectrum = describe(states[L + 1], states[L], k)
@@ -246,7 +246,7 @@ def block_capture(directions: np.ndarray, phases: list[str]) -> list[Report]:
 
 
 def print_tables(report: Report) -> None:
-    """The figures across layers, laid out as the original prints them."""
+    """Prints the cross-layer statistics in the original's layout."""
     print("\n=== Pairwise top-1 cos-sim (adjacent) ===")
     for L, cosine in enumerate(report["top1_cos_adjacent"]):
         print(f" L={L:2d}→{L + 1:2d} phase={report['per_layer'][L]['phase']:>4} |cos|={abs(cosine):.4f}")
@@ -261,14 +261,14 @@ def print_tables(report: Report) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Notes how long a stage took."""
+    """Records the seconds of a stage."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
 
 
 def write_together(files: dict[Path, bytes]) -> None:
-    """Writes all files or none: first under other names in the same directory, then renamed."""
+    """Writes all files or none: first under temporary names in the same directory, then renamed."""
     unfinished = [path.with_name(f".{path.name}.{os.getpid()}") for path in files]
     try:
         with one_line("cannot write"):
@@ -282,7 +282,7 @@ def write_together(files: dict[Path, bytes]) -> None:
 
 
 def run_record(seconds: dict[str, float], loss: float) -> Report:
-    """What is needed to get the same numbers again, and how well the model predicts the text."""
+    """What is needed to reproduce the numbers, and the model's loss on the text."""
     return {
         "seconds": seconds,
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "safetensors")},
@@ -294,7 +294,7 @@ def run_record(seconds: dict[str, float], loss: float) -> Report:
 
 
 def load() -> tuple["PreTrainedModel", list[int], list[str]]:
-    """The model, the calibration text's tokens, the phase of each layer. The weights come last."""
+    """The model, the tokens of the calibration text, the phase of each layer. Loads the weights last."""
     text = read_calibration(Path(FLAGS.calibration or DATA / "calibration_prompts.json").expanduser())
     import transformers
 
@@ -304,7 +304,7 @@ def load() -> tuple["PreTrainedModel", list[int], list[str]]:
     source = str(DATA / "demo") if FLAGS.model == "demo" else FLAGS.model
     config = pretrained("AutoConfig", source, FLAGS.revision)
     phases = phase_names(FLAGS.phases, config.num_hidden_layers)
-    # A revision is the model's; a tokenizer from elsewhere has its own history.
+    # The revision is the model's; a separate tokenizer has its own.
     origin = (FLAGS.tokenizer, "main") if FLAGS.tokenizer else (source, FLAGS.revision)
     tokens = tokenize(pretrained("AutoTokenizer", *origin), text, FLAGS.max_tokens)
     if max(tokens) >= config.vocab_size:
@@ -313,7 +313,7 @@ def load() -> tuple["PreTrainedModel", list[int], list[str]]:
 
 
 def analyze(states: list[np.ndarray], normed: np.ndarray, phases: list[str], k: int) -> tuple[Report, Arrays]:
-    """The report and the arrays; `normed` (n, d) is the last of the states (n, d) after the final norm."""
+    """The report and the arrays; `normed` (n, d) is the last state after the final norm."""
     rows, arrays = describe_layers(states, phases, k)
     report = {
         "num_layers": len(phases),
@@ -329,7 +329,7 @@ def analyze(states: list[np.ndarray], normed: np.ndarray, phases: list[str], k: 
 
 
 def run(out: Path) -> None:
-    """Model and text in, tables on the terminal, two files out."""
+    """Reads model and text, prints tables, and writes two files."""
     seconds: dict[str, float] = {}
     print(f"Loading {FLAGS.model} ...", flush=True)
     with timed(seconds, "load"):
@@ -346,13 +346,13 @@ def run(out: Path) -> None:
     print_tables(report)
     report = {"schema_version": 1, "model": FLAGS.model, **report, "run": run_record(seconds, loss)}
     text = json.dumps(report, indent=1, allow_nan=False)
-    # The JSON goes last: where it is, the arrays are too.
+    # The JSON is written last, so that the arrays exist if it does.
     write_together({out.with_suffix(".safetensors"): save(arrays), out: text.encode()})
     print(f"\nSaved: {out}")
 
 
 def define_flags() -> None:
-    """Called when run as a script only, so that tests can import several scripts into one process."""
+    """Defines the flags; called only when run as a script, so that tests can import several scripts."""
     flags.DEFINE_string("model", None, "hub id, local directory, or `demo`", required=True)
     flags.DEFINE_string("revision", "main", "branch, tag or commit of a hub id")
     flags.DEFINE_string("tokenizer", None, "hub id or directory of the tokenizer (default: the model's own)")
@@ -360,11 +360,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 8, "singular values and directions kept per layer", lower_bound=1)
     flags.DEFINE_string("calibration", None, ".txt, or .json with a list of prompts (default: 25 prompts)")
     flags.DEFINE_integer("max_tokens", 2048, "maximum number of tokens", lower_bound=2)
-    # In bfloat16 the figures hang on the machine's kernels in the third digit: too coarse to check against.
+    # In bfloat16 the third digit depends on the machine's kernels: too coarse for a check.
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "dtype of the weights and the forward pass"
     )
-    flags.DEFINE_enum("device", None, ["cpu", "cuda"], "device (default: cuda where there is one)")
+    flags.DEFINE_enum("device", None, ["cpu", "cuda"], "device (default: cuda if there is one)")
     flags.DEFINE_string("phases", None, "layers of each phase, such as A:0-6,B:7-9 (default: by depth)")
     flags.DEFINE_enum(
         "last_state", "normed", ["residual", "normed"], "the last state: before the final norm, or after it"
@@ -374,7 +374,7 @@ def define_flags() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parser answers a mistake with a page of help and status 1; here it is one line and 2."""
+    """Parses the flags; a mistake ends in one line and status 2, instead of absl's page of help and 1."""
     try:
         if rest := FLAGS(argv)[1:]:
             raise flags.Error(f"unexpected argument {rest[0]!r}")
@@ -385,7 +385,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(_: Sequence[str]) -> int:
-    """Returns the exit status: 0 when both files are written, 1 for unusable input, 2 for a bad flag."""
+    """Returns the exit status: 0 if both files are written, 1 for unusable input, 2 for a bad flag."""
     out = Path(FLAGS.out).expanduser()
     try:
         if out.is_dir() or not os.access(out.parent, os.W_OK):

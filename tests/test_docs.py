@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def test_every_message_that_is_explained_can_be_met() -> None:
     unknown = [message for message in explained if not re.search(re.escape(message).replace("…", ".*"), said)]
     assert len(explained) > 40
     assert not unknown
+
+
+def test_the_picture_of_the_rooms_is_fresh() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
+    assert drawn["PICTURE"].read_text(encoding="utf-8") == drawn["picture"](), "run python docs/rooms.py"
+    assert "commands" in drawn["imports"]()
 
 
 def test_the_readme_names_every_option() -> None:

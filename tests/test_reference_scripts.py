@@ -294,7 +294,7 @@ def test_comparison_on_the_command_line(tmp_path: Path) -> None:
     assert result.stdout.endswith("DIFFERENT: frob\n")
 
     save_file({"directions": arrays["directions"][1:]}, tmp_path / "b.safetensors")
-    assert_one_line(run_script("compare_reference", *flags), 1, "arrays beside")
+    assert_one_line(run_script("compare_reference", *flags), 1, "arrays next to")
     paths[1].write_text("{")
     assert_one_line(run_script("compare_reference", *flags), 1, "b.json")
     paths[1].unlink()

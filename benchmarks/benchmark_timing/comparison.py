@@ -15,9 +15,9 @@ def in_turn(
     """Measures every side, A B A B ..., so that a machine whose speed drifts affects all of them alike.
 
     Args:
-        sides: by name, what returns one measurement.
+        sides: by name, a function that returns one measurement.
         repeats: measurements of each side.
-        warm_up: whether each side runs once more before, uncounted.
+        warm_up: whether each side first runs once, uncounted.
     """
     if warm_up:
         for measure in sides.values():
@@ -31,7 +31,7 @@ def compared(title: str, sides: Mapping[str, Sequence[float]], unit: str = "s") 
 
     Args:
         title: what was measured.
-        sides: two, by name: measurements in the order of the rounds.
+        sides: the measurements of two sides, by name, in the order of the rounds.
         unit: `s` or `GB`.
     """
     first, second = sides.values()

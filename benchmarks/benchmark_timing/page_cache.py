@@ -1,4 +1,4 @@
-"""Files in the system's page cache, and out of it."""
+"""Reads files into the system's page cache, or drops them from it."""
 
 import os
 from collections.abc import Sequence

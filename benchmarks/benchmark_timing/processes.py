@@ -1,4 +1,4 @@
-"""What a whole process costs, and the machine that it runs on."""
+"""Time and memory of a whole process, and a description of the machine."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ import threadpoolctl
 from jaxdelta.errors import JaxDeltaError
 
 ROOT = Path(__file__).resolve().parents[2]
-POLL = 0.02  # seconds between two looks at a process: how exactly its end and its peak are known
+POLL = 0.02  # seconds between polls of a process: the resolution of its end and peak
 
 
 class Cost(NamedTuple):
-    """What a process took."""
+    """Time and memory of a process."""
 
     seconds: float
     gigabytes: float  # peak resident memory; 0 where the system has no /proc
@@ -34,7 +34,7 @@ def script(name: str, arguments: Sequence[str], tree: Path = ROOT) -> list[str]:
 
 
 def environment(tree: Path, cache: Path) -> dict[str, str]:
-    """The environment in which a tree's own package is imported, with a cache of its compiled programs."""
+    """An environment that imports a tree's own package, with its own cache of compiled programs."""
     return os.environ | {"PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache)}
 
 
@@ -50,7 +50,7 @@ def cost_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cos
             try:
                 peak = _peak(process)
             finally:
-                process.kill()  # where this process is interrupted; does nothing to one that has ended
+                process.kill()  # if this process is interrupted; no effect after the end
         seconds = time.perf_counter() - start
         if process.returncode:
             raise JaxDeltaError(f"{command[1]} failed: {_last_line(errors)}")
@@ -58,7 +58,7 @@ def cost_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> Cos
 
 
 def _peak(process: subprocess.Popen[bytes]) -> int:
-    """The peak resident bytes at its end. Not from rusage, which starts with the parent's at the fork."""
+    """Peak resident bytes; not from rusage, which starts at the parent's peak after the fork."""
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(OSError, IndexError):
@@ -86,7 +86,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name. A virtual machine may hide it; `blas` then tells its instruction set."""
+    """The processor's name. A virtual machine may hide it; `blas` still shows its instruction set."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""A checkout of an older commit, for as long as it is measured."""
+"""A temporary checkout of an older commit."""
 
 import contextlib
 import subprocess
@@ -22,7 +22,7 @@ def commit_hash(repository: Path, commit: str) -> str:
 
 @contextlib.contextmanager
 def worktree(repository: Path, commit: str, directory: Path) -> Iterator[Path]:
-    """A git worktree of the commit in `directory`, removed at the end, after an interruption, too.
+    """A git worktree of the commit in `directory`, removed at the end, also after an interruption.
 
     Raises:
         UsageError: the repository has no such commit, or git cannot check it out.

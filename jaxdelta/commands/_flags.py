@@ -1,4 +1,4 @@
-"""Flags that several commands have."""
+"""Flags shared by several commands."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ OUT_JSON = "the JSON file to write, e.g. --out=demo.json"
 
 def define_checkpoint() -> None:
     """Defines --model, --revision and --loader."""
-    # Here, since it imports JAX, which some commands do without.
+    # Imported here because it imports JAX, which some commands do not need.
     from jaxdelta.checkpoint.checkpoint import LOADERS
 
     flags.DEFINE_string("model", None, "hub id, local directory, or `demo`, the small model of the package")
@@ -40,13 +40,11 @@ def define_figures() -> None:
 
 
 def path(name: str) -> Path | None:
-    """The path that a flag names; None where it is not given."""
+    """The path given by a flag, or None."""
     value = flags.FLAGS[name].value
     return None if value is None else Path(value).expanduser()
 
 
 def required_path(name: str) -> Path:
-    """The path of a flag without which the command does not start."""
-    found = path(name)
-    assert found is not None
-    return found
+    """The path given by a required flag."""
+    return Path(str(flags.FLAGS[name].value)).expanduser()

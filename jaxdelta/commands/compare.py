@@ -24,19 +24,19 @@ def main() -> None:
 
 
 def act(*names: str) -> None:
-    """Reads the runs, writes the page if one is wanted, and prints the tables."""
+    """Reads the runs, writes the page if asked for, and prints the tables."""
     paths, out = [Path(name).expanduser() for name in names], _flags.path("out")
     check(paths, out)
-    # Only now: it takes a second to import, for which a wrong name need not wait.
+    # Imported after the check, since it takes a second.
     from jaxdelta.report.compare import compare, page, tables
 
     runs = [compare.load(path) for path in paths]
     labels = flags.FLAGS.labels or compare.labels_of(runs, paths)
-    found = compare.compare(runs, labels, flags.FLAGS.bands)
+    comparison = compare.compare(runs, labels, flags.FLAGS.bands)
     if out:
-        write_together({out: page.page_file(found)})
+        write_together({out: page.page_file(comparison)})
     if not flags.FLAGS.quiet:
-        print(tables.tables(found) + (f"\n\nSaved: {out}" if out else ""))
+        print(tables.tables(comparison) + (f"\n\nSaved: {out}" if out else ""))
 
 
 def check(paths: list[Path], out: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Writes a Qwen3 checkpoint once in Orbax's format, which --model= and
+"""Writes a checkpoint once in Orbax's format, which --model= and
 load_model read back.
 
     jaxdelta-convert --model=demo --out=demo_orbax

@@ -1,4 +1,4 @@
-"""analyze(): the whole way from a checkpoint and a text to an Analysis."""
+"""analyze(): from a checkpoint and a text to an Analysis."""
 
 import contextlib
 import dataclasses
@@ -19,9 +19,9 @@ from jaxdelta.report.analysis import Analysis
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
 from jaxdelta.run.context import RunContext
-from jaxdelta.run.memory_plan import Measurement, MemoryDemand, device_limit
+from jaxdelta.run.memory_plan import Measurement, MemoryDemand, Plan, device_limit
 from jaxdelta.run.options import Options, check_rank
-from jaxdelta.run.provenance import SpectrumChecks, device, pass_times, run_record, versions
+from jaxdelta.run.provenance import pass_times, run_record
 from jaxdelta.spectra import scheduler
 from jaxdelta.spectra.moments.accumulate import MomentSummaries, TextBlocks
 from jaxdelta.spectra.moments.files import RUN, keep_layer, keep_text, keeping
@@ -36,15 +36,14 @@ from jaxdelta.spectra.scheduler import (
     on_one_device,
 )
 from jaxdelta.spectra.view_summary import MeasurementPlan
-from jaxdelta.spectra.views import parts_of_views
+from jaxdelta.spectra.views import parse_views, parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases, default_phases, parse_phases
 from jaxdelta.statistics.layer_row import LayerRecord, layer_record
-from jaxdelta.sweep.mesh import DeviceMesh, leads, make_devices
+from jaxdelta.sweep.mesh import DeviceMesh, Devices, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
 from jaxdelta.text.documents import read_documents, shuffled
-from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
@@ -64,7 +63,7 @@ def analyze(
     keep_checkpoint: bool = False,
     **options: Any,
 ) -> Analysis:
-    """Runs a model over a calibration text and measures what each layer writes into the residual stream.
+    """Measures what each layer of a model writes into its residual stream on a calibration text.
 
     >>> import jaxdelta
     >>> run = jaxdelta.analyze("demo", max_tokens=100, bootstrap=0, null_draws=0)
@@ -72,28 +71,28 @@ def analyze(
     100 tokens, loss 4.77 nats per token
 
     Args:
-        model: `demo`, a directory, a hub id, or a loaded model (with `calibration` as Tokens then).
-        calibration: a source of documents as `read_documents` takes it, documents, or Tokens; by default the
-            prompts of the package.
-        listener: told a line as each stage ends.
-        progress: show a bar, with tokens per second, where standard error is a terminal.
-        before: called with (config, tokens, phases, Options) before a weight is read; it may raise.
-        keep_checkpoint: leave what is in `checkpoint_dir` to the caller, who calls `resume.remove` when the
-            result is where it cannot be lost.
+        model: `demo`, a directory, a hub id, or a loaded model, which needs `calibration` as Tokens.
+        calibration: a file, directory or data set as for --calibration, an iterable of documents, or Tokens;
+            default: the prompts in the package.
+        listener: called with a line of text after each stage.
+        progress: show a progress bar with tokens per second, if standard error is a terminal.
+        before: called with (config, tokens, phases, Options) before any weight is read; it may raise.
+        keep_checkpoint: leave `checkpoint_dir` in place; the caller removes it with `resume.remove` once the
+            result is saved.
         **options: the fields of Options.
 
     Raises:
         UsageError: an impossible option.
-        JaxDeltaError: a model, checkpoint or text that cannot be used. What a script would print in its one
-            line of either is the message.
+        JaxDeltaError: an unusable model, checkpoint or text. The messages are the commands' error lines.
     """
     run = _opened(model, calibration, Options.of(options), Stages(listener))
     if before:
         before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
     with _out_of_memory_in_a_line():
+        run = _loaded(run)
         waiting = resume.moments(run.options.checkpoint_dir)
         with keeping(run.options.keep_moments if leads() else None, waiting) as kept:
-            result = _measure(_planned(run), progress, kept)
+            result = _measure(run, progress, kept)
             if kept:
                 result.save(kept / RUN)
         if not keep_checkpoint:
@@ -107,7 +106,7 @@ def _opened(
     options: Options,
     stages: Stages,
 ) -> RunContext:
-    """Opens the model and reads the text; no weight of a layer is read."""
+    """Opens the model, reads the text and plans the memory; reads no layer's weights."""
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):
@@ -119,15 +118,52 @@ def _opened(
     if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:
-        raise UsageError("checkpoint_dir needs a model by its name: of a loaded one nothing says which it is")
-    phases = Phases(_phases(options.phases, weights.config.num_layers))
+        raise UsageError("checkpoint_dir needs a model by its name; a loaded one cannot be recognised again")
+    layers, given = weights.config.num_layers, options.phases
+    phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
         tokens = _tokens(calibration, weights, options)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
     check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
     sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
-    return RunContext(name, weights, weights, sample, phases, options, stages, devices)
+    with stages("plan") as note:
+        plan = _plan(weights, sample, options, devices)
+        note(str(plan))
+    if plan.groups:
+        sample = sample.coarser(plan.groups, options.seed)
+    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan)
+
+
+def _plan(weights: Weights, sample: ResamplingGroups, options: Options, devices: Devices) -> Plan:
+    views, groups = parse_views(options.views), options.resampled
+    measurement = Measurement(
+        len({view._replace(masked=False) for view in views}),
+        len(parts_of_views(views)),
+        sample.documents if groups else 1,
+        sample.most_in_a_window if groups else 1,
+        moments_only=options.keep_moments is not None,
+    )
+    demand = MemoryDemand(
+        weights,
+        sample.tokens.ids.shape,
+        options.compute_dtype,
+        options.residual_dtype,
+        options.memory == "resident" or isinstance(weights, InMemoryWeights),
+        measurement,
+        options.scratch is not None,
+        devices.data,
+        devices.model,
+    )
+    return demand.plan(device_limit(options.device_memory_gb, len(devices.local)))
+
+
+def _loaded(run: RunContext) -> RunContext:
+    """The run with all weights in memory, if they are to be resident."""
+    if run.options.memory != "resident" or not isinstance(run.weights, Checkpoint):
+        return run
+    with run.stages("load"):
+        return dataclasses.replace(run, weights=InMemoryWeights(run.weights.load()))
 
 
 @contextlib.contextmanager
@@ -140,10 +176,6 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
                 f"out of memory ({first_line(error)}); lower --device_memory_gb, or --max_tokens"
             ) from error
         raise
-
-
-def _phases(given: str | None, num_layers: int) -> tuple[str, ...]:
-    return default_phases(num_layers) if given is None else parse_phases(given, num_layers)
 
 
 def _tokens(
@@ -170,62 +202,54 @@ def _tokens(
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
-    """The run itself: every layer passes and is summarised; then the layers are compared."""
+    """Runs and summarises every layer, then compares the layers; moments go to the directory `kept`."""
     stages, plan = run.stages, run.plan
-    assert plan is not None
     with stages("layers") as note, contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch_directory(run.options.scratch, plan.blocks.place))
         checkpoint = stack.enter_context(_checkpoint(run))
         run, clock = _controlled(run), Clock()
         sweep = _sweep(run, checkpoint, States(plan.blocks.place, directory, run.devices), clock)
         records = checkpoint.records() if checkpoint else []
-        schedule = _schedule(run, sweep.start, clock)
-        summaries = stack.enter_context(_summaries(run, sweep, schedule, kept))
+        summaries = stack.enter_context(_summaries(run, sweep, clock, kept))
         for layer in shown(sweep, run.sample.tokens.count, progress):
             _keep(summaries.add(layer), records, checkpoint)
-        found = sweep.finish()  # beside the last layers' spectra
+        outcome = sweep.finish()  # while the last layers' spectra are computed
         _keep(summaries.rest(), records, checkpoint)
         if checkpoint:
             checkpoint.wait()
-        spectra = SpectrumChecks.of(records)
-        note(f"closure {found.closure_error:.1e}, certificate {spectra.certificate:.1e}")
-        note(f"loss {found.loss:.4f} nats per token")
-        if spectra.on_host:
-            note(f"spectra done again on the host: rows {spectra.on_host}")
+        facts = run_record(run, outcome, records)
+        note(f"closure {outcome.closure_error:.1e}, certificate {facts['certificate']:.1e}")
+        note(f"loss {outcome.loss:.4f} nats per token")
+        if facts["rows_on_host"]:
+            note(f"spectra recomputed on the host: rows {facts['rows_on_host']}")
     rate = tokens_per_second(sweep, run.sample.tokens.count, stages.clock.seconds["layers"])
     stages.listener(f"           {rate:,.0f} tokens/s: {pass_times(clock.seconds)}")
-    _check_finite(run.weights, records, found.loss)
+    _check_finite(run.weights, records, outcome.loss)
     if kept:
         keep_text(kept, run.sample)
     with stages("overlaps"):
-        result = collect(records, run.phases, run.sample, run.options)
-    facts = run_record(run, found, spectra)
+        fields = collect(records, run.phases, run.sample, run.options)
+    facts |= {"layers_seconds": dict(clock.seconds), "seconds": dict(stages.clock.seconds)}
     return Analysis(
         model=run.name,
         num_layers=run.weights.config.num_layers,
         hidden=run.weights.config.hidden_size,
         n_calib_tokens=run.sample.tokens.count,
-        text=excerpt(run.sample.tokens, result["per_layer"]),
-        run=facts
-        | {
-            "layers_seconds": dict(clock.seconds),
-            "seconds": dict(stages.clock.seconds),
-            "tokens_per_second": rate,
-        },
-        **result,
+        run=facts | {"tokens_per_second": rate},
+        **fields,
     )
 
 
-def _keep(found: Iterable[LayerRecord], records: list[LayerRecord], checkpoint: resume.Run | None) -> None:
-    """Adds records in the layers' order, and keeps them for a run that goes on after a kill."""
-    for record in found:
+def _keep(ready: Iterable[LayerRecord], records: list[LayerRecord], checkpoint: resume.Run | None) -> None:
+    """Adds records in the layers' order, and writes them to the checkpoint."""
+    for record in ready:
         if checkpoint:
             checkpoint.keep_record(len(records), record)
         records.append(record)
 
 
 def _controlled(run: RunContext) -> RunContext:
-    """The run on a control's weights or text."""
+    """The run with the weights or the text of its control, if it has one."""
     options = run.options
     weights, tokens = controlled(run.weights, run.sample.tokens, options.control, options.seed)
     if options.control:
@@ -234,8 +258,7 @@ def _controlled(run: RunContext) -> RunContext:
 
 
 def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock: Clock) -> Sweep:
-    """The pass, from the layer where a checkpoint ends."""
-    assert run.plan is not None
+    """The pass, starting after the last layer of the checkpoint."""
     options = run.options
     resumed = Resume(states, checkpoint.restore(states), checkpoint.keep) if checkpoint else Resume(states)
     plan = PassPlan(
@@ -246,18 +269,14 @@ def _sweep(run: RunContext, checkpoint: resume.Run | None, states: States, clock
     return sweep
 
 
-def _schedule(run: RunContext, start: int, clock: Clock) -> Schedule:
-    assert run.plan is not None
-    at_once = run.plan.at_once * run.devices.size
-    pending = resume.PENDING if run.options.checkpoint_dir else layers_pending(at_once)
-    return Schedule(at_once, pending, start, clock)
-
-
-def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | None) -> Summaries:
-    """What summarises the layers: from rows on threads or in batches, or from moments."""
+def _summaries(run: RunContext, sweep: Sweep, clock: Clock, kept: Path | None) -> Summaries:
+    """Summarises layers from moments, or from rows: on threads or in batches."""
     options, sample, devices = run.options, run.sample, run.devices
-    assert run.plan is not None
-    plan = MeasurementPlan(options.top_k, options.svd, run.views, options.sink_factor, options.resampled)
+    views = parse_views(options.views)
+    plan = MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
+    at_once = run.plan.at_once * devices.size
+    pending = resume.PENDING if options.checkpoint_dir else layers_pending(at_once)
+    schedule = Schedule(at_once, pending, sweep.start, clock)
     hidden = run.weights.config.hidden_size
     finish = partial(layer_record, phases=run.phases, sample=sample, k=options.top_k, hidden=hidden)
     mesh = devices if isinstance(devices, DeviceMesh) else None
@@ -268,52 +287,17 @@ def _summaries(run: RunContext, sweep: Sweep, schedule: Schedule, kept: Path | N
     groups = sample.groups if options.resampled else None
     if mesh is None and not scheduler.in_batches():
         return ThreadedSummaries(plan, finish, schedule, groups)
-    at_once = schedule.at_once
     solver = on_mesh(mesh, at_once, groups) if mesh else on_one_device(at_once, groups)
     return BatchedSummaries(plan, finish, schedule, solver)
 
 
 def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run | None]:
-    """The checkpoint of this run, begun now or before it was killed; None where none is wanted."""
-    options, plan, weights = run.options, run.plan, run.original
-    if options.checkpoint_dir is None or plan is None or not isinstance(weights, Checkpoint):
+    """The run's checkpoint, new or from before an interruption; None without --checkpoint_dir."""
+    directory, weights = run.options.checkpoint_dir, run.original
+    if directory is None or not isinstance(weights, Checkpoint):
         return contextlib.nullcontext()
-    program = {**versions(), "device": device(), "layers summarised at once": plan.at_once}
-    manifest = resume.manifest(program, weights, dataclasses.asdict(options), run.sample.tokens, plan.blocks)
-    return resume.opened(options.checkpoint_dir, manifest, weights.config.num_layers, run.stages.listener)
-
-
-def _planned(run: RunContext) -> RunContext:
-    """The run with its plan; with the weights loaded if they are to be resident."""
-    options, weights, devices, tokens = run.options, run.weights, run.devices, run.sample.tokens
-    resident = options.memory == "resident" or isinstance(weights, InMemoryWeights)
-    with run.stages("plan") as note:
-        measurement = Measurement(
-            len({view._replace(masked=False) for view in run.views}),
-            len(parts_of_views(run.views)),
-            run.sample.documents if options.resampled else 1,
-            run.sample.most_in_a_window if options.resampled else 1,
-            moments_only=options.keep_moments is not None,
-        )
-        work = MemoryDemand(
-            weights,
-            tokens.ids.shape,
-            options.compute_dtype,
-            options.residual_dtype,
-            resident,
-            measurement,
-            options.scratch is not None,
-            devices.data,
-            devices.model,
-        )
-        plan = work.plan(device_limit(options.device_memory_gb, len(devices.local)))
-        note(str(plan))
-    sample = run.sample.coarser(plan.groups, options.seed) if plan.groups else run.sample
-    run = dataclasses.replace(run, plan=plan, sample=sample)
-    if resident and isinstance(weights, Checkpoint):
-        with run.stages("load"):
-            return dataclasses.replace(run, weights=InMemoryWeights(weights.load()))
-    return run
+    manifest = resume.manifest(run, weights)
+    return resume.opened(directory, manifest, weights.config.num_layers, run.stages.listener)
 
 
 def _check_finite(weights: Weights, layers: Sequence[LayerRecord], loss: float) -> None:

@@ -1,4 +1,4 @@
-"""A run beside a control's: which runs can be compared, and what the comparison keeps."""
+"""Comparison of a run with a control's run."""
 
 import dataclasses
 from pathlib import Path
@@ -11,14 +11,14 @@ from jaxdelta.run.options import Options
 from jaxdelta.statistics.per_layer.registry import shown
 from jaxdelta.text.tokens import Tokens
 
-TABLE = ("eff_rank", "top1_frac", "rel_step_mean")  # of the terminal: a control has them all
+TABLE = ("eff_rank", "top1_frac", "rel_step_mean")  # shown on the terminal
 
 
 def load_control(path: str | Path) -> Analysis:
     """Reads a control's run.
 
     Raises:
-        JaxDeltaError: a file is missing or damaged, or holds a run without --control.
+        JaxDeltaError: a file is missing or damaged, or it holds a run without --control.
     """
     control = Analysis.load(path)
     try:
@@ -34,10 +34,10 @@ def load_control(path: str | Path) -> Analysis:
 def check_control(
     control: Analysis, config: ModelConfig, tokens: Tokens, phases: tuple[str, ...], options: Options
 ) -> None:
-    """For `analyze(before=)`: fails before any work if the control is of something else.
+    """Fails before any work if the control does not match the run; for `analyze(before=)`.
 
     Raises:
-        JaxDeltaError: it has other layers, sizes, phases or options; all differences named.
+        JaxDeltaError: sizes, phases or options differ; the message names all differences.
     """
     sizes = {"num_layers": config.num_layers, "hidden": config.hidden_size, "n_calib_tokens": tokens.count}
     chosen = {"top_k": options.top_k, "last_state": options.last_state, "phases": list(phases)}
@@ -45,15 +45,10 @@ def check_control(
 
 
 def compare_control(analysis: Analysis, control: Analysis, file: str | None = None) -> Analysis:
-    """The analysis with the figures of a control's run in its field `control`.
-
-    Args:
-        analysis: the real run.
-        control: a run with a `control` among its options, else alike.
-        file: kept as the control's origin.
+    """The analysis with a control's statistics in its field `control`; `file` is recorded as their origin.
 
     Raises:
-        JaxDeltaError: `control` is no control's run, or of something else.
+        JaxDeltaError: `control` is no control's run, or does not match the analysis.
     """
     _check_subject(control, _subject(analysis))
     return dataclasses.replace(analysis, control=_record(control, file))
@@ -75,20 +70,22 @@ def _record(control: Analysis, file: str | None) -> dict[str, Any]:
 
 
 def _statistics(row: dict[str, Any]) -> dict[str, Any]:
-    """What a control's line in the charts needs; an older file may lack some."""
-    names = (one.name for one in shown("norms", "ranks") if one.name in row)
+    """The statistics of a control that tables and charts show; older files lack some."""
+    names = (statistic.name for statistic in shown("norms", "ranks") if statistic.name in row)
     return {key: row[key] for key in ("L", *TABLE)} | {name: row[name] for name in names}
 
 
 def _subject(analysis: Analysis) -> dict[str, Any]:
-    """What two runs must have in common to be compared."""
+    """What a control's run must share with the run."""
     sizes = {key: getattr(analysis, key) for key in ("num_layers", "hidden", "n_calib_tokens")}
     chosen = {key: analysis.run["flags"][key] for key in ("top_k", "last_state")}
     return sizes | chosen | {"phases": [row["phase"] for row in analysis.per_layer]}
 
 
 def _check_subject(control: Analysis, wanted: dict[str, Any]) -> None:
-    own = _subject(control)
-    different = [f"{key} is {own[key]}, not {value}" for key, value in wanted.items() if own[key] != value]
+    given = _subject(control)
+    different = [
+        f"{key} is {given[key]}, not {value}" for key, value in wanted.items() if given[key] != value
+    ]
     if different:
         raise JaxDeltaError(f"compare_control: the control is of another run: {'; '.join(different)}")

@@ -1,6 +1,6 @@
-"""What a run needs of the device's memory, computed before a weight is read, and how it is kept within it.
+"""Memory plan: divides the work so that a run fits the device, before any weight is read.
 
-Sizes are bytes. Axes: n tokens in all, of which m pass a layer at once; d hidden size.
+Sizes are bytes. Axes: n tokens, m of them in a block; d hidden size.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ from jaxdelta.sweep.sweep import Blocks
 
 MODES = ("auto", "stream", "resident")
 
-# Tokens of a long text that pass at once, on a CPU and elsewhere: more make nothing faster, need more memory,
-# and on a CPU do not fit into its cache.
+# Tokens in a block of a long text, on a CPU and on an accelerator. Larger blocks are not faster and need more
+# memory; on a CPU they do not fit its cache.
 CACHED_TOKENS, BLOCK_TOKENS = 2_048, 8_192
-SPARE_BYTES = 1e9  # updates of a text may take this much where moments would take less
-FEW_GROUPS = 10  # groups of a text whose moments do not fit with more
-USABLE = 0.9  # of a device's memory; the rest is the runtime's
+SPARE_BYTES = 1e9  # rows are preferred up to this size even where moments would be smaller
+FEW_GROUPS = 10  # groups of a text whose moments do not fit with more groups
+USABLE = 0.9  # share of a device's memory; the runtime needs the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What the layers are summarised from, and what for.
+    """What is summarised of each layer.
 
-    `views` that differ without sinks, of `parts` of the update; `groups` of tokens, of which a window has at
-    most `visits`; `moments_only`: rows are no choice.
+    `views`: number of views, a masked one not counted; `parts` of the update: itself, attention, MLP;
+    `groups`: resampling groups, at most `visits` of them in a window; `moments_only`: never from rows.
     """
 
     views: int = 1
@@ -49,25 +49,25 @@ class Measurement:
     moments_only: bool = False
 
     def row_work(self, n: int, d: int) -> float:
-        """Time of a layer from rows, in float64 multiply-adds of a product: Gram matrix and eigensolution."""
+        """Time of a layer from rows, in float64 multiply-adds: Gram matrix and eigensolution."""
         m = min(n, d)
         return self.views * (n * d * m + 3.0 * m**3)
 
     def moment_work(self, n: int, d: int, blocks: float) -> float:
         """Time of a layer from moments: float32 products of each part, a full eigensolution of each view.
 
-        The weights of the terms, also in `row_work`, were measured on one core at d = 1024; 10⁹ is what
-        taking a block apart costs beside the products.
+        The coefficients, also those of `row_work`, were measured on one core at d = 1024; 10⁹ is the overhead
+        of a block.
         """
         return 0.6 * self.visits * self.parts * n * d**2 + 8.0 * self.views * d**3 + 1e9 * blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the pass is divided, what the layers are summarised from, and the bytes that takes by their use.
+    """How the pass is divided, what layers are summarised from, and the bytes on the device by purpose.
 
-    `groups` is the number of groups whose moments are kept, 0 where the layers are summarised from rows;
-    `at_once` layers of them at a time. `waiting` are bytes of states that are not on the device.
+    `groups`: number of groups whose moments are kept, 0 if layers are summarised from rows; `at_once`: number
+    of layers summarised together; `waiting`: bytes of states kept off the device.
     """
 
     mode: str
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All that is on the device at once."""
+        """Bytes on the device."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -92,9 +92,9 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryDemand:
-    """What is to be computed, as far as memory goes.
+    """What the memory of a run depends on.
 
-    `data` devices share the windows, `model` devices a layer's weights.
+    `data` devices share the windows, `model` devices share each layer's weights.
     """
 
     weights: Weights
@@ -139,9 +139,9 @@ class MemoryDemand:
         return Plan(mode, blocks, at_once, parts, limit, waiting, groups)
 
     def _makers(self) -> list[int]:
-        """What to summarise layers from, the best first: rows (0), or the moments of this many groups.
+        """What to summarise layers from, the best first: rows (0), or moments of this number of groups.
 
-        Rows while they cost less than moments, and take less memory or little.
+        Rows come first if they take less time, and either less memory or little.
         """
         measurement = self.measurement
         moments = sorted({measurement.groups, min(measurement.groups, FEW_GROUPS)}, reverse=True)
@@ -155,22 +155,22 @@ class MemoryDemand:
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """(n, d) of an update: the first token of a window is in none."""
+        """(n, d) of an update, without the first token of each window."""
         windows, length = self.tokens
         return windows * (length - 1), self.config.hidden_size
 
     def _rows(self, left: int) -> tuple[int, int]:
-        """How many layers are summarised at once from rows where so much is left, and their bytes."""
+        """Number of layers summarised together from rows with `left` bytes free, and the bytes they take."""
         shape, devices = self._shape, self.data * self.model
         count = layers_at_once(shape, self.config.num_layers, left, devices)
         return count, count * spectrum_bytes(*shape) + layers_pending(count * devices) * update_bytes(*shape)
 
     def _spectra(self, blocks: Blocks, groups: int, left: int) -> tuple[int, int]:
-        """How many layers are summarised at once where so much is left, and the bytes of it."""
+        """Number of layers summarised together with `left` bytes free, and the bytes that takes."""
         if not groups:
             return self._rows(left)
         d = self.config.hidden_size
-        # The block before is kept until the next is under way.
+        # The previous block is freed only once the next one is being computed.
         block = update_bytes(self._share(blocks.windows * self.tokens[1]), d)
         return 1, moment_bytes(self.measurement.parts, groups, d) + 2 * block
 
@@ -188,21 +188,21 @@ class MemoryDemand:
                     yield Blocks(count, MIN_QUERY_BLOCK, place)
 
     def _filled(self, windows: int, groups: int) -> int:
-        """As many windows for each device; moments are taken by all of them, the layers passed by `data`."""
+        """Rounds up to a multiple of the devices that share the windows: all of them when taking moments."""
         devices = self.data * (self.model if groups else 1)
         return -(-windows // devices) * devices
 
     def _pairs(self, count: int) -> int:
-        """Of a row and a key/value head, on a device."""
+        """Pairs of a window and a key/value head on each device."""
         return self._share(count) * self.config.num_kv_heads // self.model
 
     def _share(self, count: int) -> int:
-        """Of windows or tokens, what a device has."""
+        """Each device's share of windows or tokens."""
         return -(-count // self.data)
 
     @property
     def _state(self) -> int:
-        """Bytes of a token's state: the stream, and the sum of updates."""
+        """Bytes of a token's state: the residual stream, and the sum of the updates."""
         return self.config.hidden_size * (DTYPE_BYTES[self.residual_dtype] + 4)
 
     def _parts(self, blocks: Blocks) -> dict[str, int]:
@@ -210,18 +210,17 @@ class MemoryDemand:
         m, n, d = self._share(blocks.windows) * length, self._share(windows * length), config.hidden_size
         layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
         embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
+        loss = 8 * min(math.prod(self.tokens), PROBED) * VOCAB_SLICE
         return {
-            # A resident model's layers lie in stacks: the one at work is a copy.
+            # A resident model stacks its layers; the one being computed is a copy.
             "weights": sum(layers) + max(layers) + embeddings if self.resident else 2 * max(layers),
-            # A block's states enter and leave; the others wait, the ones that entered with them.
+            # States before the layer and after it: of all blocks, or of the one being computed.
             "states": 2 * (n if blocks.place == "device" else m) * self._state,
-            "layer": max(
-                self._layer_workspace(blocks), 8 * min(math.prod(self.tokens), PROBED) * VOCAB_SLICE
-            ),
+            "layer": max(self._layer_workspace(blocks), loss),
         }
 
     def _layer_workspace(self, blocks: Blocks) -> int:
-        """Queries, keys, values, scores and the MLP's inside in float32, weights in the compute dtype."""
+        """Queries, keys, values, scores and MLP activations in float32; weights in the compute dtype."""
         config, (_, length) = self.config, self.tokens
         windows, wide = self._share(blocks.windows), DTYPE_BYTES[self.compute_dtype]
         m, model = windows * length, self.model
@@ -230,12 +229,12 @@ class MemoryDemand:
         at_once = pairs if model > 1 else pairs_at_once(config, blocks.queries, length)
         scores = 3 * min(pairs, at_once) * group * blocks.queries * length
         inside = m * max(heads + 2 * config.hidden_size, self._mlp_width())
-        # Of experts one is at work at a time: the axes before a weight's own two do not count.
+        # Experts are computed one at a time: a weight's leading axes do not count.
         largest = max(math.prod(leaf.shape[-2:]) for leaves in self._layers for leaf in leaves)
         return 4 * (scores + inside + 3 * m * config.hidden_size) + 3 * largest * wide
 
     def _mlp_width(self) -> int:
-        """Numbers a token has inside the MLP; with experts also its scores and shares."""
+        """Activations per token in the MLP; with experts also routing scores and shares."""
         experts, dense = self.config.experts, self.config.layers_of(sparse=False)
         widths = [3 * self.config.intermediate_size // self.model] if dense else []
         if experts:
@@ -244,20 +243,19 @@ class MemoryDemand:
 
     @cached_property
     def _layers(self) -> list[list[Any]]:
-        """Every layer's arrays, as the shapes that a device has of them."""
-        model = 1 if self.resident else self.model  # a resident model is whole on the first device
+        """Shapes of every layer's arrays on one device."""
+        model = 1 if self.resident else self.model  # a resident model is on the first device only
         layers = map(self.weights.abstract_layer, range(self.config.num_layers))
         return [[share(path, leaf, model) for path, leaf in nnx.to_flat_state(layer)] for layer in layers]
 
 
 def block_tokens() -> int:
-    """How many tokens of a long text pass a layer at once, on each device."""
+    """Tokens in a block of a long text, for each device."""
     return CACHED_TOKENS if jax.default_backend() == "cpu" else BLOCK_TOKENS
 
 
 def device_limit(gigabytes: float | None = None, devices: int = 1) -> int:
-    """The bytes that may be used: of the device's memory, on a CPU of the machine's, which so many simulated
-    devices share; `gigabytes` caps it."""
+    """Usable bytes of each device, at most `gigabytes` 10⁹. `devices` of a CPU share the machine's memory."""
     stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
     return int(min(USABLE * memory, math.inf if gigabytes is None else gigabytes * 1e9))

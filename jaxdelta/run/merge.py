@@ -1,7 +1,4 @@
-"""Runs over several texts of one model, put together as one run over all of them.
-
-Axes: n tokens that count in all, G groups in all.
-"""
+"""Merging runs of one model over several texts into one run over all of them."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -21,35 +18,25 @@ from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import parse_views, parts_of_views
 from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import layer_record
-from jaxdelta.text.excerpt import excerpt
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import PADDING, Tokens
 
-# Of a run's flags: what another must have the same to be put together with it.
+# Flags that must be equal in all runs.
 SAME_FLAGS = (
-    "top_k",
-    "last_state",
-    "compute_dtype",
-    "residual_dtype",
-    "phases",
-    "views",
-    "sink_factor",
-    "revision",
-    "control",
+    *("top_k", "last_state", "compute_dtype", "residual_dtype", "phases", "views", "sink_factor"),
+    *("revision", "control"),
 )
 
 
 def merge_runs(directories: Sequence[Path]) -> Analysis:
-    """The analysis of all these runs' texts together, from the moments that they kept.
+    """The analysis of all texts together, from the moments in directories that --keep_moments wrote.
 
-    Equal to one run over all texts, but for what is drawn anew: groups are those of the runs.
-
-    Args:
-        directories: as `--keep_moments` wrote them.
+    The numbers are those of one run over all texts, except what resampling draws: groups are those of the
+    runs.
 
     Raises:
-        UsageError: fewer than two.
-        JaxDeltaError: one is missing or damaged, or they do not belong together; it says why.
+        UsageError: fewer than two directories.
+        JaxDeltaError: one is missing or damaged, or the runs do not match; the message says why.
     """
     if len(directories) < 2:
         raise UsageError("runs: at least two are needed")
@@ -60,29 +47,27 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
     sample = _sample([load_text(directory) for directory in directories], options)
     phases = Phases(tuple(row["phase"] for row in first.per_layer))
     layers = [
-        layer_record(row, _layer(directories, row, options), phases, sample, options.top_k, first.hidden)
-        for row in range(first.num_layers + 1)
+        layer_record(index, _layer(directories, index, options), phases, sample, options.top_k, first.hidden)
+        for index in range(first.num_layers + 1)
     ]
-    fields = collect(layers, phases, sample, options)
     return Analysis(
         model=first.model,
         num_layers=first.num_layers,
         hidden=first.hidden,
         n_calib_tokens=sum(run.n_calib_tokens for run in runs),
-        text=excerpt(sample.tokens, fields["per_layer"]),
         run=_run_facts(runs, sample),
-        **fields,
+        **collect(layers, phases, sample, options),
     )
 
 
 def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
-    def kind(run: Analysis) -> dict[str, Any]:
-        own = {"model": run.model, "layers": run.num_layers, "hidden": run.hidden}
-        return own | {name: run.run["flags"][name] for name in SAME_FLAGS}
+    def traits(run: Analysis) -> dict[str, Any]:
+        sizes = {"model": run.model, "layers": run.num_layers, "hidden": run.hidden}
+        return sizes | {name: run.run["flags"][name] for name in SAME_FLAGS}
 
     for run, directory in zip(runs[1:], directories[1:], strict=True):
-        for name, value in kind(run).items():
-            if value != (wanted := kind(runs[0])[name]):
+        for name, value in traits(run).items():
+            if value != (wanted := traits(runs[0])[name]):
                 raise JaxDeltaError(f"{directory}: has {name} {value}, {directories[0]} has {wanted}")
     for (i, run), (j, other) in combinations(enumerate(runs), 2):
         if run.run["text_fingerprint"] == other.run["text_fingerprint"]:
@@ -90,41 +75,41 @@ def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
 
 
 def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> ResamplingGroups:
-    """All texts in one row, one after the other; documents and groups are numbered on."""
-    tokens = [text for text, _ in texts]
-    lengths = np.cumsum([0, *(text.ids.size for text in tokens)])
-    documents = np.cumsum([0, *(int(text.documents.max()) + 1 for text in tokens)])
-    groups = np.cumsum([0, *(int(owners.max()) + 1 for _, owners in texts)])
+    """All texts joined in one row; documents and groups are numbered through."""
+    tokens, groups = zip(*texts, strict=True)
+    ends = np.cumsum([text.ids.size for text in tokens])
 
     def word(window: int, place: int) -> str:
-        run = int(np.searchsorted(lengths, place, side="right")) - 1
-        return tokens[run].text(0, place - int(lengths[run]))
+        index = int(np.searchsorted(ends, place, side="right"))
+        return tokens[index].text(0, place - int(ends[index]) + tokens[index].ids.size)
 
-    numbered = [
-        np.where(text.documents == PADDING, PADDING, text.documents + start).astype(np.int32)
-        for text, start in zip(tokens, documents, strict=False)
-    ]
     whole = Tokens(
         np.concatenate([text.ids for text in tokens], axis=1),
-        np.concatenate(numbered, axis=1),
+        np.concatenate(_numbered([text.documents for text in tokens]), axis=1),
         word,
         np.concatenate([text.positions for text in tokens], axis=1),
     )
-    owners = np.concatenate([own + start for (_, own), start in zip(texts, groups, strict=False)])
-    return ResamplingGroups.grouped(whole, owners, options.bootstrap, options.seed)
+    group_of_token = np.concatenate(_numbered(groups))
+    return ResamplingGroups.grouped(whole, group_of_token, options.bootstrap, options.seed)
 
 
-def _layer(directories: Sequence[Path], row: int, options: Options) -> LayerSummary:
+def _numbered(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The numbers of each part, those of all parts before it counted first; padding stays."""
+    starts = np.cumsum([0, *(int(part.max()) + 1 for part in parts)])
+    return [
+        np.where(part == PADDING, PADDING, part + start).astype(part.dtype)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+
+
+def _layer(directories: Sequence[Path], index: int, options: Options) -> LayerSummary:
     views = parse_views(options.views)
-    parts = parts_of_views(views)
-    merged = merge([load_layer(directory, row, parts) for directory in directories])
-    return merged.summary(
-        MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
-    )
+    plan = MeasurementPlan(options.top_k, options.svd, views, options.sink_factor, options.resampled)
+    return merge([load_layer(path, index, parts_of_views(views)) for path in directories]).summary(plan)
 
 
 def _run_facts(runs: Sequence[Analysis], sample: ResamplingGroups) -> dict[str, Any]:
-    """The first run's, with what holds of all texts: the worst closure, the mean loss."""
+    """The first run's facts, with the worst closure and the mean loss of all texts."""
     facts = [run.run for run in runs]
     tokens = [run.run.get("loss_tokens", run.n_calib_tokens) for run in runs]
     return facts[0] | {

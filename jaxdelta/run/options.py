@@ -1,4 +1,4 @@
-"""What a run can be told: the flags of delta_svd.py, and the options of `analyze`."""
+"""The options of a run: flags of the command `jaxdelta`, keyword arguments of `analyze`."""
 
 import dataclasses
 import difflib
@@ -15,17 +15,26 @@ from jaxdelta.sweep.mesh import parse_mesh
 from jaxdelta.text.documents import DEFAULT_SPLIT, DEFAULT_TEXT_KEY
 from jaxdelta.text.windows import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS
 
-LAST_STATES = ("residual", "normed")
 DTYPES = ("float32", "bfloat16")
-MIN_DRAWS = 20  # of a resampling, below which its quantiles mean nothing
+CHOICES = {
+    "layout": LAYOUTS,
+    "last_state": ("residual", "normed"),
+    "svd": METHODS,
+    "compute_dtype": DTYPES,
+    "residual_dtype": DTYPES,
+    "loader": LOADERS,
+    "memory": MODES,
+    "control": (None, *CONTROLS),
+}
+MIN_DRAWS = 20  # fewer resampling draws have meaningless quantiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a run can be told; each field is the flag of the same name.
+    """The options of a run; each field is the flag of the same name.
 
     Raises:
-        UsageError: a value that no run could use.
+        UsageError: an impossible value.
     """
 
     top_k: int = 8
@@ -58,10 +67,10 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Options":
-        """Options by their names, as a caller gave them.
+        """Options from a caller's keyword arguments.
 
         Raises:
-            UsageError: a name that none has, a value of another type, or one that no run could use.
+            UsageError: an unknown name, a value of the wrong type, or an impossible value.
         """
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         for name, value in given.items():
@@ -74,34 +83,20 @@ class Options:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        choices = {
-            "layout": LAYOUTS,
-            "last_state": LAST_STATES,
-            "svd": METHODS,
-            "compute_dtype": DTYPES,
-            "residual_dtype": DTYPES,
-            "loader": LOADERS,
-            "memory": MODES,
-            "control": (None, *CONTROLS),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(self, name)!r}"
                 )
-        if self.top_k < 1:
-            raise UsageError(f"top_k must be at least 1, not {self.top_k}")
-        for name in ("max_tokens", "seq_len"):
-            if getattr(self, name) < 2:
-                raise UsageError(f"{name} must be at least 2, not {getattr(self, name)}")
-        if self.seed < 0:
-            raise UsageError(f"seed must be at least 0, not {self.seed}")
+        for name, least in (("top_k", 1), ("max_tokens", 2), ("seq_len", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.device_memory_gb is not None and not self.device_memory_gb > 0:
             raise UsageError(f"device_memory_gb must be above 0, not {self.device_memory_gb}")
         if not self.sink_factor > 1:
             raise UsageError(f"sink_factor must be above 1, not {self.sink_factor}")
         for name in ("bootstrap", "null_draws"):
-            if not (value := getattr(self, name)) == 0 and value < MIN_DRAWS:
+            if (value := getattr(self, name)) != 0 and value < MIN_DRAWS:
                 raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
         parse_views(self.views)
         if self.mesh is not None:
@@ -109,7 +104,7 @@ class Options:
 
     @property
     def resampled(self) -> bool:
-        """Whether there are intervals or nulls: else only the figures themselves are computed."""
+        """Whether intervals or nulls are computed."""
         return self.bootstrap > 0 or self.null_draws > 0
 
 

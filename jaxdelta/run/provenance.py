@@ -1,4 +1,4 @@
-"""What a result says of its own run: with what it was made, in which time, and its checks."""
+"""Provenance of a run: versions, device, options, timings and checks."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,13 @@ FEW_DOCUMENTS = 10
 VERSIONED = ("jax", "jaxlib", "flax", "numpy")
 
 
-@dataclasses.dataclass(frozen=True)
-class SpectrumChecks:
-    """The largest defect of all spectra, and the rows of which NumPy had to do some again."""
+def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """The field `run` of a result, without times.
 
-    certificate: float
-    on_host: list[int]
-
-    @classmethod
-    def of(cls, layers: Sequence[LayerRecord]) -> "SpectrumChecks":
-        """Of all layers."""
-        again = [layer.on_host for layer in layers]
-        return cls(max(layer.certificate for layer in layers), np.flatnonzero(again).tolist())
-
-
-def run_record(run: RunContext, found: PassResult, spectra: SpectrumChecks) -> dict[str, Any]:
-    """The `run` of a result, without the seconds of its stages."""
+    `certificate` is the largest residual of all spectra; `rows_on_host` lists the layers with spectra that
+    NumPy had to recompute.
+    """
     options, plan, tokens = run.options, run.plan, run.sample.tokens
-    assert plan is not None
     return {
         "versions": versions(),
         "device": device(),
@@ -54,23 +43,23 @@ def run_record(run: RunContext, found: PassResult, spectra: SpectrumChecks) -> d
             "padding": tokens.padding,
         },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
-        "closure_error": found.closure_error,
-        "calibration_loss": found.loss,
-        "loss_tokens": found.loss_tokens,
-        "certificate": spectra.certificate,
-        "rows_on_host": spectra.on_host,
+        "closure_error": outcome.closure_error,
+        "calibration_loss": outcome.loss,
+        "loss_tokens": outcome.loss_tokens,
+        "certificate": max(layer.certificate for layer in layers),
+        "rows_on_host": [index for index, layer in enumerate(layers) if layer.on_host],
         **document_facts(tokens),
     }
 
 
 def document_facts(tokens: Tokens) -> dict[str, Any]:
-    """How many documents have tokens that count, and whether they are few for intervals."""
+    """The number of documents with tokens that count, and whether it is too small for good intervals."""
     documents = len(np.unique(tokens.documents[tokens.counted]))
     return {"documents": documents, "few_documents": documents < FEW_DOCUMENTS}
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that a figure may depend on."""
+    """Versions of this package and of the packages that numbers may depend on."""
     return {"jaxdelta": __version__, **{package: metadata.version(package) for package in VERSIONED}}
 
 
@@ -80,11 +69,14 @@ def device() -> str:
 
 
 def pass_times(seconds: Mapping[str, float]) -> str:
-    """What bound the pass: the layers wait where reading is slower than computing, or the disk they are kept
-    on is."""
+    """The seconds of the pass, of the work concurrent with it, and what bound it."""
     bounds = {"compute": "computing", "wait": "reading", "keep": "keeping"}
-    told = [what for what in (*bounds, "loss") if what in seconds]
-    own = ", ".join(f"{what} {seconds[what]:.2f} s" for what in told)
-    beside = ", ".join(f"{what} {seconds[what]:.2f} s" for what in ("read", "transfer", "spectra"))
-    bound = max(set(bounds) & set(told), key=lambda what: seconds[what])
-    return f"{own}; beside them {beside}: bound by {bounds[bound]}"
+
+    def listed(*names: str) -> str:
+        return ", ".join(f"{name} {seconds[name]:.2f} s" for name in names if name in seconds)
+
+    bound = max((name for name in bounds if name in seconds), key=lambda name: seconds[name])
+    return (
+        f"{listed(*bounds, 'loss')}; concurrently {listed('read', 'transfer', 'spectra')}: "
+        f"bound by {bounds[bound]}"
+    )

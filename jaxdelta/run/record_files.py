@@ -1,6 +1,6 @@
-"""A layer's record as bytes and back, bit for bit: NumPy's .npz, with a header in JSON.
+"""A layer's record as bytes and back, bit for bit: NumPy's .npz with a JSON header.
 
-No pickle: opening somebody else's file runs none of their code.
+No pickle, so that opening a file runs no code from it.
 """
 
 import io
@@ -17,8 +17,8 @@ _HEADER = "header"
 
 
 def pack(record: LayerRecord) -> bytes:
-    """The bytes from which `unpack` makes the same record."""
-    # One summary may stand for two views: without sinks the masked view is the raw one.
+    """The record as bytes."""
+    # Two views may share one summary: without sinks the masked view is the raw one.
     summaries = list({id(summary): summary for summary in record.views.values()}.values())
     numbers = {id(summary): number for number, summary in enumerate(summaries)}
     header = record._asdict() | {
@@ -40,7 +40,7 @@ def pack(record: LayerRecord) -> bytes:
 
 
 def unpack(data: bytes) -> LayerRecord:
-    """The record that was packed."""
+    """The record from its bytes."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         header = json.loads(str(arrays[_HEADER]))
         fields: list[dict[str, Any]] = header.pop("scalars")

@@ -1,20 +1,18 @@
-"""Goes on with a run that was killed: after every layer the states and the layer's record are kept.
+"""Resuming a run that was killed: after every layer the states and the layer's record are kept.
 
-In the directory of a run, `DIR/jaxdelta-run`:
+Files in the run's directory, `DIR/jaxdelta-run`:
 
-    manifest.json       what must be equal for a run to go on from here
-    step-L/block-B      the states of a block after layer L, of the last two steps
+    manifest.json       what must be equal for a run to resume from here
+    step-L/block-B      the states of block B after layer L; the last two steps are kept
     record-L            the record of layer L
-    moments/            what --keep_moments asks for, until the run ends
-    step-L.json         the step is whole: the digests of its blocks, and of the records and moments of layers
-                        0 .. L
+    moments/            the moments for --keep_moments, until the run ends
+    step-L.json         completes step L: digests of its blocks, and of records and moments up to layer L
 
-Orbax writes blocks and records, or, of several processes, TensorStore in Orbax's format; they are read as
-`orbax_store` reads weights. One thread writes them beside the pass, in the order in which they come: what a
-step consists of is on disk before the file that says so.
+Orbax writes blocks and records; with several processes TensorStore does, in Orbax's format. One thread
+writes them, in order, while the pass continues, so a step's content is on disk before step-L.json.
 
-Of several processes each keeps its own windows' states, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on a disk
-of its own or on one that all share. They go on from the last step that is whole for all of them.
+Each of several processes keeps the states of its windows, in `jaxdelta-run`, `jaxdelta-run-1`, ..., on its
+own disk or on a shared one. They resume from the last step that is complete for all of them.
 """
 
 import contextlib
@@ -39,32 +37,30 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
+from jaxdelta.run.context import RunContext
+from jaxdelta.run.provenance import device, versions
 from jaxdelta.run.record_files import pack, unpack
 from jaxdelta.spectra.moments.files import layer_file
 from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.states import State, States
-from jaxdelta.sweep.sweep import Blocks
-from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.files import locked, write_together
 
 RUN, MANIFEST, MOMENTS = "jaxdelta-run", "manifest.json", "moments"
-STEPS = 2  # whole ones whose states are kept
-PENDING = 2  # layers of a short text that are summarised at once: a step waits for them
+STEPS = 2  # complete steps whose states are kept
+PENDING = 2  # layers summarised concurrently: a step is complete only when its layer's record is there
 
-# Options that change no number, or only by the blocks, which are told apart as they are.
+# Options that change no number except through the blocks, which are compared themselves.
 _FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
-
-# Of each file of weights so many bytes are looked at in so many places: they tell one model from another.
-_SAMPLES, _SAMPLE_BYTES = 256, 4096
-_WAITING = 2  # pieces that are to be written: the pass waits for the disk when there are more
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # places per weight file, and bytes at each, that identify a model
+_WAITING = 2  # writes in the queue; the pass waits for the disk when there are more
 _NUMBERED = re.compile(r"(?:step|record)-(\d{6})(?:\.json)?")
 Arrays = Mapping[str, np.ndarray]
 
 
 class Run:
-    """A run's checkpoint, the one thread that writes it, and the layer it goes on from, `start`.
+    """A run's checkpoint, the thread that writes it, and `start`, the layer to resume with.
 
-    The states after a layer are kept until a later step is whole, however many layers are summarised at once.
+    The states after a layer stay until a later step is complete.
     """
 
     start = 0
@@ -73,19 +69,19 @@ class Run:
         self._directory, self._layers, self._listener = directory, layers, listener
         self._writer, self._failed = ThreadPoolExecutor(1, "checkpoint"), False
         self._waiting: deque[Future[None]] = deque()
-        # The last step that is whole here, and the last that is so for all processes, which is kept.
+        # The last complete step of this process, and the last one of all processes, which must be kept.
         self._whole = self._common = -1
-        # Only the writing thread touches these once it runs: digests of what lies on disk.
+        # Digests of the files on disk; once the writing thread runs, only it touches them.
         self._records: list[str] = []
         self._moments: list[str] = []
         self._blocks: dict[int, list[str]] = {}
 
     def keeps(self, layer: int) -> bool:
-        """Whether the states after this layer are kept: after the last one nothing is left to go on with."""
+        """Whether the states after this layer are kept: all but the last layer's."""
         return layer < self._layers - 1
 
     def restore(self, states: States) -> int:
-        """Fills in the states after the last layer of which all is whole; the layer to go on with, or 0."""
+        """Restores the states of the last undamaged step; returns the layer to resume with, or 0."""
         self._states = states
         steps = self._steps()
         while (layer := _least(max(steps, default=-1))) >= 0:
@@ -110,12 +106,12 @@ class Run:
         return True
 
     def _is_used(self, path: Path) -> bool:
-        """Whether the run goes on from it, or may have to later: a step only where it is called whole."""
+        """Whether the run resumes from this file, or may have to later."""
         if path.name == MOMENTS:
             return self.start > 0
         number = _NUMBERED.fullmatch(path.name)
-        whole = path.name.startswith("record") or path.with_suffix(".json").exists()
-        return number is not None and int(number[1]) < self.start and whole
+        complete = path.name.startswith("record") or path.with_suffix(".json").exists()
+        return number is not None and int(number[1]) < self.start and complete
 
     def _restore(self, layer: int, states: States) -> None:
         try:
@@ -127,7 +123,7 @@ class Run:
             self._record_of(index, digest)
         for index, digest in enumerate(moments):
             if _file_digest(self._moments_of(index)) != digest:
-                raise _Damaged(f"{MOMENTS}: those of layer {index} differ")
+                raise _Damaged(f"{MOMENTS}: layer {index} differs")
         for block, digest in enumerate(blocks):
             states[block] = State(**_load(self._path("step", layer) / f"block-{block:06}", digest))
         self._records, self._moments = records, moments
@@ -136,29 +132,29 @@ class Run:
         return unpack(_load(self._path("record", layer), digest)["record"].tobytes())
 
     def keep(self, layer: int, block: int, state: State) -> None:
-        """Keeps what the pass leaves of a block after a layer."""
+        """Keeps the states of a block after a layer."""
         if self.keeps(layer):
-            own = self._states.fetch(state)._asdict()
-            # A copy, since the next layer writes over what was written so far.
-            self._submit(self._keep, layer, block, {name: np.array(x) for name, x in own.items()})
+            arrays = self._states.fetch(state)._asdict()
+            # A copy, since the next layer overwrites the states.
+            self._submit(self._keep, layer, block, {name: np.array(x) for name, x in arrays.items()})
 
     def records(self) -> list[LayerRecord]:
         """The records of the layers before `start`."""
         return [self._record_of(layer, digest) for layer, digest in enumerate(self._records[: self.start])]
 
     def keep_record(self, layer: int, record: LayerRecord) -> None:
-        """Keeps the record of a layer; they must come in the layers' order."""
+        """Keeps the record of a layer; call it in the layers' order."""
         if self.keeps(layer):
             self._common = _least(self._whole)
             self._submit(self._finish, layer, record)
 
     def wait(self) -> None:
-        """Returns when all is written that was handed over; raises what failed."""
+        """Waits until everything is written; raises the first error of writing."""
         while self._waiting:
             self._waiting.popleft().result()
 
     def close(self) -> None:
-        """Ends when all is written that was handed over."""
+        """Ends the writing thread when everything is written."""
         self._writer.shutdown()
 
     def _submit(self, write: Callable[..., None], *args: Any) -> None:
@@ -167,7 +163,7 @@ class Run:
         self._waiting.append(self._writer.submit(self._write, write, *args))
 
     def _write(self, write: Callable[..., None], *args: Any) -> None:
-        """On the writing thread; after a piece that is missing, no step may be called whole."""
+        """Runs on the writing thread. After a failed write no later step may count as complete."""
         if not self._failed:
             self._failed = True
             write(*args)
@@ -178,7 +174,7 @@ class Run:
         self._blocks.setdefault(layer, []).append(digest)
 
     def _finish(self, layer: int, record: LayerRecord) -> None:
-        """The record comes when the states have been written: with it the step is whole."""
+        """Writes the record and completes the step, whose states are on disk by now."""
         packed = np.frombuffer(pack(record), np.uint8)
         self._records.append(_save(self._path("record", layer), {"record": packed}))
         if digest := _file_digest(self._moments_of(layer)):
@@ -193,7 +189,7 @@ class Run:
                 _remove(self._path("step", old))
 
     def _steps(self) -> list[int]:
-        """The layers whose steps are called whole."""
+        """The layers whose steps are complete."""
         return sorted(int(step.stem.removeprefix("step-")) for step in self._directory.glob("step-*.json"))
 
     def _path(self, kind: str, layer: int, suffix: str = "") -> Path:
@@ -205,80 +201,62 @@ class Run:
 
 @contextlib.contextmanager
 def opened(
-    directory: str,
-    manifest: Mapping[str, Any],
-    layers: int,
-    listener: Callable[[str], None],
+    directory: str, manifest: Mapping[str, Any], layers: int, listener: Callable[[str], None]
 ) -> Iterator[Run]:
-    """The run whose checkpoint is in this directory, or a new one.
+    """The checkpoint in a directory, which is created if it is missing.
 
-    Args:
-        directory: as the user gave it; it is made where it is not there.
-        manifest: what must be equal for a run to go on, by its name; JSON.
-        layers: how many the model has.
-        listener: told what is resumed.
+    `manifest`, in JSON's types, must equal the one there; `layers` is the model's number of layers; the
+    listener gets a line if the run resumes.
 
     Raises:
-        JaxDeltaError: it is the checkpoint of another run, in use, or cannot be written.
+        JaxDeltaError: the checkpoint belongs to another run, is in use, or cannot be written.
     """
-    own = _own(directory)
-    with plain_errors(own.parent, {OSError: "{}: no checkpoint can be kept there ({})"}):
-        own.mkdir(parents=True, exist_ok=True)
-    with quiet(), locked(own) as ours:
+    path = _local(directory)
+    with plain_errors(path.parent, {OSError: "{}: no checkpoint can be kept there ({})"}):
+        path.mkdir(parents=True, exist_ok=True)
+    with quiet(), locked(path) as ours:
         if not ours:
             raise JaxDeltaError(
-                f"{own}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
+                f"{path}: another run is using it, or it cannot be locked; choose another --checkpoint_dir"
             )
-        _check(own, manifest)
-        with contextlib.closing(Run(own, layers, listener)) as run:
+        _check(path, manifest)
+        with contextlib.closing(Run(path, layers, listener)) as run:
             yield run
 
 
-def _own(directory: str) -> Path:
+def _local(directory: str) -> Path:
     """This process' part of a checkpoint."""
     index = jax.process_index()
     return Path(directory).expanduser().absolute() / (f"{RUN}-{index}" if index else RUN)
 
 
 def moments(directory: str | None) -> Path | None:
-    """Where a run with a checkpoint fills in its moments."""
-    return None if directory is None else _own(directory) / MOMENTS
+    """Where a run with a checkpoint collects its moments; None without a checkpoint."""
+    return None if directory is None else _local(directory) / MOMENTS
 
 
-def manifest(
-    program: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-    tokens: Tokens,
-    blocks: Blocks,
-) -> dict[str, Any]:
-    """What must be equal for a run to go on, by its name; where two runs differ, the first one is told.
-
-    Args:
-        program: versions, device, and whatever else decides the last bit of a number.
-        checkpoint: the weights as they are on disk.
-        options: the run's, by their names.
-        tokens: the text.
-        blocks: how the pass is divided.
-    """
+def manifest(run: RunContext, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What must be equal for a run to resume, by name: all that may change the last bit of a number."""
+    cpu = jax.default_backend() == "cpu"
+    options = dataclasses.asdict(run.options)
     return {
-        **program,
+        **versions(),
+        "device": device(),
+        "layers summarised at once": run.plan.at_once,
         "jax_default_matmul_precision": jax.config.values["jax_default_matmul_precision"],
         "processes": jax.process_count(),
         "devices": jax.device_count(),
-        "cores": os.cpu_count()
-        if jax.default_backend() == "cpu"
-        else None,  # products are shared out to them
+        "cores": os.cpu_count() if cpu else None,  # XLA divides matrix products among them
         **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
         "weights": _weights_digest(checkpoint.directory),
         **{f"--{name}": value for name, value in options.items() if name not in _FREE},
-        "text": tokens.fingerprint,
-        **{f"blocks: {name}": value for name, value in blocks._asdict().items()},
+        "text": run.sample.tokens.fingerprint,
+        **{f"blocks: {name}": value for name, value in run.plan.blocks._asdict().items()},
     }
 
 
 def _weights_digest(directory: Path) -> str:
-    """Of the files' sizes and of samples of what is in them; a file of a megabyte is read as a whole."""
+    """A digest of the files' sizes and samples of their content; files up to 1 MiB are read whole."""
     others = [*(directory / hub.ORBAX).rglob("*"), *directory.glob("*.bin"), *directory.glob("*.gguf")]
     digest = hashlib.blake2b(digest_size=16)
     for path in safetensors_files(directory) or sorted(path for path in others if path.is_file()):
@@ -292,15 +270,17 @@ def _weights_digest(directory: Path) -> str:
 
 
 def remove(directory: str | None) -> None:
-    """Takes away the checkpoint of a run that has come to its end: of several processes, when all say so."""
+    """Removes the checkpoint of a finished run, once all processes have called this."""
     if directory is not None:
         _least(0)
-        _remove(_own(directory) / MANIFEST)  # first: without it the rest counts for nothing, if we are killed
-        _remove(_own(directory))
+        _remove(
+            _local(directory) / MANIFEST
+        )  # first: without it the rest is ignored, should we be killed now
+        _remove(_local(directory))
 
 
 def _least(number: int) -> int:
-    """The least of what all processes say; they must all ask for it."""
+    """The least number over all processes, each of which must call this."""
     if jax.process_count() == 1:
         return number
     from jax.experimental.multihost_utils import process_allgather
@@ -309,34 +289,32 @@ def _least(number: int) -> int:
 
 
 def _check(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses what another run left; where there is no manifest, nothing else counts either."""
+    """Refuses another run's checkpoint; without a manifest, the directory is emptied."""
     file, wanted = directory / MANIFEST, json.loads(json.dumps(manifest))
-    mend = f"choose another --checkpoint_dir, or delete {directory}"
+    fix = f"choose another --checkpoint_dir, or delete {directory}"
     if not file.exists():
         for path in list(directory.iterdir()):
             _remove(path)
         write_together({file: json.dumps(wanted, indent=1).encode()})
         return
     try:
-        found = json.loads(file.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
-        raise JaxDeltaError(f"{file}: cannot be read ({first_line(error)}); {mend}") from error
-    for name in {**wanted, **found}:
-        if (there := found.get(name)) != (here := wanted.get(name)):
-            was, now = (shorten(json.dumps(value), 80, placeholder="...") for value in (there, here))
-            raise JaxDeltaError(f"{directory}: is of another run: {name} was {was}, now it is {now}; {mend}")
+        kept = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise JaxDeltaError(f"{file}: cannot be read ({first_line(error)}); {fix}") from error
+    for name in {**wanted, **kept}:
+        if (before := kept.get(name)) != (current := wanted.get(name)):
+            was, now = (shorten(json.dumps(value), 80, placeholder="...") for value in (before, current))
+            raise JaxDeltaError(f"{directory}: is of another run: {name} was {was}, now it is {now}; {fix}")
 
 
 class _Damaged(JaxDeltaError):
-    """What was kept is not what is there."""
+    """A file of the checkpoint is missing or has changed."""
 
 
 def _save(path: Path, arrays: Arrays) -> str:
-    """Writes arrays, and returns their digest."""
+    """Writes arrays and returns their digest."""
     try:
-        # Orbax saves what all processes save together; these are this one's own.
+        # Orbax would wait for all processes, which have different arrays to save.
         (save_arrays if jax.process_count() == 1 else write_arrays)(path, arrays)
     except Exception as error:  # Orbax raises whatever comes to hand.
         raise JaxDeltaError(
@@ -357,7 +335,7 @@ def _load(path: Path, digest: str) -> Arrays:
 
 
 def _file_digest(path: Path) -> str | None:
-    """None where there is no such file."""
+    """The digest of a file; None if it is missing."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return None

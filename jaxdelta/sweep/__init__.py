@@ -5,7 +5,7 @@ from jaxdelta._faces import face
 __all__, __getattr__, __dir__ = face(
     __name__,
     DeviceMesh="mesh",
-    Devices="devices",
+    Devices="mesh",
     OneDevice="devices",
     PassPlan="sweep",
     Sweep="sweep",

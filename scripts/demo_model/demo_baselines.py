@@ -1,19 +1,19 @@
-r"""What n-gram models reach on the demo model's held-out tokens.
+r"""Baselines of the demo model: n-gram models on its held-out tokens.
 
     python scripts/demo_model/demo_baselines.py --corpus_dir=demo_work/corpus --work_dir=demo_work
 
-Takes about a minute, writes `baselines.json` to the work folder, and prints nats a token of the interpolated
-Kneser-Ney bigram and trigram, counted on the very tokens that the demo model trains on.
+Takes about a minute, writes `baselines.json` to the work folder, and prints nats per token of the
+interpolated Kneser-Ney bigram and trigram, counted on the training tokens of the demo model.
 
 With counts c, numbers N₊ of distinct n-grams, and discounts Dₙ = n₁ / (n₁ + 2 n₂) from the numbers n₁, n₂
-of n-grams seen once and twice, each order hands the mass it discounts to the next lower one:
+of n-grams seen once and twice, each order passes its discounted mass to the next lower one:
 
     p₃(w | u v) = max(c(uvw) - D₃, 0) / c(uv·)   +  D₃ N₊(uv·) / c(uv·)    p₂(w | v)
     p₂(w | v)   = max(N₊(·vw) - D₂, 0) / N₊(·v·) +  D₂ N₊(v·) / N₊(·v·)    p₁(w)
     p₁(w)       = max(N₊(·w) - D₁, 0) / N₊(··)   +  D₁ N₊(·) / N₊(··)      / V
 
-A lower order counts in how many different contexts a word was seen, the highest one how often; the bigram
-model takes c(vw) for N₊(·vw). Reference: Chen and Goodman, An empirical study of smoothing techniques for
+A lower order counts the different contexts of a word, the highest one its occurrences; the bigram
+model uses c(vw) for N₊(·vw). Reference: Chen and Goodman, An empirical study of smoothing techniques for
 language modeling, 1998.
 """
 
@@ -26,19 +26,19 @@ from demo_tokens import CORPUS_DIR, VOCAB, WORK_DIR, prepare
 
 
 def keys(tokens: np.ndarray, order: int) -> np.ndarray:
-    """One int64 a position i ≥ order - 1: the n-gram that ends there, as a number in base `VOCAB`."""
+    """The n-gram that ends at each position i ≥ order - 1, as an int64 in base `VOCAB`."""
     ids, last = tokens.astype(np.int64), len(tokens)
     return sum(ids[i : last - order + 1 + i] * VOCAB ** (order - 1 - i) for i in range(order))
 
 
 def look_up(table: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Counts of the wanted keys out of a sorted table, 0 where a key is not in it."""
+    """Counts of the wanted keys in a sorted table, 0 for missing keys."""
     at = np.minimum(np.searchsorted(table, wanted), len(table) - 1)
     return np.where(table[at] == wanted, counts[at], 0)
 
 
 def interpolate(grams: np.ndarray, counts: np.ndarray, wanted: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """p(w | context) of the wanted n-grams in one order of the recursion, given the next lower order's p."""
+    """p(w | context) of the wanted n-grams at one order of the recursion, from the next lower order's p."""
     once, twice = np.sum(counts == 1), np.sum(counts == 2)
     discount = once / (once + 2 * twice)
     contexts, first = np.unique(grams // VOCAB, return_index=True)
@@ -52,7 +52,7 @@ def kneser_ney(train: np.ndarray, held: np.ndarray, order: int) -> float:
     """Mean -log p of `held[2:]` in nats, under the interpolated Kneser-Ney model of the given order."""
     grams, counts = np.unique(keys(train, order), return_counts=True)
     tables = [(grams, counts)]
-    for lower in range(order - 1, 0, -1):  # kinds of predecessors: each longer n-gram counts once
+    for lower in range(order - 1, 0, -1):  # different predecessors: each longer n-gram counts once
         grams, counts = np.unique(grams % VOCAB**lower, return_counts=True)
         tables.append((grams, counts))
     p = np.full(len(held) - 2, 1 / VOCAB)
@@ -62,7 +62,7 @@ def kneser_ney(train: np.ndarray, held: np.ndarray, order: int) -> float:
 
 
 def baselines(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> dict[str, float]:
-    """Held-out nats a token of bigram and trigram; counted on the first call, read back afterwards."""
+    """Held-out nats per token of bigram and trigram; counted on the first call, then read from a file."""
     stored = work_dir / "baselines.json"
     if not stored.exists():
         train, held = prepare(corpus_dir, work_dir)

@@ -1,17 +1,18 @@
-r"""Collect the text that the demo model learns from: free documentation, dictionaries and source code.
+r"""Collects the training text of the demo model: free documentation, dictionaries and source code.
 
-Everything is read from packages that are installed on this machine; nothing is downloaded here. On Debian 12:
+Everything is read from installed packages; nothing is downloaded. On Debian 12:
 
     apt-get install --no-install-recommends python3.11-doc debian-handbook debian-reference-en \
         developers-reference debian-policy maint-guide installation-guide-amd64 git-doc perl-doc \
         postgresql-doc-15 apache2-doc dict-gcide dict-wn
     python scripts/demo_model/demo_corpus.py --out=demo_work/corpus
 
-Takes about a minute and writes one `<source>.txt` a source (about 32 MB in all) plus `manifest.json`, which
-names each source's package, version, licence, documents and bytes. Documents are separated by lines `\x1e`.
+Takes about a minute and writes `<source>.txt` for each source (about 32 MB in total) and `manifest.json`,
+which lists each source's package, version, licence, documents and bytes. Documents are separated by lines
+`\x1e`.
 
-To keep the mix balanced, a source larger than its cap keeps the documents that come first in the order of
-their hash, so the choice depends on the text alone and not on the machine.
+To keep the mix balanced, a source larger than its cap keeps the documents with the smallest hashes, so the
+choice depends only on the text and not on the machine.
 """
 
 import gzip
@@ -35,14 +36,14 @@ from absl import app, flags, logging
 _OUT = flags.DEFINE_string("out", None, "Folder to write the texts and manifest.json to.", required=True)
 
 SEPARATOR = "\n\x1e\n"
-STDLIB = "(running interpreter)"  # the one source that belongs to no Debian package
+STDLIB = "(running interpreter)"  # the only source without a Debian package
 MIN_DOCUMENT = 200  # characters: shorter ones are stubs and index pages
 SHARE = pathlib.Path("/usr/share")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of text: where it lies, how it becomes plain text, and how much of it is kept."""
+    """One kind of text: where it is, how it becomes plain text, and how much of it is kept."""
 
     name: str
     package: str
@@ -56,7 +57,7 @@ class Source:
 
 
 class _PlainText(html.parser.HTMLParser):
-    """HTML to text: a line break per block, code as it stands, navigation and tables of contents left out."""
+    """HTML to text: a line break per block, code unchanged, navigation and tables of contents left out."""
 
     BLOCK = re.compile(r"p|div|li|[uod]l|d[td]|tr|table|pre|h[1-6]|[bh]r|blockquote|section")
     VOID = re.compile(r"br|hr|wbr|img|input|link|meta|col|area|base|embed|source|track")
@@ -67,7 +68,7 @@ class _PlainText(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[str] = []
-        self.open: list[tuple[str, bool]] = []  # tags still open, and whether each began a dropped region
+        self.open: list[tuple[str, bool]] = []  # open tags, and whether each began a dropped region
         self.pre = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -85,7 +86,7 @@ class _PlainText(html.parser.HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if not any(tag == name for name, _ in self.open):
             return
-        while self.open:  # also closes what the page left open, such as <p> and <li>
+        while self.open:  # also closes tags that the page left open, such as <p> and <li>
             name, _ = self.open.pop()
             self.pre -= name == "pre"
             if name == tag:
@@ -102,7 +103,7 @@ class _PlainText(html.parser.HTMLParser):
 
 
 def read_text(path: pathlib.Path) -> Iterator[str]:
-    """A plain file, compressed or not, as it stands."""
+    """The text of a plain file, compressed or not."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     yield data.decode("utf-8", errors="ignore")
 
@@ -125,7 +126,7 @@ def read_dictionary(entry: Callable[[str, str], str], path: pathlib.Path) -> Ite
 
 
 def gcide_entry(head: str, body: str) -> str:
-    """`Arpent: A measure of land in France, ...` out of the GNU Collaborative Dictionary of English."""
+    """`Arpent: A measure of land in France, ...` from the GNU Collaborative Dictionary of English."""
     word = head.split("\\")[0].strip()
     body = re.sub(r"^\s*([^\n\]]*\][^\n]*)\n", "", body) if head.count("[") > head.count("]") else body
     body = re.sub(r"\[(1913 Webster|PJC|WordNet[^]]*|Webster[^]]*|R\. [^]]*|Obs\.|R\.)[^]]*\]", "", body)
@@ -136,7 +137,7 @@ def gcide_entry(head: str, body: str) -> str:
 
 
 def wordnet_entry(head: str, body: str) -> str:
-    """`bid` and its numbered senses, one a line, out of WordNet; lists of synonyms and antonyms left out."""
+    """`bid` and its numbered senses, one per line, from WordNet, without synonyms and antonyms."""
     body = re.sub(r"\[(syn|ant|also)[^]]*\]", "", re.sub(r"\n +(?! |[a-z]* ?\d+:)", " ", "\n" + body))
     senses = [" ".join(line.split()) for line in body.splitlines() if line.strip()]
     text = "\n".join(sense for sense in senses if len(sense) > 12)
@@ -179,14 +180,14 @@ SOURCES = (
 
 
 def normalise(text: str) -> str:
-    """Drop control characters, trailing blanks and runs of empty lines."""
+    """Drops control characters, trailing blanks and runs of empty lines."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text.replace("\r\n", "\n").replace("\u00a0", " "))
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return textwrap.dedent(re.sub(r"\n{3,}", "\n\n", text)).strip()
 
 
 def documents(source: Source) -> list[str]:
-    """Cleaned documents of one source, at most `cap` bytes of them, in the order of their paths."""
+    """Cleaned documents of one source, at most `cap` bytes, in the order of their paths."""
     root = SHARE / source.root
     paths = sorted(path for path in root.glob(source.glob) if path.is_file() and not path.is_symlink())
     paths = [path for path in paths if not re.search(source.skip, path.relative_to(root).as_posix())]
@@ -204,7 +205,7 @@ def documents(source: Source) -> list[str]:
 
 
 def version(package: str) -> str:
-    """The installed version of a Debian package, or of the interpreter that owns the standard library."""
+    """The installed version of a Debian package, or of the interpreter for the standard library."""
     if package == STDLIB:
         return platform.python_version()
     query = ["dpkg-query", "--show", "--showformat=${Version}", package]
@@ -229,7 +230,7 @@ def main(_: list[str]) -> None:
         manifest.append(about | {"sha256": hashlib.sha256(data).hexdigest()})
         logging.info("%-22s %5d documents %6.2f MB", source.name, len(texts), len(data) / 1e6)
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    logging.info("%.1f MB in all, in %s", sum(row["bytes"] for row in manifest) / 1e6, out)
+    logging.info("%.1f MB in total, in %s", sum(row["bytes"] for row in manifest) / 1e6, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What n-gram counts teach the demo model: its first embeddings, and soft targets while it is young.
+"""N-gram teachers of the demo model: its initial embeddings, and soft targets early in training.
 
-In the time there is, a model of 5 M parameters on two CPU cores sees a part of the text once. What bigrams
-and trigrams say of all of it is counted in seconds. Nothing here sees a held-out token.
+In the time available, a model of 5 M parameters on two CPU cores sees part of the text once; bigrams and
+trigrams of all of it are counted in seconds. No held-out token is used here.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import scipy.sparse.linalg
 from demo_baselines import keys
 from demo_tokens import VOCAB
 
-FOLLOWERS = 16  # of each context, the most frequent ones; the others' share goes to the rest
+FOLLOWERS = 16  # most frequent followers of each context; the others' share goes to the rest
 
 
 class Soft(NamedTuple):
@@ -38,7 +38,7 @@ def discount_of(counts: np.ndarray) -> float:
 
 
 def smooth(grams: np.ndarray) -> np.ndarray:
-    """p₂(w | v), dense (V, V), out of the distinct trigrams: how many different tokens precede v w."""
+    """p₂(w | v), dense (V, V), from the distinct trigrams: the number of different tokens before v w."""
     pairs, kinds = np.unique(grams % VOCAB**2, return_counts=True)
     words, bigrams = np.unique(pairs % VOCAB, return_counts=True)
     discount = discount_of(bigrams)
@@ -53,11 +53,11 @@ def smooth(grams: np.ndarray) -> np.ndarray:
 
 
 def bigram_embeddings(tokens: np.ndarray, size: int, std: float) -> np.ndarray:
-    """Embeddings that already know which token follows which, (V, size).
+    """Embeddings from bigram counts, (V, size).
 
     The positive pointwise mutual information max(0, log p(a b) / p(a) p(b)) of neighbours is factored as
-    U S Vᵀ; a token's row is U √S beside V √S: what it is like as the first of two, and as the second
-    (Levy and Goldberg, 2014). `std` is the standard deviation of all entries.
+    U S Vᵀ; a token's row is the concatenation of its rows of U √S and V √S, its roles as first and as second
+    token (Levy and Goldberg, 2014). `std` is the standard deviation of all entries.
     """
     pairs, counts = np.unique(tokens[:-1].astype(np.int64) * VOCAB + tokens[1:], return_counts=True)
     share = np.maximum(np.bincount(tokens, minlength=VOCAB), 1) / len(tokens)
@@ -70,12 +70,12 @@ def bigram_embeddings(tokens: np.ndarray, size: int, std: float) -> np.ndarray:
 
 
 class Teacher:
-    """The trigram model of a token stream, looked up for a batch at a time.
+    """The trigram model of a token stream, evaluated for a batch at a time.
 
         p₃(w | u v) = max(c(uvw) - D₃, 0) / c(uv·)  +  rest(u v) p₂(w | v),
 
-    written as the `FOLLOWERS` most frequent w with their shares, and the rest, which goes to the dense p₂
-    (see demo_baselines.py for p₂ and the discounts).
+    given as the `FOLLOWERS` most frequent w with their shares, and the rest, which goes to the dense p₂ (see
+    demo_baselines.py for p₂ and the discounts).
     """
 
     def __init__(self, tokens: np.ndarray):
@@ -89,7 +89,7 @@ class Teacher:
         self.shares = (np.maximum(counts[order] - discount_of(counts), 0) / totals).astype(np.float32)
 
     def __call__(self, inputs: np.ndarray) -> Soft:
-        """The targets of every position of inputs (B, T); a row's first one knows no token before it."""
+        """The targets of every position of inputs (B, T); the first of a row has no token before it."""
         pairs = np.full(inputs.shape, -1, np.int64)
         pairs[:, 1:] = inputs[:, :-1].astype(np.int64) * VOCAB + inputs[:, 1:]
         context = pairs.ravel()

@@ -3,7 +3,7 @@
     python scripts/demo_model/demo_tokens.py --corpus_dir=demo_work/corpus --work_dir=demo_work
 
 Takes about a minute and prints the size of both splits (about 9.8 M and 0.3 M tokens, 3.2 bytes each).
-`train_demo.py` and `demo_baselines.py` do the same by themselves where it has not been done.
+`train_demo.py` and `demo_baselines.py` run it if needed.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ WORK_DIR = flags.DEFINE_string("work_dir", "demo_work", "Folder for tokens, chec
 
 VOCAB = 4096
 EOT = "<|endoftext|>"  # ends every document; also the padding token
-HELD_OUT = 60  # one document in so many is held out,
-HELD_TOKENS = 2**17  # and of those so many tokens are scored
+HELD_OUT = 60  # one document in 60 is held out,
+HELD_TOKENS = 2**17  # and this number of their tokens is scored
 SEPARATOR = "\n\x1e\n"  # as demo_corpus.py writes it
 
-# Qwen's pattern: contractions, words with one leading character at most, single digits, punctuation, blanks.
+# Qwen's pattern: contractions, words with at most one leading character, single digits, punctuation, blanks.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,12 +34,12 @@ PATTERN = (
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document is held out: decided by its own hash, so it stays so when the corpus grows."""
+    """Whether a document is held out; decided by its hash, so it does not change when the corpus grows."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 
 def read_documents(corpus_dir: pathlib.Path) -> tuple[list[str], list[str]]:
-    """Training and held-out documents, all sources mixed in the order of the documents' hashes."""
+    """Training and held-out documents of all sources, in the order of their hashes."""
     manifest = json.loads((corpus_dir / "manifest.json").read_text())
     texts = [
         text for row in manifest for text in (corpus_dir / f"{row['name']}.txt").read_text().split(SEPARATOR)
@@ -49,7 +49,7 @@ def read_documents(corpus_dir: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
-    """A byte-level BPE of `VOCAB` entries: any text in, the same text out, no unknown token."""
+    """A byte-level BPE of `VOCAB` entries: lossless for any text, no unknown token."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -62,7 +62,7 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+    """Writes tokenizer.json and tokenizer_config.json for transformers."""
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT, pad_token=EOT)
     wrapped.model_max_length = 2048
     wrapped.clean_up_tokenization_spaces = False
@@ -76,7 +76,7 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
 
 
 def prepare(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Token streams (training, held out); made on the first call, read back afterwards."""
+    """Token streams (training, held out); made on the first call, then read from a file."""
     stored = work_dir / "tokens.npz"
     if not stored.exists():
         train, held = read_documents(corpus_dir)
@@ -94,7 +94,7 @@ def prepare(corpus_dir: pathlib.Path, work_dir: pathlib.Path) -> tuple[np.ndarra
         for split in ("train", "held"):
             per_token = ids[f"{split}_bytes"] / len(ids[split])
             logging.info("%s: %d tokens, %.2f bytes each", split, len(ids[split]), per_token)
-        return ids["train"], ids["held"][: HELD_TOKENS + 2]  # an n-gram's context of two comes on top
+        return ids["train"], ids["held"][: HELD_TOKENS + 2]  # plus the first trigram's context of two
 
 
 def main(_: list[str]) -> None:

@@ -1,21 +1,21 @@
-"""Train the demo model that ships with the package: a Qwen3 of 28 layers and 5 M parameters, on a CPU.
+"""Trains the demo model that ships with the package: a Qwen3 of 28 layers and 5 M parameters, on a CPU.
 
     python scripts/demo_model/demo_corpus.py --out=demo_work/corpus
     python scripts/demo_model/train_demo.py --corpus_dir=demo_work/corpus --work_dir=demo_work --steps=STEPS
 
-The number of steps, the time they take and the held-out loss to expect stand in the model card,
-jaxdelta/data/demo/README.md. A run that is started again continues from its last checkpoint, also with
-another number of steps as long as the decay has not begun. The same seed, text and steps give the same
-weights, up to the rounding of another machine's products.
+The number of steps, their time and the expected held-out loss are in the model card,
+jaxdelta/data/demo/README.md. A restarted run continues from its last checkpoint, even with another number of
+steps if the decay has not begun. The same seed, text and steps give the same weights, up to rounding on
+another machine.
 
 Recipe. Embeddings start as a factorisation of the bigram counts (demo_teacher.py). Part of the targets is a
-trigram model's distribution, less and less of it, until the learning rate falls, to zero, over the last
-`DECAY` of the steps. Sequences of 128 tokens until then, of 256 in the decay; 1024 tokens a step. Muon
-(Jordan et al., 2024) for the matrices of the layers, each layer's own, AdamW for embedding and norms. All in
-float32, rounded to bfloat16 once, at export.
+trigram model's distribution, with a decreasing share, until the learning rate decays to zero over the last
+`DECAY` of the steps. Sequences have 128 tokens until then, 256 during the decay; a step has 1024 tokens. Muon
+(Jordan et al., 2024) for the matrices of each layer, AdamW for embedding and norms. Everything is float32,
+rounded to bfloat16 once, at export.
 
-glibc hands the memory of a step back to the system after every step, and taking it anew costs a third of the
-time: where `MALLOC_*` are not set, the script sets them and starts itself again.
+glibc returns the memory of every step to the system, and allocating it again takes a third of the time. If
+`MALLOC_*` are not set, the script sets them and restarts itself.
 """
 
 import csv
@@ -45,8 +45,8 @@ from jaxdelta.model.decoder import Decoder, logits
 from jaxdelta.model.families.registry import config_from_dict
 
 _OUT = flags.DEFINE_string("out", "jaxdelta/data/demo", "Folder of the exported model.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps in all.", required=True, lower_bound=100)
-_EXPORT_MINUTES = flags.DEFINE_float("export_minutes", 25, "Minutes between exports on the way.")
+_STEPS = flags.DEFINE_integer("steps", None, "Number of steps.", required=True, lower_bound=100)
+_EXPORT_MINUTES = flags.DEFINE_float("export_minutes", 25, "Minutes between exports during training.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the order of the text.")
 
 CONFIG: dict[str, Any] = {
@@ -63,14 +63,14 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
-LENGTH, ROWS, EVAL_ROWS = 256, 4, 8  # tokens of a segment; segments of a step, and scored at once
+LENGTH, ROWS, EVAL_ROWS = 256, 4, 8  # tokens of a segment; segments per step, and per scored batch
 SHORT = 128  # sequences before the decay: half segments
 WARMUP = 25  # steps
 DECAY = 0.4  # share of the steps over which the learning rate falls
-TRUST, TRUST_FADES = 0.5, 500  # in the teacher at first, and the steps after which it is half of that
+TRUST, TRUST_FADES = 0.5, 500  # share of the teacher at first, and the steps that halve it
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY, EMBEDDING_STD = 0.02, 3e-3, 0.05, 0.03
 LOG_EVERY, SAVE_EVERY = 10, 100  # steps
-HELD_NOW = 2**13 + 2  # held-out tokens scored on the way
+HELD_NOW = 2**13 + 2  # held-out tokens scored during training
 GENERATION = {"eos_token_id": 0, "pad_token_id": 0, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
 MALLOC = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "100000000000")
 MALLOC |= {"MALLOC_TOP_PAD_": "268435456", "MALLOC_ARENA_MAX": "1"}
@@ -80,7 +80,7 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass
 class Plan:
-    """Where the run stands, and what that means for the next step."""
+    """The progress of the run, and the schedule for the next step."""
 
     steps: int
     step: int = 0
@@ -88,37 +88,37 @@ class Plan:
 
     @property
     def decay_at(self) -> int:
-        """The step at which the learning rate begins to fall."""
+        """The first step of the decay."""
         return round((1 - DECAY) * self.steps)
 
     @property
     def decays(self) -> bool:
-        """Whether it has begun."""
+        """Whether the decay has begun."""
         return self.step >= self.decay_at
 
     def rate(self) -> float:
-        """The learning rate's factor: up over `WARMUP` steps, 1, then down to 0.
+        """The factor of the learning rate: up over `WARMUP` steps, 1, then down to 0.
 
-        Down as 1 - √(share of the decay that is over), after Hägele et al., 2024.
+        The decay is 1 - √(share of the decay that is over), after Hägele et al., 2024.
         """
         if not self.decays:
             return min((self.step + 1) / WARMUP, 1.0)
         return 1 - ((self.step - self.decay_at) / (self.steps - self.decay_at)) ** 0.5
 
     def trust(self) -> float:
-        """The teacher's share in the targets: large at first, then less, none in the decay."""
+        """The teacher's share of the targets: decreasing, and none during the decay."""
         return 0.0 if self.decays else TRUST / (1 + self.step / TRUST_FADES)
 
 
 class Demo:
-    """The model as the optimizer sees it: named arrays, and the way back to the module."""
+    """The model as named arrays for the optimizer, and the way back to the module."""
 
     def __init__(self, seed: int):
         self.graph, state = nnx.split(Decoder(config_from_dict(CONFIG), rngs=nnx.Rngs(seed)))
         leaves, self.tree = jax.tree_util.tree_flatten_with_path(state)
         paths = [path for path, _ in leaves]
         self.names = [".".join(part.key for part in path if hasattr(part, "key")) for path in paths]
-        # What writes into the residual stream starts small (Radford et al., 2019).
+        # Projections into the residual stream start small (Radford et al., 2019).
         scale = (2 * CONFIG["num_hidden_layers"]) ** -0.5
         self.params: Params = {
             name: leaf * scale if "o_proj" in name or "down_proj" in name else leaf
@@ -179,7 +179,7 @@ def make_step(demo: Demo, optimizer: optax.GradientTransformation) -> Any:
 
 
 def batch(tokens: np.ndarray, step: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of one step, a function of the step alone: every segment once an epoch."""
+    """Inputs and targets of one step, a function of the step alone: every segment once per epoch."""
     segments = (len(tokens) - 1) // LENGTH
     epoch, first = divmod(step, segments // ROWS)
     order = np.random.default_rng([seed, epoch]).permutation(segments)
@@ -189,7 +189,7 @@ def batch(tokens: np.ndarray, step: int, length: int, seed: int) -> tuple[np.nda
 
 
 def held_out_loss(demo: Demo, params: Params, tokens: np.ndarray) -> float:
-    """Mean loss of tokens[2:], in windows of `LENGTH` that see of the one before only its last token."""
+    """Mean loss of tokens[2:], in windows of `LENGTH` that see only the last token of the window before."""
     stream = tokens[1:].astype(np.int32)
     total, count, rows = 0.0, len(stream) - 1, (EVAL_ROWS, LENGTH)
     for start in range(0, count, EVAL_ROWS * LENGTH):
@@ -203,7 +203,7 @@ def held_out_loss(demo: Demo, params: Params, tokens: np.ndarray) -> float:
 
 @dataclasses.dataclass
 class Run:
-    """All that changes from step to step."""
+    """The state of the training run."""
 
     plan: Plan
     demo: Demo
@@ -214,7 +214,7 @@ class Run:
 
     @classmethod
     def begin(cls, work_dir: pathlib.Path, tokens: np.ndarray) -> "Run":
-        """The last checkpoint, or the beginning where there is none."""
+        """The run from its last checkpoint, or a new one."""
         plan, curve = saved_plan(work_dir)
         demo = Demo(_SEED.value)
         embeddings = bigram_embeddings(tokens, CONFIG["hidden_size"], EMBEDDING_STD)
@@ -236,12 +236,12 @@ class Run:
         lesson = (teacher(inputs), teacher.bigram, np.float32(plan.trust())) if plan.trust() else ()
         arrays = (np.float32(plan.rate()), inputs, targets, *lesson)
         self.params, self.state, loss = self.step_fn(self.params, self.state, *arrays)
-        loss = float(loss)  # waits for the step to end
+        loss = float(loss)  # waits for the end of the step
         plan.step, plan.seconds = plan.step + 1, plan.seconds + time.time() - start
         return loss
 
     def save(self, work_dir: pathlib.Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Writes a checkpoint, whole or not at all."""
         leaves = jax.tree.leaves((self.params, self.state))
         about = np.array(json.dumps({"plan": dataclasses.asdict(self.plan), "curve": self.curve}))
         part = work_dir / "checkpoint.part.npz"
@@ -251,7 +251,7 @@ class Run:
 
 
 def saved_plan(work_dir: pathlib.Path) -> tuple[Plan, list[tuple]]:
-    """Plan and loss curve of the last checkpoint, those of the beginning where there is none."""
+    """Plan and loss curve of the last checkpoint, or of a new run."""
     stored, plan = work_dir / "checkpoint.npz", Plan(_STEPS.value)
     if not stored.exists():
         return plan, []
@@ -264,7 +264,7 @@ def saved_plan(work_dir: pathlib.Path) -> tuple[Plan, list[tuple]]:
 
 
 def export(run: Run, tokens: np.ndarray, held: np.ndarray) -> None:
-    """Round to bfloat16, measure that, and put model, tokenizer, curve and card into --out, file by file."""
+    """Rounds to bfloat16, scores the result, and writes model, tokenizer, curve and card to --out."""
     work_dir, out = pathlib.Path(WORK_DIR.value), pathlib.Path(_OUT.value)
     folder = work_dir / "export"
     shutil.rmtree(folder, ignore_errors=True)
@@ -288,7 +288,7 @@ def export(run: Run, tokens: np.ndarray, held: np.ndarray) -> None:
 
 
 def write_curve(path: pathlib.Path, curve: list[tuple], rows: int = 300) -> None:
-    """The loss curve: every row with a held-out loss, and enough of the others to make about `rows`."""
+    """Writes every row of the loss curve with a held-out loss, and others, about `rows` in total."""
     stride = max(1, len(curve) // rows)
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -300,7 +300,7 @@ def write_curve(path: pathlib.Path, curve: list[tuple], rows: int = 300) -> None
 
 
 def train(tokens: np.ndarray, held: np.ndarray) -> None:
-    """Steps, a line of the curve every `LOG_EVERY`, a checkpoint every `SAVE_EVERY`, exports by the clock."""
+    """Trains; a line of the curve every `LOG_EVERY` steps, a checkpoint every `SAVE_EVERY`, timed exports."""
     work_dir, exported, losses = pathlib.Path(WORK_DIR.value), time.time(), []
     run, teacher = Run.begin(work_dir, tokens), Teacher(tokens)
     plan = run.plan
@@ -324,7 +324,7 @@ def train(tokens: np.ndarray, held: np.ndarray) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Prepares the tokens, logs the baselines and trains; starts anew where malloc's settings are missing."""
+    """Prepares the tokens, logs the baselines and trains; restarts if malloc's settings are missing."""
     if any(name not in os.environ for name in MALLOC):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     corpus_dir, work_dir = pathlib.Path(CORPUS_DIR.value), pathlib.Path(WORK_DIR.value)
