@@ -104,10 +104,18 @@ def test_figures_of_both_runs(run: Analysis, plain: Analysis) -> None:
     assert second[0].value == pytest.approx(six[0] ** (2 / 3) * six[1] ** (1 / 3))
     assert all(part.interval is None and not part.apart for part in second)
     attention = next(one for one in found.compared if one.title == "Attention's energy")
-    assert attention.curves[0] and attention.curves[1] is None and attention.parts[1] is None
+    assert all(attention.curves) and all(attention.parts)
     assert found.pairs == () and "6 layers of hidden size 32" in found.left_out
     said = " ".join(found.cautions)
     assert "different tokens" in said and "no intervals" in said and "Hidden sizes differ" in said
+
+
+def test_a_run_without_a_ledger(run: Analysis) -> None:
+    """As files of earlier versions may be."""
+    bare = [{key: value for key, value in row.items() if key != "ledger"} for row in run.per_layer]
+    found = compare([run, dataclasses.replace(run, per_layer=bare)], ["a", "b"])
+    attention = next(one for one in found.compared if one.title == "Attention's energy")
+    assert attention.curves[0] and attention.curves[1] is None and attention.parts[1] is None
 
 
 def test_apart_only_where_intervals_do_not_overlap(run: Analysis) -> None:

@@ -204,10 +204,10 @@ def test_tables_count_sinks_that_could_not_be_masked(run: Analysis, tmp_path: Pa
 
 def test_a_run_without_views_intervals_and_nulls_says_so(plain: Analysis) -> None:
     parsed = checked(plain)
-    assert {name.split("-")[0] for name in charts_of(parsed)} == set(NAMES) - {"ledger", "owners"}
+    assert {name.split("-")[0] for name in charts_of(parsed)} == set(NAMES) - {"owners"}
     for missing in ("the view without sinks", "attention and MLP apart", "intervals", "chance"):
         assert missing in parsed.text
-    assert parsed.text.count("Not measured: ") == 2  # in place of the two figures
+    assert parsed.text.count("Not measured: ") == 1  # in place of the figure
     assert "No verdict" in parsed.text
 
 

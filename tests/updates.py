@@ -1,7 +1,6 @@
 """Updates whose statistics can be computed by hand: of documents, anisotropic, with sinks where wanted; and
 their summaries from rows and from moments."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,6 +95,3 @@ def _among_all(rows: np.ndarray, counted: np.ndarray) -> np.ndarray:
     every = np.full((counted.size, rows.shape[1]), 1e3, np.float32)
     every[counted.ravel()] = rows
     return every
-
-
-Maker = Callable[..., LayerSummary]
