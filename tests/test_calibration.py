@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.text.documents import shipped_prompts
-from jaxdelta.text.tokenizer import Encoder, load_encoder
+from jaxdelta.text.tokenizer import Tokenize, load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import SEPARATOR, tokenize
 
@@ -65,7 +65,7 @@ def word_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encode(word_directory: Path) -> Encoder:
+def encode(word_directory: Path) -> Tokenize:
     return load_encoder(word_directory)
 
 
@@ -91,14 +91,14 @@ def test_documents_are_joined_by_a_blank_line() -> None:
     np.testing.assert_array_equal(tokens.documents, [[0, 0, 0, 0, 1]])
 
 
-def test_default_prompts_are_one_stream(encode: Encoder) -> None:
+def test_default_prompts_are_one_stream(encode: Tokenize) -> None:
     tokens = tokenize(shipped_prompts(), encode, vocab_size=500)
     np.testing.assert_array_equal(tokens.ids[0], encode(["\n\n".join(shipped_prompts())])[0][0])
     assert tokens.documents.max() == 24
     assert set(np.diff(tokens.documents[0])) == {0, 1}
 
 
-def test_documents_by_the_bytes_of_the_tokens(encode: Encoder, word_directory: Path) -> None:
+def test_documents_by_the_bytes_of_the_tokens(encode: Tokenize, word_directory: Path) -> None:
     """A token begins where the bytes of those before it end; a document, where its text does."""
     documents = [document for document in DOCUMENTS if unicodedata.is_normalized("NFC", document)]
     tokens = tokenize(documents, encode, vocab_size=500)
@@ -141,7 +141,7 @@ def test_empty_documents_own_their_separators() -> None:
 
 
 @pytest.mark.parametrize("cut", [2, 3, 7, 10_000])
-def test_truncation(encode: Encoder, cut: int) -> None:
+def test_truncation(encode: Tokenize, cut: int) -> None:
     whole = tokenize(DOCUMENTS, encode, vocab_size=500)
     tokens = tokenize(DOCUMENTS, encode, max_tokens=cut, vocab_size=500)
     assert tokens.count == min(cut, whole.count)
@@ -177,7 +177,7 @@ def test_token_beyond_the_vocabulary() -> None:
     assert tokenize(["abcd"], letters, vocab_size=101).count == 4
 
 
-def test_no_unicode_text(encode: Encoder) -> None:
+def test_no_unicode_text(encode: Tokenize) -> None:
     """JSON can hold half of a surrogate pair, which no tokenizer can read."""
     with pytest.raises(JaxDeltaError, match=r"not Unicode .*at 3"):
         tokenize(["abc\ud800"], encode, vocab_size=500)
@@ -202,7 +202,7 @@ def test_tokens_check_their_arrays() -> None:
         "",
     ],
 )
-def test_ids_are_those_of_transformers(word_directory: Path, encode: Encoder, text: str) -> None:
+def test_ids_are_those_of_transformers(word_directory: Path, encode: Tokenize, text: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(word_directory)

@@ -63,7 +63,7 @@ def test_a_long_text_of_few_windows_and_many_documents_has_its_documents() -> No
 
 @pytest.mark.parametrize("documents", [12, 60])
 def test_a_token_more_changes_no_number_of_groups(documents: int) -> None:
-    """4,096 tokens count, and a few more or less: there was a cliff to two groups, one for each window."""
+    """4,099 and 4,100 tokens, of which 4,096 and 4,097 count: a short text and a long one."""
     samples = [ResamplingGroups.of(text(3, 2048, documents, last), 0, 0) for last in (3, 4)]
     assert [len(sample.owners) for sample in samples] == [RUN_TOKENS, RUN_TOKENS + 1]
     assert {sample.documents for sample in samples} == {min(documents, MAX_GROUPS)}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.text import windows as calibration
 from jaxdelta.text.documents import shipped_prompts
-from jaxdelta.text.tokenizer import Encoder, load_encoder
+from jaxdelta.text.tokenizer import Tokenize, load_encoder
 from jaxdelta.text.tokens import PADDING, Tokens
 from jaxdelta.text.windows import SEPARATOR, best_fit, tokenize
 
@@ -24,7 +24,7 @@ TEXTS = st.lists(st.text("abcdefgh \n", max_size=40), max_size=30)
 
 
 @pytest.fixture(scope="module")
-def encode(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def encode(tmp_path_factory: pytest.TempPathFactory) -> Tokenize:
     directory = tmp_path_factory.mktemp("words")
     word_tokenizer().save(str(directory / "tokenizer.json"))
     return load_encoder(directory)
@@ -105,7 +105,7 @@ def test_hardly_any_room_is_left() -> None:
     assert tokens.segmented
 
 
-def test_packed_documents_are_tokenized_by_themselves(encode: Encoder) -> None:
+def test_packed_documents_are_tokenized_by_themselves(encode: Tokenize) -> None:
     tokens = tokenize(DOCUMENTS, encode, vocab_size=500, layout="packed", seq_len=64)
     for number, (ids, _) in enumerate(encode(DOCUMENTS)):
         found = tokens.ids[tokens.documents == number].tolist()
@@ -142,7 +142,7 @@ def test_stream_in_windows(size: int, windows: int) -> None:
     assert tokens.positions[-1, 10 - filled :].tolist() == list(range(filled))[: tokens.ids.shape[1]]
 
 
-def test_stream_in_windows_is_the_stream(encode: Encoder) -> None:
+def test_stream_in_windows_is_the_stream(encode: Tokenize) -> None:
     whole = tokenize(shipped_prompts(), encode, vocab_size=500)
     cut = tokenize(shipped_prompts(), encode, vocab_size=500, seq_len=37)
     real = cut.documents != PADDING
@@ -159,7 +159,7 @@ ODD = [*DOCUMENTS, "...", "\n", " \n\n a", "\u0301x", "b...", "\r\n\r\n", "   ",
 @pytest.mark.parametrize("count", [2, 57, 233, 400])
 @pytest.mark.parametrize("letters", [1, 7, 60, 500])
 def test_a_text_in_parts_is_the_text(
-    count: int, letters: int, encode: Encoder, monkeypatch: pytest.MonkeyPatch
+    count: int, letters: int, encode: Tokenize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tokenize([SEPARATOR.join(ODD)], encode, vocab_size=500, max_tokens=10**6, seq_len=10**6)
     owned = tokenize(ODD, encode, vocab_size=500, max_tokens=10**6, seq_len=10**6)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from test_page import checked
-from updates import WIDE, K, measured, tokens, update
+from updates import WIDE, K, from_rows, tokens, update
 
 from jaxdelta.report import tables
 from jaxdelta.report.analysis import Analysis
@@ -40,7 +40,7 @@ def table_of(delta: np.ndarray, h: np.ndarray) -> ChannelTable:
 
 def row_of(table: ChannelTable | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(rows, "_channels", lambda view: table)
-    figures = measured(update(WIDE), SAMPLE, views=(RAW,))
+    figures = from_rows(update(WIDE), SAMPLE, views=(RAW,))
     return rows.layer_row(0, "A", figures, SAMPLE, K, WIDE[1])
 
 

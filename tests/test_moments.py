@@ -15,13 +15,16 @@ from jaxdelta.spectra.moments.accumulate import MomentAccumulator, TextBlocks
 from jaxdelta.spectra.moments.kernels import one_device_kernels
 from jaxdelta.spectra.view_summary import MeasurementPlan
 from jaxdelta.spectra.views import ALL, MASKED, RAW
-from jaxdelta.statistics.layer_row import TOKENWISE, layer_row
+from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.statistics.per_layer.ranks import effective_rank
+from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.states import LOCATIONS
 from jaxdelta.sweep.sweep import Blocks, Update
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
+
+TOKENWISE = {one.name for one in registered("tokens")}
 
 WINDOWS, LENGTH, HIDDEN, GROUPS = 6, 60, 40, 3
 SHAPE = (WINDOWS * LENGTH, HIDDEN)
@@ -77,10 +80,10 @@ def assert_agree(found: Any, wanted: Any, halves: float, centred: bool = False) 
         one, other = found[name], wanted[name]
         if isinstance(other, dict) and name != "intervals":
             assert_agree(one, other, halves, name == "centred")
-        elif centred and name in TOKENWISE and name != "frob":
+        elif centred and name in TOKENWISE:
             assert one is None, name
         elif name == "intervals":
-            missing = set(TOKENWISE) if centred else set()
+            missing = TOKENWISE if centred else set()
             assert one.keys() == other.keys() - missing
             for interval, bounds in one.items():
                 assert bounds == pytest.approx(other[interval], rel=1e-6, abs=1e-9), interval

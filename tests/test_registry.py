@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from updates import WIDE, K, measured, tokens, update
+from updates import WIDE, K, from_rows, tokens, update
 
 from jaxdelta.report.charts.layers import axis
 from jaxdelta.spectra.views import RAW
@@ -40,7 +40,7 @@ def third(scratch: None) -> Iterator[Statistic]:
 
 def test_one_registration_is_enough(third: Statistic) -> None:
     sample = ResamplingGroups.of(tokens(WIDE[0]), 20, 0)
-    layer = measured(update(WIDE), sample, views=(RAW,))
+    layer = from_rows(update(WIDE), sample, views=(RAW,))
     row = layer_row(0, "A", layer, sample, K, WIDE[1])
     values = layer.views[RAW].singular_values
     assert row["third"] == pytest.approx(values[2] / values[0])
