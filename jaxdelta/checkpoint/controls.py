@@ -7,9 +7,9 @@ the embedding (a few of which may be padding: 267 of Qwen3's 151,936).
 A statistic that is the same in a control says nothing about what the model learnt. A control that works has
 a loss of ln(vocabulary) or more on the text.
 
-Weights are randomised as they are read, by layer or by slice of an embedding, so a control streams, too. Draws
-depend only on the seed and the tensor's name. Rows of the embedding and the head are drawn or permuted one by
-one, as only some are ever in memory; permuted rows keep their norms and the order of the vocabulary.
+Weights are randomised as they are read, by layer or slice of an embedding, so a control streams, too. Draws
+depend only on the seed and the tensor's name. Only some rows of an embedding are in memory at a time, so each
+is drawn or permuted by itself; permuted rows keep their norms and the order of the vocabulary.
 """
 
 import dataclasses
