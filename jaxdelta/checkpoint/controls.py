@@ -125,8 +125,8 @@ class PermutedWeights(_Control):
 
     A uniformly random permutation needs a sort, which takes seconds per layer on a CPU. Instead, a matrix has
     two random permutations p_1 and p_2, shared by its rows, and each row random shifts s_1 and s_2: entry j
-    comes from p_2(p_1(j + s_1) + s_2), sums modulo the row's length. This permutes the rows, then the
-    columns, then the rows again. Any entry, and any pair of entries, may land anywhere, though not every
+    comes from p_2(p_1(j + s_1) + s_2), sums modulo the row's length. Rows are permuted in this way, then
+    columns, then rows again. Any entry, and any pair of entries, may land anywhere, though not every
     permutation is possible. Each expert's matrix is permuted by itself; norms and biases uniformly.
     """
 

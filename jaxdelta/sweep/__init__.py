@@ -3,11 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    DeviceMesh="mesh",
-    Devices="devices",
-    OneDevice="devices",
-    PassPlan="sweep",
-    Sweep="sweep",
-    Update="programs",
+    __name__, DeviceMesh="mesh", OneDevice="devices", PassPlan="sweep", Sweep="sweep"
 )
