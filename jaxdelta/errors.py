@@ -51,17 +51,11 @@ def plain_errors(
         raise
 
 
-@contextlib.contextmanager
-def extra(name: str, what: str) -> Iterator[None]:
-    """Wraps the import of an optional dependency.
+def extra(name: str, what: str) -> contextlib.AbstractContextManager[None]:
+    """Wraps an import that `what` needs; if it fails, a JaxDeltaError says which extra to install."""
+    message = "{} needs {}, which is not installed (pip install 'jaxdelta[{extra}]')"
+    return plain_errors(what, {ModuleNotFoundError: message}, reason=_missing_package, extra=name)
 
-    Raises:
-        JaxDeltaError: it is not installed; the message says that `what` needs it, and which extra brings it.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise JaxDeltaError(
-            f"{what} needs {package}, which is not installed (pip install 'jaxdelta[{name}]')"
-        ) from error
+
+def _missing_package(error: Any) -> str:
+    return str(error.name or "").partition(".")[0]

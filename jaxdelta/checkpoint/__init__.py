@@ -6,8 +6,6 @@ __all__, __getattr__, __dir__ = face(
     __name__,
     Checkpoint="checkpoint",
     Weights="weights",
-    controlled="controls",
     load_model="checkpoint",
     open_checkpoint="checkpoint",
-    save_model="checkpoint",
 )

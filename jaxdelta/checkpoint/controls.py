@@ -7,10 +7,9 @@ the embedding (a few of which may be padding: 267 of Qwen3's 151,936).
 A statistic that is the same in a control says nothing about what the model learnt. A control that works has
 a loss of ln(vocabulary) or more on the text.
 
-Weights are randomised as they are read, by layer or by slice of an embedding, so a control streams, too.
-Draws depend only on the seed and the tensor's name. Rows of the embedding and the head are drawn or
-permuted one by one, as only some are ever in memory; permuted rows keep their norms and the order of the
-vocabulary.
+Weights are randomised as they are read, by layer or slice of an embedding, so a control streams, too. Draws
+depend only on the seed and the tensor's name. Only some rows of an embedding are in memory at a time, so each
+is drawn or permuted by itself; permuted rows keep their norms and the order of the vocabulary.
 """
 
 import dataclasses
@@ -126,8 +125,8 @@ class PermutedWeights(_Control):
 
     A uniformly random permutation needs a sort, which takes seconds per layer on a CPU. Instead, a matrix has
     two random permutations p_1 and p_2, shared by its rows, and each row random shifts s_1 and s_2: entry j
-    comes from p_2(p_1(j + s_1) + s_2), sums modulo the row's length. This permutes the rows, then the
-    columns, then the rows again. Any entry, and any pair of entries, may land anywhere, though not every
+    comes from p_2(p_1(j + s_1) + s_2), sums modulo the row's length. Rows are permuted in this way, then
+    columns, then rows again. Any entry, and any pair of entries, may land anywhere, though not every
     permutation is possible. Each expert's matrix is permuted by itself; norms and biases uniformly.
     """
 

@@ -10,7 +10,7 @@ from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line
-from jaxdelta.model.config import ModelConfig
+from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.families.registry import config_from_dict
 
 
@@ -72,12 +72,14 @@ def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    dtypes, tensors = _dtypes(), model.state_dict()
-    if any(tensor.dtype not in dtypes for tensor in tensors.values()):
+    tensors = model.state_dict()
+    if any(_dtype(tensor) is None for tensor in tensors.values()):
         tensors = model.dequantize().state_dict()
-    if left := [name for name, tensor in tensors.items() if tensor.dtype not in dtypes]:
-        raise JaxDeltaError(f"transformers cannot dequantise {left[0]} ({tensors[left[0]].dtype})")
-    specs = {name: TensorSpec(tuple(tensor.shape), dtypes[tensor.dtype]) for name, tensor in tensors.items()}
+    specs = {}
+    for name, tensor in tensors.items():
+        if (dtype := _dtype(tensor)) is None:
+            raise JaxDeltaError(f"transformers cannot dequantise {name} ({tensor.dtype})")
+        specs[name] = TensorSpec(tuple(tensor.shape), dtype)
     for name, shape, _ in report["mismatched_keys"]:
         specs[name] = TensorSpec(tuple(shape), specs[name].dtype)
     for name in report["unexpected_keys"]:
@@ -102,14 +104,9 @@ def _by_expert(
     return views, parts
 
 
-def _dtypes() -> dict[Any, np.dtype]:
-    import torch
-
-    return {
-        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-        torch.float16: np.dtype(np.float16),
-        torch.float32: np.dtype(np.float32),
-    }
+def _dtype(tensor: Any) -> np.dtype | None:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return np.dtype(name) if name in DTYPE_BYTES else None
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

@@ -3,10 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    Options="options",
-    Plan="memory_plan",
-    RunContext="context",
-    compare_control="control_comparison",
-    merge_runs="merge",
+    __name__, Options="options", Plan="memory_plan", RunContext="context", merge_runs="merge"
 )

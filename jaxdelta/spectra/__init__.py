@@ -3,10 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    LayerSummary="view_summary",
-    MeasurementPlan="view_summary",
-    Summaries="scheduler",
-    View="views",
-    ViewSummary="view_summary",
+    __name__, LayerSummary="view_summary", Summaries="scheduler", View="views", ViewSummary="view_summary"
 )

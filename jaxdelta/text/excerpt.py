@@ -1,4 +1,4 @@
-"""What a run's file keeps of its text: its beginning, and the tokens around those that own σ_1."""
+"""The part of a text in a run's file: its beginning, and the tokens around the owners of σ_1."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,21 +10,16 @@ BEGINNING = 24  # tokens
 
 
 def excerpt(tokens: Tokens, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """For the JSON.
+    """The JSON of a text, given its layers' rows.
 
-    Args:
-        tokens: the text.
-        rows: the layers' rows; owners of σ_1 in any of their views are looked for.
-
-    Returns:
-        `begins`, the text's first tokens, and `around`: position -> token, of all that stand near an owner
-        and in its window.
+    `begins` is the text of the first tokens; `around` maps position -> token for all tokens near an owner of
+    σ_1 in its window, over all layers and views.
     """
     length = tokens.ids.shape[1]
     near: set[int] = set()
     for position in set(_owners(rows)):
-        window, place = divmod(position, length)
-        near |= {window * length + i for i in range(max(0, place - REACH), min(length, place + REACH + 1))}
+        start, index = position - position % length, position % length
+        near.update(range(start + max(0, index - REACH), start + min(length, index + REACH + 1)))
     return {
         "begins": "".join(tokens.text(0, i) for i in range(min(BEGINNING, length))),
         "around": {str(position): tokens.text(*divmod(position, length)) for position in sorted(near)},
@@ -32,7 +27,7 @@ def excerpt(tokens: Tokens, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def context(text: dict[str, Any] | None, position: int) -> tuple[str, str]:
-    """What stands before and after the token at this position, as far as the run kept it."""
+    """The text before and after the token at a position, as far as the run kept it."""
     around = (text or {}).get("around", {})
 
     def walk(step: int) -> Iterator[str]:

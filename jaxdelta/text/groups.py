@@ -1,4 +1,4 @@
-"""Resampling groups: the documents of a text, bootstrap draws and halves of them."""
+"""Resampling groups: a text's documents, their bootstrap draws and their divisions into halves."""
 
 import dataclasses
 from functools import cached_property
@@ -10,9 +10,9 @@ from jaxtyping import Float64, Int
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.utils.arrays import AnyArray
 
-MAX_GROUPS = 40  # more documents are merged at random: memory and time of resampling grow with the number
-RUNS = 10  # groups of a long text that has enough windows
-RUN_TOKENS = 4096  # of a longer text each group is a run of consecutive windows, or tokens
+MAX_GROUPS = 40  # memory and time of resampling grow with their number
+RUNS = 10  # groups of consecutive windows or tokens in a long text
+RUN_TOKENS = 4096  # the text is long above
 HALVINGS = 10
 
 
@@ -29,11 +29,11 @@ class Groups(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ResamplingGroups:
-    """The tokens of every update and the groups of them that resampling draws.
+    """A text and the groups of its counted tokens that resampling draws.
 
-    Tokens of one document are not independent, so a group is a document, or several of them.
-    `group_of_token[i]` is the group of token i; `draws[b, g]` is how often group g is in bootstrap draw b (no
-    rows without intervals); `halves` as in `Groups`.
+    Tokens of one document are not independent, so a group is one document or several. `group_of_token[i]` is
+    the group of token i; `draws[b, g]` counts group g in bootstrap draw b (B = 0 without intervals); `halves`
+    as in `Groups`.
     """
 
     tokens: Tokens
@@ -43,20 +43,20 @@ class ResamplingGroups:
 
     @classmethod
     def of(cls, tokens: Tokens, bootstrap: int, seed: int) -> "ResamplingGroups":
-        """The groups of a text, `bootstrap` draws of them, and random divisions of them into halves."""
+        """The groups of a text, with `bootstrap` draws and HALVINGS random divisions into halves."""
         return cls.grouped(tokens, _groups_of(tokens, seed), bootstrap, seed)
 
     @classmethod
     def grouped(
         cls, tokens: Tokens, group_of_token: Int[np.ndarray, " n"], bootstrap: int, seed: int
     ) -> "ResamplingGroups":
-        """The same with the group of every token given."""
+        """The same for given groups."""
         count = int(group_of_token.max()) + 1
         draws, halves = cluster_weights(count, bootstrap, seed), half_weights(count, HALVINGS, seed)
         return cls(tokens, group_of_token, draws, halves)
 
     def coarser(self, most: int, seed: int) -> "ResamplingGroups":
-        """At most this number of groups, neighbours merged."""
+        """At most `most` groups, by merging neighbours."""
         if self.documents <= most:
             return self
         return ResamplingGroups.grouped(
@@ -65,64 +65,60 @@ class ResamplingGroups:
 
     @property
     def most_in_a_window(self) -> int:
-        """The largest number of groups that a window has tokens of."""
+        """The largest number of groups in a window."""
         window = np.nonzero(self.tokens.counted)[0]
         pairs = np.unique(window * self.documents + self.group_of_token)
         return int(np.bincount(pairs // self.documents).max())
 
     @property
     def groups(self) -> Groups:
-        """The arrays that the device needs."""
+        """The arrays for the device."""
         return Groups(self.membership, self.halves)
 
     @property
     def documents(self) -> int:
-        """The number of documents, or groups of them."""
+        """The number of groups."""
         return self.halves.shape[2]
 
     @property
     def membership(self) -> Float64[np.ndarray, "G n"]:
-        """1 where a token is in a group, else 0."""
+        """`Groups.membership`."""
         return (self.group_of_token == np.arange(self.documents)[:, None]).astype(np.float64)
 
     @property
     def without(self) -> Float64[np.ndarray, "G G"]:
-        """The draws that have all groups but one."""
+        """The leave-one-out draws: row g has all groups but g."""
         return 1 - np.eye(self.documents)
 
     @property
     def intervals(self) -> bool:
-        """Whether there is anything to draw: of one document there is not."""
+        """Whether there are draws of more than one group."""
         return len(self.draws) > 0 and self.documents > 1
 
     @cached_property
     def places(self) -> Int[np.ndarray, " n"]:
-        """Where the tokens of an update are among all of the text."""
+        """The positions of the counted tokens in the text."""
         return np.flatnonzero(self.tokens.counted)
 
 
 def cluster_weights(groups: int, draws: int, seed: int) -> Float64[np.ndarray, "B G"]:
-    """How often each of G documents is drawn when G are drawn with replacement, B times."""
+    """Counts of each of G groups in B draws of G with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(groups, np.full(groups, 1 / groups), size=draws).astype(np.float64)
 
 
 def half_weights(groups: int, repeats: int, seed: int) -> Float64[np.ndarray, "R 2 G"]:
-    """Which documents are in the first and which in the second half, R random times; none if G < 2.
-
-    The second half has one more where G is odd.
-    """
-    rng = np.random.default_rng(seed)
+    """R random divisions of G groups into halves, the second one larger if G is odd; none if G < 2."""
     first = np.tile(np.arange(groups) < groups // 2, (repeats if groups > 1 else 0, 1))
-    first = rng.permuted(first, axis=1)
+    first = np.random.default_rng(seed).permuted(first, axis=1)
     return np.stack([first, ~first], axis=1).astype(np.float64)
 
 
 def _groups_of(tokens: Tokens, seed: int) -> Int[np.ndarray, " n"]:
-    """The group of every token that counts.
+    """The group of every counted token.
 
-    Each document is a group; more than MAX_GROUPS are merged at random. A long text with few documents, or
-    with many windows, is cut into RUNS runs instead: of windows, where there are as many.
+    Each document is a group; more than MAX_GROUPS are merged at random. A long text is cut into RUNS runs of
+    windows instead if it has that many, or else of tokens if it has fewer documents.
     """
     counted = tokens.counted
     documents = np.unique(tokens.documents[counted], return_inverse=True)[1].reshape(-1)

@@ -3,10 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    AnyArray="arrays",
-    Clock="timing",
-    Command="command",
-    Stages="timing",
-    write_together="files",
+    __name__, AnyArray="arrays", Clock="timing", Command="command", Stages="timing", write_together="files"
 )

@@ -1,7 +1,7 @@
-"""The process around every command: one-line errors, exit statuses, signals, memory.
+"""The process of every command: one-line errors, exit statuses, signals, memory.
 
-Exit status: 0 done, 1 input that cannot be used, 2 wrong usage, 130 interrupted, 143 terminated. Only the
-standard library is imported before `install`, so that Ctrl-C during the other imports is handled, too.
+Exit status: 0 done, 1 unusable input, 2 wrong usage, 130 interrupted, 143 terminated. Before `install` only
+the standard library is imported, so that Ctrl-C is handled during all other imports.
 """
 
 import contextlib
@@ -22,17 +22,16 @@ from jaxdelta.utils.command import Command, answer, parse, program_name
 
 INTERRUPTED = 130
 TERMINATED = 143
-BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # its threads spin for 2 to that power cycles; default 26
+BLAS_WAIT = "OPENBLAS_THREAD_TIMEOUT"  # log2 of the cycles that idle threads spin; default 26
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def install() -> None:
     """Prepares the process; call it before JAX is imported.
 
-    Ctrl-C during the imports ends in one line, and no signal is lost after them. Freed memory is kept: some
-    of malloc's settings have no effect once threads run. OpenBLAS' threads sleep between products instead of
-    spinning, which leaves the cores to others. The garbage collector is off until `guarded`: it would take a
-    seventh of the imports' time.
+    Ctrl-C during the imports exits with one line. malloc is set to keep freed memory, which must happen
+    before threads start. Idle OpenBLAS threads sleep instead of spinning. The garbage collector, which takes
+    a seventh of the imports' time, is off until `guarded`.
     """
     gc.disable()
     os.environ.setdefault(BLAS_WAIT, "4")
@@ -45,30 +44,22 @@ def install() -> None:
 
 
 def run_command(command: Command) -> None:
-    """Parses the flags, JAX's own among them, runs the command and exits with its status."""
+    """Parses the flags, including JAX's own, runs the command and exits with its status."""
     text = answer(command, sys.argv)
     if text is not None:
         return guarded(lambda: print(text))
 
     from absl import app
 
-    def act(arguments: Sequence[str]) -> None:
+    def main(argv: Sequence[str]) -> None:
         keep_compiled()
-        command.action(*arguments)
+        command.action(*argv[1:])
 
-    app.run(
-        lambda argv: guarded(lambda: act(argv[1:])),
-        flags_parser=lambda argv: _parsed(command, argv),
-    )
+    app.run(lambda argv: guarded(lambda: main(argv)), flags_parser=lambda argv: _parsed(command, argv))
 
 
 def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
-    """Runs a script like a command; its flags are those it defined when it was imported.
-
-    Args:
-        main: the script; called with the chosen command if there are any.
-        commands: possible values of the only argument that is not a flag.
-    """
+    """Runs a script that has defined its flags like a command; `commands` are the values of its argument."""
     about = sys.modules["__main__"].__doc__ or ""
     run_command(Command(main, about, choices=tuple(commands)))
 
@@ -76,13 +67,12 @@ def run(main: Callable[..., None], *, commands: Collection[str] = ()) -> None:
 def keep_compiled() -> None:
     """Caches compiled programs in the user's cache directory, unless JAX's own flags say otherwise.
 
-    Compiling is half of a short run, and the next run needs the same programs. JAX by itself leaves out those
-    that compile in less than a second; here all are kept.
+    Compiling is half of a short run. By default JAX keeps only programs that take a second to compile.
     """
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        # A missing or read-only home directory is no error,
+        # A missing or read-only home directory is no error; nor is a full disk, or a damaged entry.
         with contextlib.suppress(OSError, RuntimeError):
             home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             directory = home / "jaxdelta" / "xla"
@@ -90,15 +80,14 @@ def keep_compiled() -> None:
             if os.access(directory, os.W_OK):
                 jax.config.update("jax_compilation_cache_dir", str(directory))
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-                # nor is a full disk or a damaged entry.
                 warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
 
 
 def keep_memory() -> None:
     """Makes glibc keep freed memory for the next layer.
 
-    Returning hundreds of megabytes to the system after each layer, and faulting them in again page by page,
-    costs a sixth of a run on a CPU. All threads share one arena, as glibc's other arenas return large blocks.
+    Returning it to the system, and faulting it in again, takes a sixth of a run on a CPU. All threads share
+    one arena, as glibc's other arenas return large blocks.
     """
     with contextlib.suppress(OSError, AttributeError):  # macOS, or another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -107,9 +96,9 @@ def keep_memory() -> None:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Calls main; ends in one line for a user's mistake, and with a signal's status after a signal.
+    """Calls main; exits with one line after a user's mistake, and with a signal's status after a signal.
 
-    Libraries may catch a signal's exception and raise another: the signal decides how the process ends.
+    A received signal decides the status, as libraries may catch its exception and raise another.
     """
     received: list[int] = []
 
@@ -117,18 +106,16 @@ def guarded(main: Callable[[], None]) -> None:
         received.append(signum)
         raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
 
-    gc.freeze()  # what the imports made stays
+    gc.freeze()  # The objects of the imports stay.
     gc.enable()
     try:
-        # From here on cleaning up may be needed, so a signal raises.
+        # From here on a signal raises, since there may be something to clean up.
         _handle_interrupt(on_signal)
         signal.signal(signal.SIGTERM, on_signal)
         main()
-        # Not `print`, which writes even an empty string: a full device is no error if nothing was printed.
         if sys.stdout is not None:
-            sys.stdout.flush()
-        # Everything is written: nothing is left to interrupt.
-        _handle_interrupt(signal.SIG_IGN)
+            sys.stdout.flush()  # `print` would fail on a full device even if nothing was printed.
+        _handle_interrupt(signal.SIG_IGN)  # Everything is written.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except BaseException as error:
         if signal.SIGINT in received:
@@ -140,12 +127,12 @@ def guarded(main: Callable[[], None]) -> None:
 
 
 def _report(error: BaseException) -> None:
-    """Exits with one line if the error is not a fault of the program's."""
+    """Exits with one line unless the error is a bug."""
     if isinstance(error, JaxDeltaError):
         fail(str(error), error.status)
     if isinstance(error, OSError):
         if isinstance(error, BrokenPipeError) or error.filename is None:
-            # Standard output is closed or full: Python must not flush it again at exit.
+            # Standard output is closed or full; Python must not flush it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
@@ -171,8 +158,7 @@ def _handle_interrupt(action: Any) -> None:
 
 
 def _unraisablehook(unraisable: Any) -> None:
-    """Raises Ctrl-C and SIGTERM again that arrived where exceptions are ignored, as in a destructor or in
-    JAX's garbage-collection callback: they would be lost."""
+    """Raises Ctrl-C and SIGTERM again that arrived where exceptions are ignored, as in a destructor."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt | SystemExit):
         return sys.__unraisablehook__(unraisable)
 
@@ -184,7 +170,7 @@ def _unraisablehook(unraisable: Any) -> None:
 
 
 def _exit_interrupted() -> NoReturn:
-    """Exits at once: an ordinary exit would wait for all threads, and print what they left unfinished."""
-    line = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # leaves that of the progress bar
+    """Exits at once; an ordinary exit would wait for all threads and print their unfinished output."""
+    line = "\n" if sys.stderr is not None and sys.stderr.isatty() else ""  # ends the progress bar's line
     print(f"{line}{program_name()}: interrupted; nothing was written", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

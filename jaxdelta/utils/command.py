@@ -1,6 +1,6 @@
 """A command's flags: defined under headings, parsed, and described by --help.
 
-absl-py holds the flags, JAX's own among them. It and JAX are imported where they are used, after cli.install.
+absl-py holds the flags, including JAX's own. It and JAX are imported in functions, after `cli.install`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxdelta._version import __version__
 from jaxdelta.errors import UsageError
 
 WIDTH = 80  # columns of the help
-INDENT = 24  # the column in which the meaning of a flag begins
+INDENT = 24  # the column of the flags' meanings
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 HELP = ("help", "h", "helpshort", "?")
 FOOTER = """JAX
@@ -36,13 +36,12 @@ class Command:
     """A command that a user types.
 
     Attributes:
-        action: called with the positional arguments once the flags are parsed.
+        action: called with the positional arguments after the flags are parsed.
         about: the beginning of the help: purpose, example, running time.
-        options: heading -> function that defines the flags under it, in the order of the help; None for the
-            flags that a script defined when it was imported.
-        required: name of a required flag -> what it is, with an example.
-        arguments: positional arguments as the help shows them; empty if there are none.
-        choices: possible values of the only positional argument, if it is one of several.
+        options: heading -> function that defines the flags under it; None if a script has defined its flags.
+        required: name of a required flag -> its meaning, with an example.
+        arguments: positional arguments as the help shows them; empty for none.
+        choices: values of a single positional argument.
     """
 
     action: Callable[..., None]
@@ -72,13 +71,13 @@ class Option:
 
     name: str
     meaning: str
-    default: str  # empty where there is none, or where the flag is off
+    default: str  # empty for none, or for a switch that is off
     choices: tuple[str, ...]
     switch: bool  # --name or --noname, and no value
 
     @classmethod
     def of(cls, name: str) -> "Option":
-        """Describes a flag that is defined."""
+        """Describes a defined flag."""
         from absl import flags
 
         flag = flags.FLAGS[name]
@@ -94,13 +93,13 @@ class Option:
 
 
 def program_name() -> str:
-    """Name of the running program: `jaxdelta`, or `delta_svd.py` for a script."""
+    """The program's name: `jaxdelta`, or `delta_svd.py` for a script."""
     path = sys.argv[0]
     return os.path.basename(os.path.dirname(path) if path.endswith("__main__.py") else path)
 
 
 def answer(command: Command, argv: Sequence[str]) -> str | None:
-    """The text that --help, --helpfull or --version asks for; None if none of them is given."""
+    """The text for --help, --helpfull or --version; None without any of them."""
     before = itertools.takewhile(lambda argument: argument != "--", argv[1:])
     given = {argument.lstrip("-") for argument in before if argument.startswith("-")}
     if "version" in given:
@@ -118,10 +117,10 @@ def answer(command: Command, argv: Sequence[str]) -> str | None:
 
 
 def help_text(command: Command, headings: Mapping[str, Sequence[str]]) -> str:
-    """The help: what the command does, how to call it, and its flags by heading."""
-    given = [f"--{name}={name.upper()}" for name in command.required]
+    """The help: purpose, usage, and flags by heading."""
+    required = [f"--{name}={name.upper()}" for name in command.required]
     arguments = command.arguments or "|".join(command.choices)
-    usage = " ".join(["Usage:", program_name(), *filter(None, [arguments]), *given, "[--flag=value ...]"])
+    usage = " ".join(filter(None, ["Usage:", program_name(), arguments, *required, "[--flag=value ...]"]))
     sections = [command.about.strip(), textwrap.fill(usage, WIDTH, subsequent_indent="  ")]
     for heading, names in headings.items():
         lines = [_described(Option.of(name), name in command.required) for name in names]
@@ -141,14 +140,10 @@ def _described(option: Option, required: bool) -> str:
 
 
 def parse(command: Command, argv: Sequence[str]) -> list[str]:
-    """Defines and parses the flags, JAX's own among them.
-
-    Returns:
-        The program's name, then the positional arguments.
+    """Defines and parses the flags, including JAX's own; returns the program's name and the arguments.
 
     Raises:
-        UsageError: an unknown flag, a missing one, an impossible value, an unexpected argument; in one
-            sentence.
+        UsageError: an unknown or missing flag, an impossible value, an unexpected argument.
     """
     import jax
     from absl import flags
@@ -184,13 +179,13 @@ def _unknown(name: str) -> str:
 
 
 def _impossible(message: str) -> str:
-    """absl's `flag --top_k=many: invalid literal for int() ...` in the user's words."""
+    """Rewords absl's `flag --top_k=many: invalid literal for int() ...` for users."""
     from absl import flags
 
-    found = re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL)
-    if not found or found[1] not in flags.FLAGS:
+    match = re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL)
+    if not match or match[1] not in flags.FLAGS:
         return message
-    parser = flags.FLAGS[found[1]].parser
+    parser = flags.FLAGS[match[1]].parser
     choices = getattr(parser, "enum_values", None)
     kind: Any = f"one of {', '.join(choices)}" if choices else KINDS.get(parser.flag_type())
-    return f"--{found[1]} must be {kind}, not {found[2]!r}" if kind else message
+    return f"--{match[1]} must be {kind}, not {match[2]!r}" if kind else message

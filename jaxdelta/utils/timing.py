@@ -1,4 +1,4 @@
-"""Where a run's time goes."""
+"""The seconds that a run spends on each of its tasks."""
 
 import time
 from collections import defaultdict
@@ -7,21 +7,21 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by what they were spent on; what several threads do at once counts for each of them."""
+    """Seconds by task, summed over threads."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Adds the time spent inside."""
+    def __call__(self, task: str) -> Iterator[None]:
+        """Adds the time spent in the block."""
         start = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - start
+        self.seconds[task] += time.perf_counter() - start
 
 
 class Stages:
-    """Seconds by stage; tells the listener a line as each ends."""
+    """Seconds by stage, reported to the listener in one line at the end of each."""
 
     def __init__(self, listener: Callable[[str], None] | None = None):
         self.clock = Clock()

@@ -3,10 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    LayerMoments="summary",
-    MomentAccumulator="accumulate",
-    MomentSummaries="accumulate",
-    Moments="sums",
-    merge="summary",
+    __name__, LayerMoments="summary", MomentAccumulator="accumulate", MomentSummaries="accumulate"
 )

@@ -3,10 +3,5 @@
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    OverlapBootstrap="bootstrap",
-    Overlaps="overlap",
-    Phases="phases",
-    compare_layers="table",
-    verdicts="verdict",
+    __name__, Overlaps="overlap", Phases="phases", compare_layers="table", verdicts="verdict"
 )

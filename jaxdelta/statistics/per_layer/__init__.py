@@ -6,13 +6,7 @@ import pkgutil
 from jaxdelta._faces import face
 
 __all__, __getattr__, __dir__ = face(
-    __name__,
-    Statistic="registry",
-    TokenTable="inputs",
-    ViewData="inputs",
-    registered="registry",
-    shown="registry",
-    statistic="registry",
+    __name__, Statistic="registry", registered="registry", shown="registry", statistic="registry"
 )
 
 for _module in pkgutil.iter_modules(__path__):
