@@ -36,8 +36,8 @@ WORDS = {
     "ranks": (
         "How many directions the layers write",
         "With a low effective rank the updates of all tokens lie along few directions; where the energy of "
-        "the mean update is high too, the first of them is one push given to every token; v_L is noise where two "
-        "halves of the text disagree on it",
+        "the mean update is high too, the first of them is one push given to every token; v_L is noise where "
+        "two halves of the text disagree on it",
     ),
     "ledger": (
         "What attention writes and what the MLP writes",
