@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -412,7 +413,7 @@ def test_every_option_has_its_flag() -> None:
     commands = Path(__file__).parents[1] / "jaxdelta" / "commands"
     text = "".join((commands / name).read_text() for name in ("analyze.py", "_flags.py"))
     for field in dataclasses.fields(Options):
-        assert f'"{field.name}"' in text
+        assert re.search(rf'"{field.name}"|\b{field.name}="', text), field.name
 
 
 @pytest.mark.parametrize(

@@ -477,7 +477,7 @@ def finished(command: list[str], environment: dict[str, str]) -> subprocess.Comp
 def test_help_and_unknown_flag(environment: dict[str, str]) -> None:
     found = finished([sys.executable, str(SCRIPT), "--help"], environment)
     assert found.stderr == ""
-    assert "Measures what each layer of a Qwen3 model writes" in found.stdout
+    assert "Measures what each layer of a language model writes" in found.stdout
     for name in ("model", "out", "calibration", "top_k", "last_state", "svd", "phases"):
         assert f"--{name}" in found.stdout
     found = finished([sys.executable, str(SCRIPT), "--unknown"], environment)

@@ -70,8 +70,8 @@ $verdict
 |---|---|
 $architecture
 
-Tied embeddings, no biases, q/k norms as in every Qwen3. The tokenizer is a byte-level BPE of its own with
-Qwen's splitting pattern, trained on the training documents; `<|endoftext|>` ends a document.
+Tied embeddings, no biases, q/k norms as in every Qwen3. The tokenizer is a byte-level BPE with Qwen's
+splitting pattern, trained on the training documents; `<|endoftext|>` ends a document.
 
 ## Training
 
@@ -84,11 +84,12 @@ with other work. Seed $seed, $steps_line of 1,024 tokens, $minutes: $tokens_seen
 - To step $steps: sequences of 256 tokens, the next token alone, the learning rate falling to zero as
   1 - √(share of the decay that is over).
 
-All 28 layers learn from the first step on. Muon (rate 0.02, weight decay 0.05) for their matrices, one layer
-at a time; AdamW (rate 0.003, no decay) for embedding and norms; 25 steps of warm-up. Rounded to bfloat16
-once, at export.
+All 28 layers are trained from the first step. Muon (rate 0.02, weight decay 0.05) for their matrices, one
+layer at a time; AdamW (rate 0.003, no decay) for embedding and norms; 25 steps of warm-up. Rounded to
+bfloat16 once, at export.
 
-The curve is in `loss_curve.csv` (held out there: the first 8,192 of the held-out tokens, float32 weights):
+The curve is in `loss_curve.csv`; its held-out loss is of the first 8,192 held-out tokens, with float32
+weights:
 
 $curve
 
@@ -98,8 +99,8 @@ the rounding of another machine's products.
 
 ## Data
 
-Read from installed packages; one document in $one_in is held out, by the hash of its text. Prose $prose MB,
-documentation with code in it $mixed MB, code $code MB.
+Read from installed packages; one document in $one_in is held out, chosen by the hash of its text.
+Prose $prose MB, documentation with code in it $mixed MB, code $code MB.
 
 | package | version | licence | text | MB |
 |---|---|---|---|---|
