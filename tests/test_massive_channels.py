@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 from test_page import checked
-from updates import WIDE, K, from_rows, tokens, update
+from updates import WIDE, K, from_moments, from_rows, tokens, update
 
 from jaxdelta.report import tables
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.charts.layers import ranks
 from jaxdelta.spectra.channels import ChannelTable
 from jaxdelta.spectra.views import RAW
-from jaxdelta.statistics import layer_row as rows
 from jaxdelta.statistics.per_layer.massive_channels import LARGEST
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.groups import ResamplingGroups
@@ -38,15 +38,26 @@ def table_of(delta: np.ndarray, h: np.ndarray) -> ChannelTable:
     return ChannelTable(*(np.square(x).sum(axis=0) for x in (delta, h, h + delta)))
 
 
-def row_of(table: ChannelTable | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    monkeypatch.setattr(rows, "_channels", lambda view: table)
-    figures = from_rows(update(WIDE), SAMPLE, views=(RAW,))
-    return rows.layer_row(0, "A", figures, SAMPLE, K, WIDE[1])
+def row_of(table: ChannelTable | None) -> dict[str, Any]:
+    layer = from_rows(update(WIDE), SAMPLE, views=(RAW,))
+    views = {view: summary._replace(channels=table) for view, summary in layer.views.items()}
+    return layer_row(0, "A", layer._replace(views=views), SAMPLE, K, WIDE[1])
 
 
-def test_planted_channels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maker", [from_rows, from_moments])
+def test_both_makers_sum_by_channel(maker: Any) -> None:
+    """Of the tokens that a view has: without the sink in the masked one."""
+    wrote = update(WIDE, sinks={7: 40.0})
+    layer = maker(wrote, SAMPLE, views=(RAW, MASKED))
+    for view, kept in ((RAW, np.ones(WIDE[0], bool)), (MASKED, np.arange(WIDE[0]) != 7)):
+        delta, h = (x.astype(np.float64)[kept] for x in (wrote.delta, wrote.h))
+        for found, wanted in zip(layer.views[view].channels, table_of(delta, h), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_planted_channels_are_found() -> None:
     delta, h = planted()
-    row = row_of(table_of(delta, h), monkeypatch)
+    row = row_of(table_of(delta, h))
     json.dumps(row, allow_nan=False)
     first, second, _ = row["massive_channels"]["update"]
     assert first == {"channel": WRITTEN, "share": first["share"], "effect": "writes"}
@@ -65,18 +76,21 @@ def test_planted_channels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row[key] == pytest.approx(shares[order].sum(), rel=1e-12)
 
 
-def test_an_update_of_nothing_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = row_of(table_of(np.zeros(WIDE), np.zeros(WIDE)), monkeypatch)
+def test_an_update_of_nothing_holds_nothing() -> None:
+    row = row_of(table_of(np.zeros(WIDE), np.zeros(WIDE)))
     assert row["massive_channels"] == {"update": [], "state": []}
     assert row["channel_top3_frac"] == row["state_channel_top3_frac"] == 0
 
 
-def test_without_sums_by_channel_they_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not row_of(None, monkeypatch).keys() & {one.name for one in registered("channels")}
+def test_without_sums_by_channel_they_are_left_out() -> None:
+    assert not row_of(None).keys() & {one.name for one in registered("channels")}
 
 
 def test_terminal_page_and_charts_show_them(analysed: Analysis) -> None:
-    assert "Massive channels" not in tables.tables(analysed) + checked(analysed).text
+    without = {one.name for one in registered("channels")}
+    rows = [{key: value for key, value in row.items() if key not in without} for row in analysed.per_layer]
+    bare = dataclasses.replace(analysed, per_layer=rows)
+    assert "Massive channels" not in tables.tables(bare) + checked(bare).text
     table = table_of(*planted())
     more = {one.name: one.function(table) for one in registered("channels")}
     run = dataclasses.replace(analysed, per_layer=[row | more for row in analysed.per_layer])
