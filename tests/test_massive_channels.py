@@ -13,7 +13,8 @@ from jaxdelta.report import tables
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.charts.layers import ranks
 from jaxdelta.spectra.channels import ChannelTable
-from jaxdelta.spectra.views import RAW
+from jaxdelta.spectra.views import MASKED, RAW
+from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.statistics.per_layer.massive_channels import LARGEST
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.text.groups import ResamplingGroups
