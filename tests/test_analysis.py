@@ -272,7 +272,7 @@ def test_a_failed_spectrum_is_computed_again(
 ) -> None:
     def fails(*arguments: Any) -> tuple[Spectrum, Any]:
         found, coordinates = decompose(*arguments)
-        spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.defect + 1)
+        spoiled = Spectrum(found.singular_values * np.nan, found.directions * 0.5, found.residual + 1)
         return spoiled, coordinates * np.nan
 
     monkeypatch.setattr(scheduler, "decompose", fails)

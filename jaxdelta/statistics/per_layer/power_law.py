@@ -3,8 +3,9 @@
 import numpy as np
 from jaxtyping import Float, Float64
 
-from jaxdelta.statistics.per_layer.ranks import resolved
 from jaxdelta.statistics.per_layer.registry import statistic
+
+_LEAST = 1e-3  # of σ_1: smaller values depend on rounding
 
 
 @statistic(
@@ -17,12 +18,12 @@ from jaxdelta.statistics.per_layer.registry import statistic
     source="Stringer et al. 2019; Agrawal et al. 2022 (α-ReQ)",
 )
 def power_law_exponent(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
-    """α of the least-squares line ln λ_i = c − α ln i over the σ above float32's resolution.
+    """α of the least-squares line ln λ_i = c − α ln i over the σ above σ_1/1000.
 
     Zero with fewer than two such σ.
     """
     values = np.asarray(singular_values, np.float64)
-    counted = resolved(values)
+    counted = values > _LEAST * values.max(axis=-1, keepdims=True)
     number = np.maximum(counted.sum(axis=-1, keepdims=True), 1)
     log_rank = np.log(np.arange(1, values.shape[-1] + 1))
     mean = np.where(counted, log_rank, 0).sum(axis=-1, keepdims=True) / number
