@@ -114,7 +114,7 @@ def _spectra(
 
 def _columns(
     data: Sequence[ViewData], spectra: Float64[np.ndarray, "V B r"]
-) -> dict[str, Float64[np.ndarray, "V B"]]:
+) -> dict[str, Float64[np.ndarray, "V _"]]:
     """Statistics of tokens and spectrum in every view, of the whole text and without each group."""
     columns = {}
     for entry in registered("spectrum"):
@@ -126,7 +126,7 @@ def _columns(
     return columns
 
 
-def _intervals(columns: dict[str, Float64[np.ndarray, "V B"]]) -> list[dict[str, list[float]]]:
+def _intervals(columns: dict[str, Float64[np.ndarray, "V _"]]) -> list[dict[str, list[float]]]:
     """95 % intervals of every view's statistics, by the jackknife over groups."""
     scales = {
         entry.name: entry.interval for entry in registered() if entry.interval and entry.name in columns
