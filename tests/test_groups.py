@@ -23,7 +23,7 @@ def document_of(of: Tokens) -> np.ndarray:
 
 def test_a_short_text_has_its_documents() -> None:
     of = text(2, 50, 7)
-    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).owners, document_of(of))
+    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).group_of_token, document_of(of))
 
 
 @pytest.mark.parametrize(("windows", "length"), [(2, 101), (4, 2048)], ids=["short", "long, few windows"])
@@ -32,18 +32,18 @@ def test_many_documents_are_merged_at_random(windows: int, length: int) -> None:
     of = text(windows, length, 100)
     samples = [ResamplingGroups.of(of, 0, seed) for seed in (0, 0, 1)]
     assert samples[0].documents == MAX_GROUPS
-    pairs = np.unique(np.stack([document_of(of), samples[0].owners]), axis=1)
+    pairs = np.unique(np.stack([document_of(of), samples[0].group_of_token]), axis=1)
     assert pairs.shape[1] == 100
     assert set(np.bincount(pairs[1]).tolist()) == {2, 3}
-    np.testing.assert_array_equal(samples[0].owners, samples[1].owners)
-    assert (samples[0].owners != samples[2].owners).any()
+    np.testing.assert_array_equal(samples[0].group_of_token, samples[1].group_of_token)
+    assert (samples[0].group_of_token != samples[2].group_of_token).any()
 
 
 def test_a_long_text_of_many_windows_has_runs_of_them() -> None:
     of = text(25, 200, 60)
     found = ResamplingGroups.of(of, 0, 0)
-    assert len(found.owners) > RUN_TOKENS and found.documents == RUNS and found.most_in_a_window == 1
-    of_window = [np.unique(own) for own in np.split(found.owners, 25)]
+    assert len(found.group_of_token) > RUN_TOKENS and found.documents == RUNS and found.most_in_a_window == 1
+    of_window = [np.unique(own) for own in np.split(found.group_of_token, 25)]
     np.testing.assert_array_equal(np.concatenate(of_window), np.arange(25) * RUNS // 25)
 
 
@@ -51,21 +51,21 @@ def test_a_long_text_of_few_windows_and_documents_has_runs_of_tokens() -> None:
     of = text(3, 2048, 4)
     found = ResamplingGroups.of(of, 0, 0)
     assert found.documents == RUNS and found.most_in_a_window > 1
-    assert (np.diff(found.owners) >= 0).all()
-    sizes = np.bincount(found.owners)
+    assert (np.diff(found.group_of_token) >= 0).all()
+    sizes = np.bincount(found.group_of_token)
     assert sizes.max() - sizes.min() <= 1
 
 
 def test_a_long_text_of_few_windows_and_many_documents_has_its_documents() -> None:
     of = text(3, 2048, 30)
-    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).owners, document_of(of))
+    np.testing.assert_array_equal(ResamplingGroups.of(of, 0, 0).group_of_token, document_of(of))
 
 
 @pytest.mark.parametrize("documents", [12, 60])
 def test_a_token_more_changes_no_number_of_groups(documents: int) -> None:
     """4,099 and 4,100 tokens, of which 4,096 and 4,097 count: a short text and a long one."""
     samples = [ResamplingGroups.of(text(3, 2048, documents, last), 0, 0) for last in (3, 4)]
-    assert [len(sample.owners) for sample in samples] == [RUN_TOKENS, RUN_TOKENS + 1]
+    assert [len(sample.group_of_token) for sample in samples] == [RUN_TOKENS, RUN_TOKENS + 1]
     assert {sample.documents for sample in samples} == {min(documents, MAX_GROUPS)}
 
 
@@ -75,13 +75,13 @@ def test_coarser_groups_are_neighbours_merged() -> None:
     found = sample.coarser(10, 0)
     assert found.documents == 10 and found.draws.shape == (30, 10)
     assert found.halves.shape == (HALVINGS, 2, 10)
-    pairs = np.unique(np.stack([sample.owners, found.owners]), axis=1)
+    pairs = np.unique(np.stack([sample.group_of_token, found.group_of_token]), axis=1)
     np.testing.assert_array_equal(pairs, [np.arange(25), np.arange(25) * 10 // 25])
 
 
 def test_membership_draws_and_halves() -> None:
     sample = ResamplingGroups.of(tokens(400, 25), 30, 0)
-    np.testing.assert_array_equal(sample.membership.argmax(axis=0), sample.owners)
+    np.testing.assert_array_equal(sample.membership.argmax(axis=0), sample.group_of_token)
     np.testing.assert_array_equal(sample.membership.sum(axis=0), 1)
     np.testing.assert_array_equal(sample.draws.sum(axis=1), 25)
     np.testing.assert_array_equal(sample.halves.sum(axis=1), 1)

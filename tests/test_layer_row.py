@@ -175,7 +175,7 @@ def test_every_number(shape: tuple[int, int], method: str, windows: int, view: V
     halves = plain_split_half(x, documents, of.groups)
     assert found["split_half_cos"] == pytest.approx(halves, rel=5e-4)
     within = plain_split_half(leading_part(x), documents, of.groups)
-    assert found["split_half_cos"] == pytest.approx(within, rel=1e-6)
+    assert found["split_half_cos"] == pytest.approx(within, rel=1e-4)  # by Chebyshev steps, see group_moments
     named, top = plain_owners(x, kept, of.tokens)
     shares = [token.pop("share") for token in named]
     assert found["sigma1_tokens"] == [
@@ -437,6 +437,7 @@ def test_without_documents_drawn_the_row_has_the_figures_alone() -> None:
     (row,) = view_rows([layer.views[RAW]], of, K, WIDE[1])
     assert not row.keys() & {"intervals", "split_half_cos", "sigma1_tokens", "note"}
     with_draws = assert_json(from_rows(update(WIDE), OF, views=(RAW,)), OF)
+    assert row.pop("massive_channels") == with_draws["massive_channels"]
     for name, figure in row.items():  # With documents drawn LAPACK finds all vectors, and rounds otherwise.
         np.testing.assert_allclose(with_draws[name], figure, rtol=1e-10, err_msg=name)
     assert of.halves.shape == (HALVINGS, 2, DOCUMENTS) and not of.intervals

@@ -176,9 +176,7 @@ def _notes(view: ViewData, rank: int, documents: int) -> str:
         "owners of sigma1 unknown: v_1 differs from that of the text's beginning": view.sigma1_shares is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,
-        f"rank {rank}: the directions beyond it are zero": 0
-        < rank
-        < min(view.top_k, len(view.singular_values)),
+        f"rank {rank}: the directions beyond it are zero": 1 < rank < min(view.top_k, view.n, view.hidden),
         f"only {view.n} token{'s' * (view.n != 1)}": view.n < 3,
         "one document: no halves, no intervals": documents == 1,
         f"{left} sink{'s' * (left != 1)} left in: not set aside in time": left > 0,
