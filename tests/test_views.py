@@ -117,18 +117,26 @@ def test_every_view_is_of_its_rows(sinks: dict[int, float]) -> None:
 
 def test_masked_figures_are_those_of_the_update_without_these_rows() -> None:
     whole = update(WIDE, sinks=SINKS)
-    others = np.setdiff1d(np.arange(WIDE[0]), list(SINKS))
+    ordinary = np.setdiff1d(np.arange(WIDE[0]), list(SINKS))
     documents = tokens(WIDE[0]).documents[0, 1:]
-    of, fewer = (ResamplingGroups.of(tokens(len(own), own), 50, 3) for own in (documents, documents[others]))
+    of, fewer = (
+        ResamplingGroups.of(tokens(len(own), own), 50, 3) for own in (documents, documents[ordinary])
+    )
     row = layer_row(0, "A", from_rows(whole, of), of, K, WIDE[1])
-    alone = layer_row(0, "A", from_rows(Update(*(part[others] for part in whole)), fewer), fewer, K, WIDE[1])
+    alone = layer_row(
+        0, "A", from_rows(Update(*(part[ordinary] for part in whole)), fewer), fewer, K, WIDE[1]
+    )
     for part in (lambda row: row, lambda row: row["attention"], lambda row: row["mlp"]):
         for masked, plain in (
             (part(row)["masked"], part(alone)),
             (part(row)["masked"]["centred"], part(alone)["centred"]),
         ):
-            for name in masked.keys() - {"sigma1_tokens", "centred", "intervals", "sinks_left"}:
+            others = {"sigma1_tokens", "centred", "intervals", "sinks_left", "massive_channels"}
+            for name in masked.keys() - others:
                 assert masked[name] == pytest.approx(plain[name], rel=1e-6, abs=1e-9), name
+            for name, channels in masked.get("massive_channels", {}).items():
+                for one, other in zip(channels, plain["massive_channels"][name], strict=True):
+                    assert one == other | {"share": pytest.approx(other["share"], rel=1e-6)}
             assert masked["intervals"] == {
                 n: pytest.approx(i, rel=1e-6) for n, i in plain["intervals"].items()
             }
