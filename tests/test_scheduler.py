@@ -241,7 +241,7 @@ def compared(kind: str, shape: tuple[int, int]) -> tuple[np.ndarray, ViewSummary
     wrote, n, view = update(shape), shape[0], View("mlp", centred=True)
     kept = np.arange(n) != 7
     membership = (np.arange(n) % 3 == np.arange(3)[:, None]).astype(np.float64)
-    groups = Groups(membership, np.zeros((0, 2, 3)))
+    groups = Groups(membership)
     solver = {"one by one": OneByOne, "batched": partial(on_one_device, 1)}[kind](groups)
     with jax.enable_x64(True):
         every = ComparesEverything(2, resampled=True)

@@ -28,7 +28,7 @@ from jaxdelta.utils.timing import Clock
 
 _WORKSPACE_BYTES = 4 << 30
 
-# finish(layer's number, its summary): what is kept of a layer; called beside the pass.
+# finish(layer's number, its summary): what is kept of a layer; called while later layers pass.
 Finish = Callable[[int, LayerSummary], Any]
 Kept = Float64[np.ndarray, " n"]  # 1 for tokens that a view has, else 0
 BatchCall = Callable[..., list[Any]]  # call(function, each layer's arguments, common ones, static ones)
@@ -128,8 +128,8 @@ class ThreadedSummaries(Workers):
 class BatchedSummaries(Workers):
     """Batches of layers, each in one call: one layer's matrices leave an accelerator nearly idle.
 
-    A batch is solved beside the pass; of several devices, which must all launch the same programs in the same
-    order, in turn with it.
+    A batch is solved while later layers pass. Several devices must launch the same programs in the same
+    order, so there the pass waits for the batch.
     """
 
     def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, solver: "Solver"):

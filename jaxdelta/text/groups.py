@@ -19,12 +19,10 @@ HALVINGS = 10
 class Groups(NamedTuple):
     """The resampling groups of the tokens of an update.
 
-    `membership[g, i]` is 1 where token i is in group g, else 0; `halves[r, s, g]` is 1 where group g is in
-    half s of the r-th division.
+    `membership[g, i]` is 1 where token i is in group g, else 0.
     """
 
     membership: Float64[AnyArray, "G n"]
-    halves: Float64[AnyArray, "R 2 G"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +30,8 @@ class ResamplingGroups:
     """A text and the groups of its counted tokens that resampling draws.
 
     Tokens of one document are not independent, so a group is one document or several. `group_of_token[i]` is
-    the group of token i; `draws[b, g]` counts group g in bootstrap draw b (B = 0 without intervals); `halves`
-    as in `Groups`.
+    the group of token i; `draws[b, g]` counts group g in bootstrap draw b (B = 0 without intervals);
+    `halves[r, s, g]` is 1 where group g is in half s of the r-th division.
     """
 
     tokens: Tokens
@@ -73,7 +71,7 @@ class ResamplingGroups:
     @property
     def groups(self) -> Groups:
         """The arrays for the device."""
-        return Groups(self.membership, self.halves)
+        return Groups(self.membership)
 
     @property
     def documents(self) -> int:
