@@ -32,7 +32,7 @@ from jaxdelta.statistics.per_layer.ranks import (
 )
 from jaxdelta.statistics.per_layer.registry import registered
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, Groups, ResamplingGroups
+from jaxdelta.text.groups import HALVINGS, MAX_GROUPS, ResamplingGroups
 from jaxdelta.text.tokens import Tokens
 
 SINKS = {5: 30.0, 40: 100.0}
@@ -103,10 +103,10 @@ def plain_row(x: np.ndarray, h: np.ndarray, hidden: int) -> dict[str, Any]:
     }
 
 
-def plain_split_half(x: np.ndarray, documents: np.ndarray, groups: Groups) -> float:
+def plain_split_half(x: np.ndarray, documents: np.ndarray, of: ResamplingGroups) -> float:
     """The mean of |<v_1, v_1'>| over the halvings, each half's v_1 from its own SVD."""
     cosines = []
-    for halves in np.asarray(groups.halves):
+    for halves in of.halves:
         firsts = [np.linalg.svd(x[half[documents] > 0], full_matrices=False)[2][0] for half in halves]
         cosines.append(abs(firsts[0] @ firsts[1]))
     return float(np.mean(cosines))
@@ -172,9 +172,9 @@ def test_every_number(shape: tuple[int, int], method: str, windows: int, view: V
     for name, figure in wanted.items():
         np.testing.assert_allclose(found[name], figure, rtol=1e-9, atol=1e-12, err_msg=name)
     documents = of.membership[:, kept].argmax(axis=0)
-    halves = plain_split_half(x, documents, of.groups)
+    halves = plain_split_half(x, documents, of)
     assert found["split_half_cos"] == pytest.approx(halves, rel=5e-4)
-    within = plain_split_half(leading_part(x), documents, of.groups)
+    within = plain_split_half(leading_part(x), documents, of)
     assert found["split_half_cos"] == pytest.approx(within, rel=1e-4)  # by Chebyshev steps, see group_moments
     named, top = plain_owners(x, kept, of.tokens)
     shares = [token.pop("share") for token in named]
@@ -426,7 +426,7 @@ def test_the_smallest_axes_shrink_together(shape: tuple[int, int]) -> None:
     spreads = [effective_rank(np.sqrt(energies)).std() for energies in (moved, exact)]
     assert spreads[0] == pytest.approx(spreads[1], rel=0.05)
     np.testing.assert_allclose(moved[:, 0], exact[:, 0], rtol=1e-3)
-    halves = plain_split_half(x, documents, sample.groups)
+    halves = plain_split_half(x, documents, sample)
     cosines = split_half_cosines(found.group_moments, sample.halves)
     assert cosines.mean() == pytest.approx(halves, rel=1e-3)
 
