@@ -46,6 +46,7 @@ class Checkpoint:
     config: ModelConfig
     source: TensorSource
     float8: Float8 | None = None  # the float8 tensors that `source` lists dequantised
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read, a sentence each
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""

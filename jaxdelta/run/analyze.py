@@ -132,7 +132,10 @@ def _opened(
         note(str(plan))
     if plan.groups:
         sample = sample.coarser(plan.groups, options.seed)
-    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan)
+    notes = weights.notes if isinstance(weights, Checkpoint) else ()
+    for sentence in notes:
+        stages.listener(f" note: {sentence}")
+    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, notes)
 
 
 def _plan(weights: Weights, sample: ResamplingGroups, options: Options, devices: Devices) -> Plan:

@@ -13,7 +13,11 @@ from jaxdelta.utils.timing import Stages
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """The inputs of a run; `original` are the weights before a control changes them."""
+    """The inputs of a run.
+
+    `original` are the weights before a control changes them; `notes` what a user should know of how model and
+    text were read, a sentence each.
+    """
 
     name: str
     weights: Weights
@@ -24,3 +28,4 @@ class RunContext:
     stages: Stages
     devices: Devices
     plan: Plan
+    notes: tuple[str, ...] = ()

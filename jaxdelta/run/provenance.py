@@ -35,6 +35,7 @@ def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecor
         "residual_dtype": options.residual_dtype,
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
+        "notes": list(run.notes),
         "text_fingerprint": tokens.fingerprint,
         "text": {
             "layout": options.layout,
