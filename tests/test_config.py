@@ -119,7 +119,7 @@ def test_published_sizes(size: str) -> None:
         {"decoder_sparse_step": 3, "rope_parameters": YARN, "dtype": "bfloat16"},
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
         {"use_sliding_window": True, "attention_bias": True, "num_experts": 128, "num_experts_per_tok": 8},
-        {"num_local_experts": 5, "router_aux_loss_coef": 0.1},
+        {"num_experts": None, "num_local_experts": 5, "router_aux_loss_coef": 0.1},
         {"head_dim": None},
     ],
 )
@@ -192,8 +192,8 @@ def test_which_layers_have_experts(changes: dict[str, Any], sparse: list[int]) -
         ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
         ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of integers, not 3"),
         ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
-        ({"layer_types": ["full_attention"] * 4}, "unknown key in config.json: layer_types"),
-        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types=.*it is"),
+        ({"shared_expert_intermediate_size": 64}, r"shared_expert_intermediate_size=64 \(only 0\)"),
     ],
 )
 def test_impossible_experts(changes: dict[str, Any], named: str) -> None:
@@ -233,7 +233,6 @@ def test_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
         {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_theta": 1e6}},
         {"rope_theta": 2e6, "rope_parameters": {"rope_type": "default"}},
-        {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
         {"use_sliding_window": True, "max_window_layers": 0},
         {"use_sliding_window": True, "sliding_window": None},
         {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
@@ -267,7 +266,7 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
         ({"model_type": ["qwen3"]}, "qwen3"),
         ({"model_type": None}, "None"),
         ({"is_causal": False}, "is_causal"),
-        ({"num_experts": 8, "mlp_bias": True}, "keys in config.json: mlp_bias, num_experts"),
+        ({"num_experts": 8, "mlp_bias": True}, "num_experts=8 .*; mlp_bias=True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*--loader=torch"),
         ({"quantization_config": FLOAT8_SCHEME | {"quant_method": "gptq"}}, "quantization_config.*--loader"),
         ({"quantization_config": FLOAT8_SCHEME | {"fmt": "e5m2"}}, "quantization_config.*--loader"),
@@ -292,7 +291,6 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
         ({"head_dim": 15}, "head_dim=15"),
         ({"head_dim": True}, "head_dim"),
         ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'"),
-        ({"torch_dtype": "torch.float64"}, "dtype='float64'"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
@@ -308,7 +306,7 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
         ({"layer_types": 4}, "layer_types"),
         ({"rope_theta": "1e6"}, "rope_theta"),
         ({"rope_theta": 0}, "rope_theta"),
-        ({"rope_scaling": "yarn"}, "rope_parameters.*'yarn'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling.*'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_type='llama3'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
@@ -317,7 +315,6 @@ def test_a_config_saved_by_transformers(make_checkpoint: Callable[..., Path], tm
         ({"rope_parameters": YARN | {"attention_factor": [1]}}, "attention_factor"),
         ({"rope_parameters": YARN | {"mscale": "x", "mscale_all_dim": 1}}, "mscale"),
         ({"rope_parameters": YARN | {"truncate": "no"}}, "truncate"),
-        ({"rope_parameters": YARN | {"high_freq_factor": 1}}, "high_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ],
@@ -329,8 +326,8 @@ def test_anything_else_is_an_error_that_names_it(changes: dict[str, Any], named:
 
 
 def test_all_unsupported_values_are_told_at_once() -> None:
-    changes = {"hidden_act": "relu", "num_key_value_heads": 3, "head_dim": 7, "dtype": "int8"}
-    with pytest.raises(JaxDeltaError, match=r"hidden_act='relu'.*3 key/value.*head_dim=7.*dtype='int8'"):
+    changes = {"hidden_act": "relu", "num_key_value_heads": 3, "head_dim": 7}
+    with pytest.raises(JaxDeltaError, match=r"hidden_act='relu'.*3 key/value.*head_dim=7"):
         config_from_dict(SMALL | changes)
 
 

@@ -200,15 +200,15 @@ def test_the_original_range_is_the_models_where_none_is_given() -> None:
         ({"rope_interleaved": True}, r"rope_interleaved=True \(only False\)"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"mlp_bias": "no"}, "mlp_bias must be true or false"),
-        ({"sliding_window": 8}, "unknown key in config.json: sliding_window"),
-        ({"layer_types": ["full_attention"] * 4}, "layer_types"),
+        ({"sliding_window": 8}, r"sliding_window=8 \(it is None"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "needs a low_freq_factor"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor=4 must be greater than"),
         (
             {"rope_parameters": LLAMA3 | {"high_freq_factor": "4"}},
             "high_freq_factor must be a positive number",
         ),
-        ({"rope_parameters": LLAMA3 | {"beta_fast": 32}}, "unknown key in rope parameters: beta_fast"),
+        ({"rope_parameters": LLAMA3 | {"mrope_section": [8]}}, "unknown key in rope_parameters: mrope"),
         ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )

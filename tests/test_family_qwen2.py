@@ -160,7 +160,7 @@ def test_reads_as_transformers_does(changes: dict[str, Any]) -> None:
     [
         ({"use_mrope": True}, r"use_mrope=True \(only False\)"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": False}, "unknown key in config.json: attention_bias"),
+        ({"attention_bias": False}, "attention_bias=False"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
         ({**SLIDING, "max_window_layers": "all"}, "max_window_layers"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "rope_type='mrope'"),

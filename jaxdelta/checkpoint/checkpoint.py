@@ -26,6 +26,7 @@ from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSp
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
+from jaxdelta.model.families.inert_keys import key_names
 from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
@@ -150,7 +151,13 @@ class Checkpoint:
         return jax.device_put(rows[inverse.reshape(ids.shape)])
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    loader: str = "auto",
+    ignore_config_keys: str | None = None,
+) -> Checkpoint:
     """Opens a checkpoint and checks its tensors against its configuration.
 
     Args:
@@ -158,13 +165,15 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
             formats); or `auto`, the first that fits of safetensors, Orbax and torch.
+        ignore_config_keys: keys of config.json, such as `a,b`, that are unknown and have no influence.
 
     Raises:
         JaxDeltaError: anything wrong with the directory, its files or their tensors, all of them named.
-        UsageError: an unknown loader.
+        UsageError: an unknown loader; a key to be ignored that is known, or not in config.json.
     """
     if loader not in LOADERS:
         raise UsageError(f"loader must be one of {', '.join(LOADERS)}, not {loader!r}")
+    ignored = key_names(ignore_config_keys)
     directory = hub.resolve(model, revision)
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
@@ -172,23 +181,25 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.checkpoint.orbax_files import open_orbax
 
-        config = read_config(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG, ignored)
         source = open_orbax(directory / hub.ORBAX)
     elif loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
-        config, source = torch_source(directory)
+        config, source = torch_source(directory, ignored)
     else:
-        config = read_config(directory / hub.CONFIG)
+        config = read_config(directory / hub.CONFIG, ignored)
         source = open_safetensors(files)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
     _check_dtypes(config, source.specs, directory)
     _check_names(config, source.specs, directory)
+    config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
     if config.weight_block is None:
-        return Checkpoint(directory, config, source)
+        return Checkpoint(directory, config, source, notes=config.notes)
     float8 = Float8(source, config.weight_block)
-    return Checkpoint(directory, dataclasses.replace(config, weight_block=None), float8.plain(), float8)
+    config = dataclasses.replace(config, weight_block=None)
+    return Checkpoint(directory, config, float8.plain(), float8, notes=config.notes)
 
 
 def load_model(
@@ -196,6 +207,7 @@ def load_model(
     *,
     revision: str | None = None,
     loader: str = "auto",
+    ignore_config_keys: str | None = None,
     sharding: Placement | None = None,
 ) -> Decoder:
     """Loads a whole checkpoint; the weights keep their dtype.
@@ -206,7 +218,10 @@ def load_model(
 
     Arguments and errors are those of `open_checkpoint`, `sharding` that of `Checkpoint.load`.
     """
-    return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
+    checkpoint = open_checkpoint(
+        str(model), revision=revision, loader=loader, ignore_config_keys=ignore_config_keys
+    )
+    return checkpoint.load(sharding)
 
 
 def save_model(model: Decoder, directory: Path) -> None:

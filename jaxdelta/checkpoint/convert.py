@@ -25,6 +25,7 @@ def convert(
     dtype: str = STORED,
     revision: str | None = None,
     loader: str = "auto",
+    ignore_config_keys: str | None = None,
 ) -> None:
     """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
@@ -36,15 +37,18 @@ def convert(
         dtype: `stored` keeps the dtype of each parameter; any other rounds to the nearest number.
         revision: branch, tag or commit of a hub id.
         loader: as in `open_checkpoint`.
+        ignore_config_keys: as in `open_checkpoint`.
 
     Raises:
         JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for `dtype`.
-        UsageError: an unknown dtype or loader.
+        UsageError: an unknown dtype or loader, or a wrong key to be ignored.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     with new_directory(Path(out).expanduser()) as directory:
-        checkpoint = open_checkpoint(model, revision=revision, loader=loader)
+        checkpoint = open_checkpoint(
+            model, revision=revision, loader=loader, ignore_config_keys=ignore_config_keys
+        )
         config = checkpoint.config
         if dtype != STORED:
             config = dataclasses.replace(config, dtype=dtype)

@@ -1,5 +1,6 @@
 """Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
-from jaxdelta.model.families.registry import config_from_dict
+from jaxdelta.model.families.registry import config_from_dict, read_json
 
 
-def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
+def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelConfig, TensorSource]:
     """Opens a directory as transformers' PyTorch model, whose state dict holds the tensors.
 
     Raises:
@@ -33,14 +34,15 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
     transformers.utils.logging.disable_progress_bar()
     try:
         theirs = transformers.AutoConfig.from_pretrained(directory, **options)
-        raw = theirs.to_dict()
+        # transformers decides silently between statements that disagree: the file itself is read.
+        raw = theirs.to_dict() if "gguf_file" in options else read_json(directory / hub.CONFIG)
         quantization = raw.pop("quantization_config", None) or {}
-        config = config_from_dict(raw)  # Before the weights: it may be another architecture.
+        config = config_from_dict(raw, ignored)  # Before the weights: it may be another architecture.
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
         tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
-        raise JaxDeltaError(f"{directory}: {error}") from error
+        raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
         raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
 

@@ -24,7 +24,14 @@ def act() -> None:
     """Reads the checkpoint and writes the directory."""
     given = flags.FLAGS
     print(f"Converting {given.model} ...", flush=True)
-    convert.convert(given.model, given.out, dtype=given.dtype, revision=given.revision, loader=given.loader)
+    convert.convert(
+        given.model,
+        given.out,
+        dtype=given.dtype,
+        revision=given.revision,
+        loader=given.loader,
+        ignore_config_keys=given.ignore_config_keys,
+    )
     print(f"Saved: {given.out}")
 
 

@@ -42,8 +42,9 @@ class Experts:
 class ModelConfig:
     """The settings of a decoder's forward pass.
 
-    Three fields have no influence on it: `model_type` (transformers' name of the family), `max_positions` and
-    `initializer_range` (the standard deviation of untrained weights).
+    Four fields have no influence on it: `model_type` (transformers' name of the family), `max_positions`,
+    `initializer_range` (the standard deviation of untrained weights) and `notes` (what a user should know of
+    how the file was read, a sentence each; not compared).
 
     `windows[i]`: number of positions layer i attends to, its own included; None for all.
     `qk_norm`: RMSNorm of each head's queries and keys before rotation; None for no norm.
@@ -74,6 +75,7 @@ class ModelConfig:
     experts: Experts | None = None
     weight_block: tuple[int, int] | None = None
     initializer_range: float = 0.02
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's MLP is a mixture of experts."""

@@ -113,7 +113,12 @@ def _opened(
             name, weights = model.config.model_type, InMemoryWeights(model)
         else:
             name = str(model)
-            weights = open_checkpoint(name, revision=options.revision, loader=options.loader)
+            weights = open_checkpoint(
+                name,
+                revision=options.revision,
+                loader=options.loader,
+                ignore_config_keys=options.ignore_config_keys,
+            )
         note(f"{count_parameters(weights.config) / 1e6:,.1f} M parameters")
     if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")

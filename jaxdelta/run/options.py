@@ -8,6 +8,7 @@ from typing import Any
 from jaxdelta.checkpoint.checkpoint import LOADERS
 from jaxdelta.checkpoint.controls import CONTROLS
 from jaxdelta.errors import UsageError
+from jaxdelta.model.families.inert_keys import key_names
 from jaxdelta.run.memory_plan import MODES
 from jaxdelta.spectra.spectrum import METHODS
 from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, DEFAULT_VIEWS, parse_views
@@ -52,6 +53,7 @@ class Options:
     phases: str | None = None
     revision: str | None = None
     loader: str = "auto"
+    ignore_config_keys: str | None = None
     memory: str = "auto"
     device_memory_gb: float | None = None
     views: str = DEFAULT_VIEWS
@@ -98,6 +100,7 @@ class Options:
         for name in ("bootstrap", "null_draws"):
             if (value := getattr(self, name)) != 0 and value < MIN_DRAWS:
                 raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
+        key_names(self.ignore_config_keys)
         parse_views(self.views)
         if self.mesh is not None:
             parse_mesh(self.mesh)

@@ -6,63 +6,47 @@ docstring says otherwise.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model.config import DTYPE_BYTES, ModelConfig, Rope
+from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
+from jaxdelta.model.families.float8_keys import weight_block
+from jaxdelta.model.families.rope_keys import ROPE_KEYS, read_rope, rope_dict
+from jaxdelta.model.families.values import agreed, count, flag, listed, number, positive, shown
 
-# Keys without influence on a forward pass without cache, dropout and generation.
-INERT_KEYS = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    bos_token_id chunk_size_feed_forward eos_token_id id2label is_encoder_decoder label2id output_attentions
-    output_hidden_states pad_token_id problem_type return_dict tie_last_hidden_states
-    transformers_version unsloth_fixed unsloth_version use_cache""".split()  # noqa: SIM905
-)
+MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of a model; more are a mistake, and fill the memory
 # The keys that `decoder_fields` reads.
-DECODER_KEYS = frozenset(
+DECODER_KEYS = ROPE_KEYS | frozenset(
     """dtype head_dim hidden_size initializer_range intermediate_size max_position_embeddings model_type
     num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps
-    rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype vocab_size""".split()  # noqa: SIM905
+    tie_word_embeddings torch_dtype vocab_size""".split()  # noqa: SIM905
 )
 # The keys that `sliding_window` and `layer_windows` read.
 WINDOW_KEYS = frozenset({"max_window_layers", "sliding_window", "use_sliding_window"})
 LAYER_WINDOW_KEYS = WINDOW_KEYS | {"layer_types"}
-# Keys with a single supported value.
-FIXED = {"hidden_act": "silu"}
-ROPE_KEYS = frozenset(
-    """attention_factor beta_fast beta_slow factor mscale mscale_all_dim original_max_position_embeddings
-    partial_rotary_factor rope_theta rope_type truncate type""".split()  # noqa: SIM905
-)
-LLAMA3_KEYS = frozenset(
-    """factor high_freq_factor low_freq_factor original_max_position_embeddings partial_rotary_factor
-    rope_theta rope_type type""".split()  # noqa: SIM905
-)
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-FLOAT8_SCHEME = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-FLOAT8_KEYS = frozenset({*FLOAT8_SCHEME, "weight_block_size", "modules_to_not_convert", "dequantize"})
+# PyTorch's other names of dtypes.
+_SAME_DTYPE = {"float": "float32", "double": "float64", "half": "float16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How the config.json of one `model_type` is read and written.
 
-    `architecture`: transformers' class. `keys`: the keys that `read` uses besides DECODER_KEYS. `fixed`: keys
-    with a single supported value. `read` turns the contents of a file whose keys are all known into a
-    ModelConfig, and `write` turns a ModelConfig into the file's keys.
+    `architecture`: transformers' class. `keys`: the keys that `read` uses besides DECODER_KEYS. `read` turns
+    the contents of a file whose keys are all known into a ModelConfig, and `write` turns a ModelConfig into
+    the file's keys.
     """
 
     architecture: str
     read: Callable[[Mapping[str, Any]], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
     keys: frozenset[str] = frozenset()
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=lambda: FIXED)
 
     @property
-    def known_keys(self) -> frozenset[str]:
-        """All keys that a config.json of the family may have."""
-        return DECODER_KEYS | INERT_KEYS | self.keys | frozenset(self.fixed)
+    def read_keys(self) -> frozenset[str]:
+        """All keys that `read` uses."""
+        return DECODER_KEYS | self.keys
 
 
 def decoder_fields(raw: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, Any]:
@@ -76,27 +60,45 @@ def decoder_fields(raw: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[
     if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
         given["num_key_value_heads"] = heads
     max_positions = positive(given, "max_position_embeddings")
+    rope, notes = read_rope(raw, max_positions)
+    if (layers := positive(given, "num_hidden_layers")) > MOST_LAYERS:
+        raise JaxDeltaError(f"num_hidden_layers must be at most {MOST_LAYERS}, not {layers}")
     return {
         "model_type": given["model_type"],
         "vocab_size": positive(given, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": positive(given, "intermediate_size"),
-        "num_layers": positive(given, "num_hidden_layers"),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": positive(given, "num_key_value_heads", heads),
         "head_dim": positive(given, "head_dim", hidden // heads),
         "rms_norm_eps": number(given, "rms_norm_eps", 1e-6),
-        "rope": _rope(given, max_positions),
+        "rope": rope,
         "tie_embeddings": flag(given, "tie_word_embeddings"),
         "max_positions": max_positions,
-        "dtype": str(given.get("dtype") or given.get("torch_dtype") or "float32").removeprefix("torch."),
-        "weight_block": _weight_block(given),
+        "dtype": _dtype(raw),
+        "weight_block": weight_block(raw),
         "initializer_range": number(given, "initializer_range", 0.02),
+        "notes": notes,
     }
 
 
+def _dtype(raw: Mapping[str, Any]) -> str:
+    """The dtype that a file states; float32 for `auto` and float64, since the weights' own counts."""
+
+    def plain(value: Any) -> Any:
+        name = value.removeprefix("torch.") if isinstance(value, str) else value
+        return _SAME_DTYPE.get(name, name) if isinstance(name, str) else name
+
+    given = {key: None if raw.get(key) == "auto" else raw.get(key) for key in ("dtype", "torch_dtype")}
+    name = plain(agreed(given, plain))
+    if name is None or name == "float64":
+        return "float32"
+    return name if isinstance(name, str) else shown(name)
+
+
 def decoder_dict(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a config.json that `decoder_fields` reads, and FIXED."""
+    """The keys of a config.json that `decoder_fields` reads, and the activation."""
     return {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -108,29 +110,12 @@ def decoder_dict(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": _rope_dict(config.rope),
+        "rope_parameters": rope_dict(config.rope),
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_positions,
         "dtype": config.dtype,
-        **FIXED,
+        "hidden_act": "silu",
     }
-
-
-def check_keys(where: str, raw: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Raises a JaxDeltaError that names every unknown key."""
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        raise JaxDeltaError(
-            f"unknown key{'s' * (len(unknown) > 1)} in {where}: {', '.join(unknown)} "
-            "(a key that jaxdelta does not know may change what the model computes)"
-        )
-
-
-def check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> Iterator[str]:
-    """A message for every key with another value than the supported one."""
-    for key, value in fixed.items():
-        if raw.get(key) not in (None, value):
-            yield f"{key}={raw[key]!r} (only {value!r})"
 
 
 def check_sizes(config: ModelConfig) -> Iterator[str]:
@@ -140,37 +125,11 @@ def check_sizes(config: ModelConfig) -> Iterator[str]:
     if config.head_dim % 2:
         yield f"head_dim={config.head_dim} is odd, which RoPE cannot rotate"
     if config.dtype not in DTYPE_BYTES:
-        yield f"dtype={config.dtype!r} (only {', '.join(DTYPE_BYTES)})"
+        yield f"dtype={shown(config.dtype)} (only {', '.join(DTYPE_BYTES)})"
     if config.experts and config.experts.per_token > config.experts.count:
         yield f"{config.experts.per_token} of {config.experts.count} experts a token"
-
-
-def positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer."""
-    value = _value(raw, key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise JaxDeltaError(f"{key} must be a positive integer, not {value!r}")
-    return value
-
-
-def number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A positive, finite number."""
-    value = _value(raw, key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise JaxDeltaError(f"{key} must be a positive number, not {value!r}")
-    return float(value)
-
-
-def flag(raw: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """True or false."""
-    value = _value(raw, key, default)
-    if not isinstance(value, bool):
-        raise JaxDeltaError(f"{key} must be true or false, not {value!r}")
-    return value
-
-
-def _value(raw: Mapping[str, Any], key: str, default: Any) -> Any:
-    return default if raw.get(key) is None else raw[key]
+    if config.experts and config.experts.count * len(config.experts.layers) > MOST_EXPERTS:
+        yield f"{config.experts.count} experts in each of {len(config.experts.layers)} layers"
 
 
 def sliding_window(raw: Mapping[str, Any]) -> int | None:
@@ -183,15 +142,14 @@ def sliding_window(raw: Mapping[str, Any]) -> int | None:
 def layer_windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Each layer's attention window, by `layer_types` or else `max_window_layers`, as in transformers."""
     num_layers, window = positive(raw, "num_hidden_layers"), sliding_window(raw)
-    types = raw.get("layer_types")
+    types, first = raw.get("layer_types"), count(raw, "max_window_layers", default=28)
     if types is None:
-        first = positive(raw, "max_window_layers", default=28) if raw.get("max_window_layers") != 0 else 0
         return tuple(window if i >= first else None for i in range(num_layers))
     if not isinstance(types, list | tuple):
-        raise JaxDeltaError(f"layer_types must be a list, not {types!r}")
-    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
+        raise JaxDeltaError(f"layer_types must be a list, not {shown(types)}")
+    unknown = {shown(kind) for kind in types if kind not in ("full_attention", "sliding_attention")}
     if unknown:
-        raise JaxDeltaError(f"layer_types: {', '.join(unknown)} is not supported")
+        raise JaxDeltaError(f"layer_types: {listed(sorted(unknown))} is not supported")
     if len(types) != num_layers:
         raise JaxDeltaError(f"layer_types names {len(types)} layers, num_hidden_layers is {num_layers}")
     if window is None and "sliding_attention" in types:
@@ -211,92 +169,3 @@ def layer_windows_dict(config: ModelConfig) -> dict[str, Any]:
     """The keys that `layer_windows` reads."""
     types = ["sliding_attention" if window else "full_attention" for window in config.windows]
     return {**window_dict(config), "layer_types": types}
-
-
-def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The blocks of float8 weights as published by Qwen; the files tell which tensors are float8."""
-    scheme = raw.get("quantization_config")
-    if scheme is None:
-        return None
-    given = {"fmt": "e4m3", **scheme} if isinstance(scheme, Mapping) else {}
-    block = given.get("weight_block_size")
-    sizes = block if isinstance(block, list | tuple) and len(block) == 2 else [0, 0]
-    if FLOAT8_SCHEME.items() <= given.items() and all(type(size) is int and size > 0 for size in sizes):
-        check_keys("quantization_config", given, FLOAT8_KEYS)
-        return sizes[0], sizes[1]
-    raise JaxDeltaError(
-        "the checkpoint is quantised (quantization_config), and not in float8 blocks; try --loader=torch"
-    )
-
-
-def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:
-    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (earlier versions)."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise JaxDeltaError(f"rope_parameters must be an object, not {given!r}")
-    kind: Any = given.get("rope_type") or given.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise JaxDeltaError(f"rope_type={kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    check_keys("rope parameters", given, LLAMA3_KEYS if kind == "llama3" else ROPE_KEYS)
-    if given.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise JaxDeltaError("partial_rotary_factor other than 1 is not supported")
-    theta = number(given, "rope_theta", number(raw, "rope_theta", Rope.theta))
-    if kind == "default":
-        return Rope(theta=theta)
-    for key in ("factor", "low_freq_factor", "high_freq_factor")[: 3 if kind == "llama3" else 1]:
-        if given.get(key) is None:
-            raise JaxDeltaError(f"rope_type={kind!r} needs a {key}")
-    rope = Rope(theta=theta, kind=kind, factor=number(given, "factor"))
-    if kind == "linear":
-        return rope
-    original = positive(given, "original_max_position_embeddings", default=max_positions)
-    scaling = _llama3_fields(given) if kind == "llama3" else _yarn_fields(given, rope.factor)
-    return dataclasses.replace(rope, original_max_positions=original, **scaling)
-
-
-def _llama3_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    low, high = number(given, "low_freq_factor"), number(given, "high_freq_factor")
-    if low >= high:
-        raise JaxDeltaError(f"high_freq_factor={high:g} must be greater than low_freq_factor={low:g}")
-    return {"low_freq_factor": low, "high_freq_factor": high}
-
-
-def _yarn_fields(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    return {
-        "beta_fast": number(given, "beta_fast", Rope.beta_fast),
-        "beta_slow": number(given, "beta_slow", Rope.beta_slow),
-        "attention_factor": _yarn_attention_factor(given, factor),
-        "truncate": flag(given, "truncate", True),
-    }
-
-
-def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
-    """The scale of cos and sin: 0.1 m ln(factor) + 1, or a ratio of two such terms (YaRN, section 3.4)."""
-
-    def mscale(m: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-    if given.get("attention_factor") is not None:
-        return number(given, "attention_factor")
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(number(given, "mscale")) / mscale(number(given, "mscale_all_dim"))
-    return mscale(1.0)
-
-
-def _rope_dict(rope: Rope) -> dict[str, Any]:
-    """The `rope_parameters` of a config.json."""
-    parameters: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
-    if rope.kind != "default":
-        parameters["factor"] = rope.factor
-    if rope.kind in ("yarn", "llama3"):
-        parameters["original_max_position_embeddings"] = rope.original_max_positions
-    if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        parameters |= {
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "attention_factor": rope.attention_factor,
-            "truncate": rope.truncate,
-        }
-    return parameters

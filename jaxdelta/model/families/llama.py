@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.families.keys import FIXED, Family, decoder_dict, decoder_fields, flag
+from jaxdelta.model.families.keys import Family, decoder_dict, decoder_fields
+from jaxdelta.model.families.values import flag
 
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
@@ -28,9 +29,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
 FAMILIES = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        # SmolLM2 sets is_llama_config.
-        keys=frozenset({"attention_bias", "is_llama_config", "mlp_bias"}),
-        fixed={**FIXED, "pretraining_tp": 1, "rope_interleaved": False},
+        keys=frozenset({"attention_bias", "mlp_bias"}),
         read=read,
         write=write,
     )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.families.keys import Family, decoder_dict, decoder_fields, positive
+from jaxdelta.model.families.keys import Family, decoder_dict, decoder_fields
+from jaxdelta.model.families.values import positive
 
 _DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.families.keys import (
-    FIXED,
     LAYER_WINDOW_KEYS,
     Family,
     decoder_dict,
@@ -31,7 +30,6 @@ FAMILIES = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         keys=LAYER_WINDOW_KEYS,
-        fixed={**FIXED, "use_mrope": False},
         read=read,
         write=write,
     )

@@ -11,18 +11,16 @@ from jaxdelta.model.families.keys import (
     Family,
     decoder_dict,
     decoder_fields,
-    flag,
     layer_windows,
     layer_windows_dict,
-    positive,
     sliding_window,
     window_dict,
 )
+from jaxdelta.model.families.values import agreed, count, flag, positive, shown
 
-# The last two set the router's auxiliary loss, which has no influence on a forward pass.
 _EXPERT_KEYS = frozenset(
     """decoder_sparse_step mlp_only_layers moe_intermediate_size norm_topk_prob num_experts
-    num_experts_per_tok num_local_experts output_router_logits router_aux_loss_coef""".split()  # noqa: SIM905
+    num_experts_per_tok num_local_experts""".split()  # noqa: SIM905
 )
 _DEFAULTS = {"max_position_embeddings": 32_768}
 _DENSE_DEFAULTS = _DEFAULTS | {"head_dim": 128}
@@ -71,16 +69,19 @@ def _attention_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _experts(raw: Mapping[str, Any]) -> Experts | None:
     """None if no layer has experts; defaults as in transformers' Qwen3MoeConfig."""
     # transformers 5 writes num_local_experts, published files have num_experts.
-    key = "num_experts" if raw.get("num_local_experts") is None else "num_local_experts"
-    step, dense = positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
+    names = ("num_experts", "num_local_experts")
+    name = next((key for key in names if raw.get(key) is not None), names[0])
+    agreed({key: raw.get(key) for key in names})
+    step, dense = positive(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers")
+    dense = [] if dense is None else dense
     if not isinstance(dense, list | tuple) or any(type(i) is not int for i in dense):
-        raise JaxDeltaError(f"mlp_only_layers must be a list of integers, not {dense!r}")
+        raise JaxDeltaError(f"mlp_only_layers must be a list of integers, not {shown(dense)}")
     layers = range(step - 1, positive(raw, "num_hidden_layers"), step)
     sparse = tuple(i for i in layers if i not in dense)
-    if raw.get(key) == 0 or not sparse:
+    if count(raw, name, 128) == 0 or not sparse:
         return None
     return Experts(
-        count=positive(raw, key, 128),
+        count=positive(raw, name, 128),
         per_token=positive(raw, "num_experts_per_tok", 8),
         intermediate_size=positive(raw, "moe_intermediate_size", 768),
         renormalise=flag(raw, "norm_topk_prob"),
