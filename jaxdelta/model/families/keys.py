@@ -15,7 +15,7 @@ from jaxdelta.model.families.float8_keys import weight_block
 from jaxdelta.model.families.rope_keys import ROPE_KEYS, read_rope, rope_dict
 from jaxdelta.model.families.values import agreed, count, flag, listed, number, positive, shown
 
-MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000  # of a model; more are a mistake, and fill the memory
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # of a model; more are a mistake, and fill the memory
 # The keys that `decoder_fields` reads.
 DECODER_KEYS = ROPE_KEYS | frozenset(
     """dtype head_dim hidden_size initializer_range intermediate_size max_position_embeddings model_type

@@ -54,8 +54,8 @@ def config_from_dict(raw: Mapping[str, Any], ignored: Collection[str] = ()) -> M
     family = find_family(raw.get("model_type"))
     raw = without(raw, ignored, family.read_keys)
     if unknown := sorted(key for key in raw if not is_known(key, family.read_keys)):
-        advice = f"; if it does not, --ignore_config_keys={','.join(unknown[:3])}"
-        raise unknown_keys("config.json", unknown, advice)
+        names = ",".join(key for key in unknown[:3] if key.isprintable() and len(key) < 60)
+        raise unknown_keys("config.json", unknown, f"; if not, --ignore_config_keys={names}")
     config = family.read(raw)
     if problems := [*unsupported(raw, family.read_keys, config), *check_sizes(config)]:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -69,6 +69,8 @@ def _rope(raw: Mapping[str, Any], name: str, max_positions: int) -> Rope:
     original = positive(stated(ORIGINAL), ORIGINAL, max_positions)
     if kind == "default":
         return rope
+    if kind == "yarn" and rope.theta == 1:
+        raise JaxDeltaError("rope_theta must not be 1 with rope_type='yarn'")
     factor = _factor(block, kind, max_positions / original)
     if kind == "linear":
         return dataclasses.replace(rope, factor=factor)
