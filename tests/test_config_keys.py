@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import FLOAT8_SCHEME
+from families import assert_equals_transformers
 from test_config import SMALL, SMALL_EXPERTS, YARN
 
 from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
@@ -219,6 +220,19 @@ def test_attn_factor_of_deepseek_is_computed_as_in_transformers() -> None:
         "config.json: rope_scaling has attn_factor=0.8782488562869419, which rope_type yarn does not read in "
         "transformers",
     )
+
+
+def test_a_forward_pass_with_keys_that_change_nothing(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers computes from the same file, with all of its keys."""
+    rope = YARN | {"attn_factor": 0.878, "finetuned": True, "factor": None}
+    sizes = {"max_position_embeddings": 256, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    file = make_checkpoint(tmp_path, **sizes, rope_parameters=rope) / "config.json"
+    changes = OLD_DUMP | NEUTRAL_ANYWHERE | {"num_layers": 2, "use_qk_norm": True, "qkv_bias": False}
+    del changes["quantization_config"]  # transformers cannot load with an empty one
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert_equals_transformers(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["mrope_section", "short_factor", "alpha"])
@@ -464,12 +478,12 @@ def test_a_checkpoint_with_keys_to_ignore(small: Path, tmp_path: Path) -> None:
     file = small / "config.json"
     raw = json.loads(file.read_text())
     raw["rope_parameters"] |= {"attn_factor": 2.0}
-    file.write_text(json.dumps(raw | {"twist": 1, "bend": 2, "torch_dtype": "float32"}))
+    file.write_text(json.dumps(raw | {"twist": 1, "bend": 2, "quantization_config": {}}))
     with pytest.raises(JaxDeltaError, match=f"{re.escape(str(file))}: 2 unknown keys in config.json"):
         load_model(small)
     with pytest.raises(UsageError, match="did you mean twist"):
         load_model(small, ignore_config_keys="twists")
-    for loader in ("safetensors", "torch"):
+    for loader in ("torch", "safetensors"):
         checkpoint = open_checkpoint(str(small), loader=loader, ignore_config_keys="twist,bend")
         rope, ignored = checkpoint.notes
         assert "attn_factor=2.0, which rope_type default does not read" in rope
@@ -629,7 +643,7 @@ def test_values_of_every_type() -> None:
             continue
         written = json.loads(json.dumps(config_to_dict(config), allow_nan=False))
         assert config_from_dict(written | {"quantization_config": raw.get("quantization_config")}) == config
-        if index % 5 == 0 and _transformers_reads(raw):
+        if index % 3 == 0 and _transformers_reads(raw):
             assert_as_transformers(raw)
             compared += 1
     assert compared > 50

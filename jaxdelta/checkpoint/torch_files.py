@@ -38,6 +38,8 @@ def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelC
         raw = theirs.to_dict() if "gguf_file" in options else read_json(directory / hub.CONFIG)
         quantization = raw.pop("quantization_config", None) or {}
         config = config_from_dict(raw, ignored)  # Before the weights: it may be another architecture.
+        if hasattr(theirs, "quantization_config") and not quantization:
+            del theirs.quantization_config  # transformers refuses an empty one
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
         tensors, specs = _load(directory, {"config": theirs, **options})

@@ -40,7 +40,8 @@ _METADATA = """_attn_implementation _attn_implementation_autoset _attn_implement
     max_sequence_length model_max_length model_name mtp_num_hidden_layers name_or_path num_labels
     num_nextn_predict_layers output_attentions output_hidden_states output_past prefix problem_type
     return_dict sentence_transformers task_specific_params tf_legacy_loss tie_last_hidden_states torchscript
-    transformers.js_config transformers_version trl_version use_bfloat16 use_flash_attn use_return_dict xla_device"""
+    transformers.js_config transformers_version trl_version use_bfloat16 use_flash_attn use_return_dict
+    xla_device"""
 # Keys without influence on a forward pass without cache, dropout and generation, whatever their value.
 INERT_KEYS = frozenset(" ".join((_GENERATION, _TRAINING, _TOKENS, _METADATA)).split())
 _INERT_PREFIX = "unsloth_"
