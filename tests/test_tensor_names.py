@@ -260,7 +260,7 @@ def test_a_part_that_may_count_is_refused(more: Tensors, small: Path) -> None:
 
 def test_layers_beyond_the_configuration(small: Path) -> None:
     tensors = on_disk(small)
-    change_config(small, num_hidden_layers=1)
+    change_config(small, num_hidden_layers=1, layer_types=None)
     message = said(small)
     assert "the files hold layers 0 to 1, num_hidden_layers is 1" in message
     assert f"unexpected: {len(tensors) // 2 - 1} tensors (model.layers.1.input_layernorm.weight, " in message
@@ -390,7 +390,7 @@ CAUSES = {
         config(head_dim=None, num_attention_heads=3, num_key_value_heads=3),
         "num_attention_heads=4",
     ),
-    "head size": (config(head_dim=12), "the shapes are those of head_dim=16: "),
+    "head size": (config(head_dim=12), "(the shapes are those of head_dim=16)"),
     "key and value heads": (config(num_key_value_heads=4), "the shapes are those of num_key_value_heads=2"),
     "vocabulary": (config(vocab_size=300), "the shapes are those of vocab_size=256"),
     "width": (config(intermediate_size=96), "the shapes are those of intermediate_size=80"),
@@ -415,7 +415,7 @@ def test_the_likely_cause(case: tuple[Callable[[Path], None], str], small: Path)
 def test_transposed_experts(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     fused = fuse_experts(on_disk(make_checkpoint(tmp_path, **EXPERTS | {"num_hidden_layers": 2})))
     write(tmp_path, {name: t.transpose(1, 2) if ".experts." in name else t for name, t in fused.items()})
-    assert "the experts are transposed" in said(tmp_path)
+    assert "the experts' matrices are transposed" in said(tmp_path)
 
 
 def test_long_and_odd_names(small: Path) -> None:

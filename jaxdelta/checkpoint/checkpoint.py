@@ -167,7 +167,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     wanted = _shapes(dataclasses.replace(config, tie_embeddings=False))
     source = causal(directory, source, wanted, config.num_layers)
     config, source = _with_head(config, source)
-    check_dtypes(directory, config, source)
+    check_dtypes(directory, config, source.specs, wanted)
     check_names(directory, config, source.specs, _shapes)
     if config.weight_block is None:
         return Checkpoint(directory, config, source, notes=source.notes)

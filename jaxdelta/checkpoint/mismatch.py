@@ -8,7 +8,7 @@ from typing import Any
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.float8 import FLOAT8, may_be_float8, scale_name, scale_shape
 from jaxdelta.checkpoint.names import EMBEDDING, HEAD
-from jaxdelta.checkpoint.source import DTYPES, STORED, Shape, TensorSource, TensorSpec
+from jaxdelta.checkpoint.source import DTYPES, STORED, Shape, TensorSpec
 from jaxdelta.errors import JaxDeltaError, listed, short
 from jaxdelta.model.config import ModelConfig
 
@@ -33,13 +33,17 @@ _ARCHITECTURES = {
 }
 
 
-def check_dtypes(directory: Path, config: ModelConfig, source: TensorSource) -> None:
+def check_dtypes(
+    directory: Path, config: ModelConfig, specs: Mapping[str, TensorSpec], wanted: Collection[str]
+) -> None:
     """Refuses dtypes that are not read, and float8 without scales, which only the layers' projections have.
 
     Raises:
         JaxDeltaError: the first such tensor.
     """
-    for name, spec in source.specs.items():
+    for name, spec in specs.items():
+        if name not in wanted:
+            continue
         stored = next((stored for stored, dtype in STORED.items() if spec.dtype == dtype), str(spec.dtype))
         if stored not in DTYPES:
             known = ", ".join(DTYPES)
@@ -126,17 +130,15 @@ def _causes(
     if unexpected and all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in unexpected):
         yield "with norms of queries and keys the model is of another family, such as Qwen3"
     weights = [name for name in wrong if name.endswith(".weight")]
-    if weights and all(_is_transposed(specs[name].shape, wanted[name]) for name in weights):
+    turned = [name for name in weights if specs[name].shape == wanted[name][::-1]]
+    # Of fused experts that are transposed, gate_proj and up_proj have odd shapes.
+    if turned and all(".mlp.experts." in name for name in weights):
+        yield "the experts' matrices are transposed, (in, out) instead of (out, in)"
+    if turned == weights != []:
         yield "the matrices are transposed, (in, out) instead of (out, in)"
     yield from _sizes(config, specs)
-    if any(".mlp.experts." in name and _is_transposed(specs[name].shape, wanted[name]) for name in weights):
-        yield "the experts are transposed, (in, out) instead of (out, in)"
-    if wanted and EMBEDDING in missing and len(missing) == len(wanted):
+    if EMBEDDING in missing and len(missing) >= len(wanted) - 1:
         yield "none of the names is one of a supported model"
-
-
-def _is_transposed(stored: Shape, wanted: Shape) -> bool:
-    return len(wanted) == 2 and stored == wanted[::-1]
 
 
 def _sizes(config: ModelConfig, specs: Mapping[str, TensorSpec]) -> Iterator[str]:

@@ -42,12 +42,19 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
     except JaxDeltaError as error:
         raise JaxDeltaError(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
-        raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
+        raise JaxDeltaError(f"{directory}: transformers cannot open it ({_reason(error)})") from error
 
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return _to_numpy(tensors[name][start:stop])
 
     return config, TensorSource(specs, read)
+
+
+def _reason(error: Exception) -> str:
+    """Without PyTorch's advice to load files that may run programs."""
+    if "weights_only" in str(error) or "Weights only load failed" in str(error):
+        return "a file holds no plain tensors, or is damaged"
+    return first_line(error)
 
 
 def _options(directory: Path) -> dict[str, Any]:
