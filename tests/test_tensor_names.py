@@ -18,6 +18,7 @@ from checkpoints import (
     on_disk,
     one_line,
     parameters,
+    to_torch_file,
     write,
 )
 from conftest import EXPERTS, TEXT
@@ -27,7 +28,8 @@ from jaxdelta.checkpoint.convert import convert
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.decoder import logits, residual_stream
 
-UP = "model.layers.1.mlp.up_proj.weight"
+LAYER = "model.layers.1."
+UP = f"{LAYER}mlp.up_proj.weight"
 Tensors = dict[str, Any]
 
 
@@ -79,6 +81,45 @@ def test_two_names_in_two_shards(small: Path) -> None:
     shards(small, files, {name: file for file, held in files.items() for name in held})
     message = said(small)
     assert f"{UP} and {bare(UP)}" in message or f"{bare(UP)} and {UP}" in message
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_names_in_files_of_pytorch(shards: int, small: Path) -> None:
+    import torch
+
+    tensors = to_torch_file(small, shards)
+    file = "pytorch_model.bin" if shards == 1 else "pytorch_model-0.bin"
+    held = torch.load(small / file, weights_only=True)
+    torch.save(held | {bare(UP): tensors[UP] * 2}, small / file)
+    assert f"{UP} and {bare(UP)}" in said(small) or f"{bare(UP)} and {UP}" in said(small)
+    if shards == 2:
+        torch.save(held | {name: tensors[name] * 2 for name in (UP, EMBEDDING)}, small / file)
+        assert "in two files" in said(small)
+
+
+@pytest.mark.parametrize("name", ["score.weight", "_orig_mod."])
+def test_names_in_files_of_pytorch(name: str, small: Path) -> None:
+    """What transformers does not read is left out or refused, as in safetensors."""
+    import torch
+
+    tensors = on_disk(small)
+    (small / WEIGHTS).unlink()
+    if name == "score.weight":
+        torch.save(tensors | stray(name), small / "pytorch_model.bin")
+        checkpoint = opened(small)
+        assert_same(parameters(checkpoint.load()), tensors)
+        assert "a head of another task" in checkpoint.notes[0]
+    else:
+        torch.save({f"{name}{key}": tensor for key, tensor in tensors.items()}, small / "pytorch_model.bin")
+        assert "save the weights as safetensors" in said(small)
+
+
+def test_names_in_messages_are_those_on_disk(small: Path) -> None:
+    tensors = {f"module.{name}": tensor for name, tensor in on_disk(small).items()}
+    tensors[f"module.{UP}"] = tensors[f"module.{UP}"][:7]
+    write(small, tensors | {f"module.{LAYER}extra": tensors[f"module.{UP}"]})
+    message = said(small)
+    assert f"unexpected: module.{LAYER}extra; wrong shape: module.{UP} is (7, 48)" in message
 
 
 def test_a_fused_expert_and_one_of_its_own(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
@@ -197,7 +238,6 @@ def stray(name: str, dtype: str = "float32", shape: tuple[int, ...] = (3,)) -> T
     return {name: torch.ones(shape).to(getattr(torch, dtype))}
 
 
-LAYER = "model.layers.1."
 UNNEEDED = {
     "classifier": (stray("score.weight", shape=(2, 48)), "a head of another task"),
     "classifier in front": (stray("classifier.dense.weight"), "a head of another task"),
@@ -343,6 +383,23 @@ def test_a_run_without_a_head(headless: Path, tmp_path: Path, analysed: Any) -> 
     assert "there is no loss (the model has no head)" in page(compared)
     compared.save(tmp_path / "run.json")
     assert Analysis.load(tmp_path / "run.json").run["calibration_loss"] is None
+
+
+def test_runs_without_a_head_are_compared_and_merged(headless: Path, tmp_path: Path, analysed: Any) -> None:
+    from jaxdelta.report.compare import page, tables
+    from jaxdelta.report.compare.compare import compare
+    from jaxdelta.run.analyze import analyze
+    from jaxdelta.run.merge import merge_runs
+
+    kept = [tmp_path / "a", tmp_path / "b"]
+    options = {"top_k": 4, "bootstrap": 0, "null_draws": 0}
+    for text, directory in zip((TEXT[:2], TEXT[2:]), kept, strict=True):
+        analyze(str(headless), text, keep_moments=str(directory), **options)
+    merged = merge_runs(kept)
+    assert (merged.run["calibration_loss"], merged.run["loss_tokens"]) == (None, 0)
+    comparison = compare([merged, analysed], ["a", "b"])
+    assert "loss (nats per token)" in tables.tables(comparison)
+    assert "nats per token" in page.page(comparison)
 
 
 def test_a_model_without_a_head_is_converted(headless: Path, tmp_path: Path) -> None:

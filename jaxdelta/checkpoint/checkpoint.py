@@ -168,7 +168,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     source = causal(directory, source, wanted, config.num_layers)
     config, source = _with_head(config, source)
     check_dtypes(directory, config, source.specs, wanted)
-    check_names(directory, config, source.specs, _shapes)
+    check_names(directory, config, source, _shapes)
     if config.weight_block is None:
         return Checkpoint(directory, config, source, notes=source.notes)
     float8 = Float8(source, config.weight_block)
@@ -180,6 +180,7 @@ def _opened(directory: Path, loader: str) -> tuple[ModelConfig, TensorSource]:
     """The configuration, and the tensors by their names on disk, by the first loader that fits."""
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
+        check_readable(directory)
         raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.checkpoint.orbax_files import open_orbax

@@ -8,7 +8,7 @@ from typing import Any
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.float8 import FLOAT8, may_be_float8, scale_name, scale_shape
 from jaxdelta.checkpoint.names import EMBEDDING, HEAD
-from jaxdelta.checkpoint.source import DTYPES, STORED, Shape, TensorSpec
+from jaxdelta.checkpoint.source import DTYPES, STORED, Shape, TensorSource, TensorSpec
 from jaxdelta.errors import JaxDeltaError, listed, short
 from jaxdelta.model.config import ModelConfig
 
@@ -61,7 +61,7 @@ def check_dtypes(
 def check_names(
     directory: Path,
     config: ModelConfig,
-    specs: Mapping[str, TensorSpec],
+    source: TensorSource,
     shapes: Callable[[ModelConfig], Shapes],
 ) -> None:
     """Refuses missing and unexpected tensors and wrong shapes, all in one error.
@@ -69,13 +69,13 @@ def check_names(
     Args:
         directory: the model's, for the message.
         config: the model's configuration.
-        specs: its tensors.
+        source: its tensors; those that are there go by their names on disk.
         shapes: a configuration -> the shapes of its tensors by name.
 
     Raises:
         JaxDeltaError: their number, the first three of each kind, and the likely cause.
     """
-    wanted = dict(shapes(config))
+    wanted, specs = dict(shapes(config)), source.specs
     if config.weight_block:
         wanted |= {
             scale_name(name): scale_shape(shape, config.weight_block)
@@ -89,21 +89,22 @@ def check_names(
         return
     cause = next(_causes(config, specs, wanted, (missing, unexpected, wrong)), "")
     said = (
-        f"{what}: {listed(sorted(names, key=natural))}"
+        f"{what}: {listed([source.on_disk.get(name, name) for name in sorted(names, key=natural)])}"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     )
-    parts = [*said, *(f"wrong shape: {text}" for text in _wrong(wrong, specs, wanted))]
+    parts = [*said, *(f"wrong shape: {text}" for text in _wrong(wrong, source, wanted))]
     message = f"{directory}: the weights do not fit {hub.CONFIG}{cause and f' ({cause})'}: {'; '.join(parts)}"
     raise JaxDeltaError(message if len(message) <= MOST else f"{message[:MOST]}…")
 
 
-def _wrong(wrong: Collection[str], specs: Mapping[str, TensorSpec], wanted: Shapes) -> Iterator[str]:
+def _wrong(wrong: Collection[str], source: TensorSource, wanted: Shapes) -> Iterator[str]:
     if not wrong:
         return
     first = sorted(wrong, key=natural)[:3]
+    stored = {name: short(str(source.specs[name].shape)) for name in first}
     each = ", ".join(
-        f"{short(name)} is {short(str(specs[name].shape))}, not {wanted[name]}" for name in first
+        f"{short(source.on_disk.get(name, name))} is {stored[name]}, not {wanted[name]}" for name in first
     )
     yield each if len(wrong) <= 3 else f"{len(wrong)} tensors ({each}, …)"
 

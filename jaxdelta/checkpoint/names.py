@@ -22,7 +22,7 @@ HEAD = "lm_head.weight"
 # Segments that wrappers insert, in front of a name or inside it.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # A name's end as every supported family has it, and any prefix in front.
-_LAYER = r"layers\.[0-9]+\..+"
+_LAYER = r"layers\.[0-9]{1,9}\..+"
 _TRUNK = re.compile(rf"(?:(?P<prefix>.*?)\.)?(?P<rest>{_LAYER}|(?:embed_tokens|norm)\.weight)")
 _LM_HEAD = re.compile(r"(?P<before>(?:.*?\.)?)(?P<head>lm_head\..+)")
 _IN_LAYER = re.compile(rf"(?:.*?\.)?{_LAYER}")
@@ -123,14 +123,14 @@ def _divided(
     predicting = {
         match[0]
         for after in plain.values()
-        if (match := re.search(r"layers\.([0-9]+)\.", after))
+        if (match := re.search(r"layers\.([0-9]{1,9})\.", after))
         and int(match[1]) >= layers
         and _PREDICTION_PARTS.intersection(after.split("."))
     }
     kept: dict[str, str] = {}
     unneeded: dict[str, list[str]] = {}
     for name, after in plain.items():
-        match = re.search(r"layers\.[0-9]+\.", after)
+        match = re.search(r"layers\.[0-9]{1,9}\.", after)
         if match and match[0] in predicting:
             what: str | None = "prediction of several tokens"
         else:
@@ -212,7 +212,8 @@ def _renamed(source: TensorSource, names: Mapping[str, str], notes: tuple[str, .
     def fill(name: str, out: np.ndarray) -> None:
         source.read_into(stored[name], out)
 
-    return TensorSource({new: source.specs[old] for new, old in stored.items()}, read, fill, notes)
+    specs = {new: source.specs[old] for new, old in stored.items()}
+    return TensorSource(specs, read, fill, notes, stored)
 
 
 def with_embedding(source: TensorSource) -> TensorSource:

@@ -50,8 +50,9 @@ def shard_files(index: Path) -> list[Path]:
     """
     names = hub.shards(index)
     if missing := [name for name in names if not os.path.lexists(index.parent / name)]:
-        is_missing = "is missing" if len(missing) == 1 else "are missing"
-        raise JaxDeltaError(f"{index}: names {listed(missing, 'files')}, which {is_missing}")
+        raise JaxDeltaError(
+            f"{index}: names {listed(missing, 'files')}, which {'is' if len(missing) == 1 else 'are'} missing"
+        )
     files = [index.parent / name for name in names]
     for file in files:
         # A file may itself be a link, as all are in the hub's cache.

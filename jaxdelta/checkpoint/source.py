@@ -59,12 +59,14 @@ class TensorSource:
         fill: (name, array) reads a tensor into an array of its shape and dtype, without another buffer; None
             where the format cannot.
         notes: what a user should know of how the files were read, a sentence each.
+        on_disk: name -> the tensor's name in its file, where it is another one.
     """
 
     specs: Mapping[str, TensorSpec]
     read: Callable[..., np.ndarray]
     fill: Callable[[str, np.ndarray], None] | None = None
     notes: tuple[str, ...] = ()
+    on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Reads a tensor into `out`, which has its shape, and casts it where the dtypes differ."""
@@ -83,7 +85,8 @@ def expert_parts(name: str, shape: Shape) -> Iterator[tuple[str, int, Shape]]:
     """
     prefix, _, last = name.rpartition(".")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
-    if not prefix.endswith(".mlp.experts") or not parts or len(shape) != 3 or shape[1] % len(parts):
+    fused = prefix.endswith(".mlp.experts") and parts and len(shape) == 3 and 0 not in shape
+    if not fused or shape[1] % len(parts):
         yield name, 0, shape
         return
     rows = shape[1] // len(parts)

@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.safetensors_files import safetensors_files
-from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
+from jaxdelta.checkpoint.names import causal
+from jaxdelta.checkpoint.safetensors_files import safetensors_files, shard_files
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts, held_twice
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.families.registry import config_from_dict
@@ -38,6 +39,8 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
         config = config_from_dict(raw)  # Before the weights: it may be another architecture.
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
+        if "gguf_file" not in options and not safetensors_files(directory):
+            _refuse_doubles(directory)
         tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
         raise JaxDeltaError(f"{directory}: {error}") from error
@@ -70,6 +73,20 @@ def _options(directory: Path) -> dict[str, Any]:
     if len(gguf) > 1:
         raise JaxDeltaError(f"{directory}: has several GGUF files ({', '.join(gguf)}); leave one of them")
     return {"trust_remote_code": False, "gguf_file": gguf[0]}
+
+
+def _refuse_doubles(directory: Path) -> None:
+    """Refuses .bin files with one tensor twice, of which transformers takes the last."""
+    import torch
+
+    single, index = (directory / name for name in hub.TORCH_WEIGHTS)
+    found: dict[str, TensorSpec] = {}
+    for file in [single] if single.exists() else shard_files(index):
+        for name in torch.load(file, map_location="meta", weights_only=True):
+            if name in found:
+                raise held_twice(index.name, name, name)
+            found[name] = TensorSpec((), np.dtype(np.float32))
+    causal(single.name, TensorSource(found, lambda name: name), (), layers=10**9)
 
 
 def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
