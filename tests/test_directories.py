@@ -147,6 +147,11 @@ def test_git_lfs_pointers(small: Path) -> None:
     assert f"{index}: {LFS}" in said(small)
 
 
+def test_a_git_lfs_pointer_of_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text(POINTER)
+    assert f"{tmp_path / 'model.gguf'}: {LFS}" in said(tmp_path)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_git_lfs_pointers_of_pytorch(shards: int, small: Path) -> None:
     to_torch_file(small, shards)

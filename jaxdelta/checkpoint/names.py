@@ -30,7 +30,9 @@ _IN_LAYER = re.compile(rf"(?:.*?\.)?{_LAYER}")
 _OTHER_HEAD = re.compile(r"score|scorer|classifier|cls|summary|pooler|qa_outputs|\w*heads?")
 _PREDICTION = re.compile(r"mtp\w*|nextn\w*|multi_token_\w+")  # of several tokens
 _PREDICTION_PARTS = {"eh_proj", "enorm", "hnorm"}  # DeepSeek's, in layers behind the last
-_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.\w+|_extra_state|position_ids)")
+_BUFFER = re.compile(
+    r"(.*\.)?(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|_extra_state|position_ids)"
+)
 _MASK = re.compile(r".*\.self_attn\.(bias|masked_bias)")  # a causal mask, of four axes or none
 
 
@@ -48,7 +50,7 @@ _QUANTISED = (
     _Quantised(r"\.(weight_packed|weight_zero_point)", "compressed-tensors", _BY_TORCH),
     _Quantised(r"\.(weight_scale_2|input_scale|pre_quant_scale)", "modelopt, or as vLLM does", _NEEDS_PLAIN),
     _Quantised(
-        r"\.weight_scale", "rows or whole tensors in float8 (compressed-tensors, modelopt)", _NEEDS_PLAIN
+        r"\.weight_scale", "whole tensors or rows, in float8 (compressed-tensors, modelopt)", _NEEDS_PLAIN
     ),
     _Quantised(r"\.scales", "MLX", _NEEDS_PLAIN),
     _Quantised(r"\.(W_q|codebooks|weight\._data|weight\._scale)", "HQQ, AQLM or quanto", _NEEDS_PLAIN),
@@ -164,10 +166,8 @@ def _unneeded(name: str, spec: TensorSpec, wanted: Collection[str]) -> str | Non
 def _about(unneeded: Mapping[str, Collection[str]]) -> Iterator[str]:
     for what, names in unneeded.items():
         if what == "LoRA":
-            yield (
-                f"NOT APPLIED: the files hold LoRA weights beside the model's, which are measured without "
-                f"them: {listed(names)}; to apply an adapter give --adapter"
-            )
+            given = f"LoRA weights beside the model's own: {listed(names)}"
+            yield f"NOT APPLIED: {given}; to apply an adapter give --adapter"
         else:
             yield f"left out, as no layer needs it ({what}): {listed(names)}"
 

@@ -1,10 +1,12 @@
 """Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.names import causal
@@ -39,7 +41,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
         config = config_from_dict(raw)  # Before the weights: it may be another architecture.
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
-        if "gguf_file" not in options and not safetensors_files(directory):
+        if "gguf_file" not in options:
             _refuse_doubles(directory)
         tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
@@ -76,17 +78,26 @@ def _options(directory: Path) -> dict[str, Any]:
 
 
 def _refuse_doubles(directory: Path) -> None:
-    """Refuses .bin files with one tensor twice, of which transformers takes the last."""
+    """Refuses files with one tensor twice, of which transformers takes the last."""
+    single, index = (directory / name for name in hub.TORCH_WEIGHTS)
+    files = safetensors_files(directory) or ([single] if single.exists() else shard_files(index))
+    found: dict[str, TensorSpec] = {}
+    for file in files:
+        for name in _stored_names(file):
+            if name in found:
+                raise held_twice(file.name, name, name)
+            found[name] = TensorSpec((), np.dtype(np.float32))
+    causal(files[0].name, TensorSource(found, lambda name: name), (), layers=10**9)
+
+
+def _stored_names(file: Path) -> list[str]:
     import torch
 
-    single, index = (directory / name for name in hub.TORCH_WEIGHTS)
-    found: dict[str, TensorSpec] = {}
-    for file in [single] if single.exists() else shard_files(index):
-        for name in torch.load(file, map_location="meta", weights_only=True):
-            if name in found:
-                raise held_twice(index.name, name, name)
-            found[name] = TensorSpec((), np.dtype(np.float32))
-    causal(single.name, TensorSource(found, lambda name: name), (), layers=10**9)
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="np") as opened:
+            return list(opened.keys())
+    # Only the first of PyTorch's formats is no zip file, and cannot be mapped.
+    return list(torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file)))
 
 
 def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
