@@ -1,7 +1,7 @@
 """The errors that a user can cause; commands print them in one line and exit with `status`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 
@@ -21,6 +21,19 @@ def first_line(error: Exception) -> str:
     """The reason for an error in one line: the system's words, or the message's first line, or the type."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+def short(name: str, most: int = 56) -> str:
+    """A name from a file as a message shows it: its middle left out, control characters escaped."""
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}"
+
+
+def listed(names: Collection[str], what: str = "tensors") -> str:
+    """Names in a message: up to three, else their number and the first three."""
+    if len(names) <= 3:
+        return ", ".join(map(short, names))
+    return f"{len(names)} {what} ({', '.join(map(short, list(names)[:3]))}, …)"
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ def test_all_wrong_tensors_are_named_at_once(loader: str, small: Path) -> None:
         to_torch_file(small)
     message = one_line(load_model, str(small), loader=loader)
     assert message == (
-        f"{small}: the weights do not fit config.json: "
+        f"{small}: the weights do not fit config.json (the names are of another architecture: Phi-3, or "
+        "fused projections, as model.layers.0.mlp.gate_up_proj.weight): "
         "missing: model.layers.1.self_attn.k_norm.weight, model.norm.weight; "
         "unexpected: model.layers.0.mlp.gate_up_proj.weight; "
         "wrong shape: model.layers.1.mlp.up_proj.weight is (70, 48), not (80, 48)"
@@ -49,8 +50,10 @@ def test_wrong_experts_are_named(fused: bool, tmp_path: Path, make_checkpoint: C
         tensors = fuse_experts(tensors)
         down = tensors.pop("model.layers.1.mlp.experts.down_proj")
         tensors["model.layers.0.mlp.experts.down_proj"] = down.flatten(0, 1)
-        wanted = [f"model.layers.{i}.mlp.experts.{e}.down_proj.weight" for i in (0, 1) for e in (0, 1)]
-        problems = f"missing: {', '.join(wanted)}; unexpected: model.layers.0.mlp.experts.down_proj"
+        wanted = [f"model.layers.{i}.mlp.experts.{e}.down_proj.weight" for i in (0, 1) for e in (0, 1)][:3]
+        problems = (
+            f"missing: 4 tensors ({', '.join(wanted)}, …); unexpected: model.layers.0.mlp.experts.down_proj"
+        )
     else:
         experts = "model.layers.1.mlp.experts"
         tensors[f"{experts}.2.up_proj.weight"] = tensors.pop(f"{experts}.0.up_proj.weight")
@@ -148,14 +151,14 @@ def index(text: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (spoil_nothing_there, "small: has no config.json; is it a model's directory?"),
+        (spoil_nothing_there, "small: is empty; give the directory that holds config.json and the weights"),
         (spoil_no_config, "config.json: cannot be read (No such file or directory)"),
         (spoil_no_weights, "small: has no model.safetensors, nor any other weights"),
         (spoil_architecture, "config.json: model_type is 'gpt2'"),
         (spoil_end, "model.safetensors: is not a whole safetensors file ("),
         (spoil_header, "model.safetensors: is not a whole safetensors file ("),
         (spoil_empty, "model.safetensors: is not a whole safetensors file ("),
-        (spoil_pointer, "model.safetensors: is not a whole safetensors file ("),
+        (spoil_pointer, "model.safetensors: is a git-lfs pointer, not the file itself; run `git lfs pull`"),
         (spoil_offsets, "model.safetensors: is not a whole safetensors file ("),
         (spoil_shape, "model.safetensors: is not a whole safetensors file ("),
         (spoil_dtype, "model.layers.1.mlp.up_proj.weight has dtype I8; jaxdelta reads BF16, F16, F32"),

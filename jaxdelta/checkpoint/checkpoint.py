@@ -7,8 +7,7 @@ weights.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,12 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape
+from jaxdelta.checkpoint.directory import check_readable
+from jaxdelta.checkpoint.float8 import Float8
+from jaxdelta.checkpoint.mismatch import check_dtypes, check_names, natural
+from jaxdelta.checkpoint.names import EMBEDDING, HEAD, causal, refuse_quantised, with_embedding
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
-from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSpec, aligned
+from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
@@ -30,13 +32,8 @@ from jaxdelta.model.families.inert_keys import key_names
 from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
-
-# Buffers that old checkpoints store along with their weights.
-_DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|self_attn\.bias|self_attn\.masked_bias)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +86,11 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """The model's tensors, layer by layer."""
-        return sorted(_shapes(self.config), key=_natural)
+        return sorted(_shapes(self.config), key=natural)
 
     def first_bad_tensor(self) -> str | None:
         """The first tensor with a NaN or an infinity, or None."""
-        for name in sorted(self.source.specs, key=_natural):
+        for name in sorted(self.source.specs, key=natural):
             if not np.isfinite(self.source.read(name).astype(np.float32)).all():
                 return name
         return None
@@ -175,31 +172,55 @@ def open_checkpoint(
         raise UsageError(f"loader must be one of {', '.join(LOADERS)}, not {loader!r}")
     ignored = key_names(ignore_config_keys)
     directory = hub.resolve(model, revision)
+    config, source = _opened(directory, loader, ignored)
+    wanted = _shapes(dataclasses.replace(config, tie_embeddings=False))
+    source = causal(directory, source, wanted, config.num_layers)
+    config, source = _with_head(config, source)
+    check_dtypes(directory, config, source.specs, wanted)
+    check_names(directory, config, source, _shapes)
+    config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
+    notes = (*config.notes, *source.notes)
+    if config.weight_block is None:
+        return Checkpoint(directory, config, source, notes=notes)
+    float8 = Float8(source, config.weight_block)
+    config = dataclasses.replace(config, weight_block=None)
+    return Checkpoint(directory, config, float8.plain(), float8, notes)
+
+
+def _opened(directory: Path, loader: str, ignored: Collection[str]) -> tuple[ModelConfig, TensorSource]:
+    """The configuration, and the tensors by their names on disk, by the first loader that fits."""
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
+        check_readable(directory)
         raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
     if loader == "auto" and not files and (directory / hub.ORBAX).is_dir():
         from jaxdelta.checkpoint.orbax_files import open_orbax
 
-        config = read_config(directory / hub.CONFIG, ignored)
-        source = open_orbax(directory / hub.ORBAX)
-    elif loader == "torch" or not files:
+        return read_config(directory / hub.CONFIG, ignored), open_orbax(directory / hub.ORBAX)
+    if loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
-        config, source = torch_source(directory, ignored)
-    else:
-        config = read_config(directory / hub.CONFIG, ignored)
-        source = open_safetensors(files)
-    if config.tie_embeddings and _has_own_head(source):
-        config = dataclasses.replace(config, tie_embeddings=False)
-    _check_dtypes(config, source.specs, directory)
-    _check_names(config, source.specs, directory)
-    config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
-    if config.weight_block is None:
-        return Checkpoint(directory, config, source, notes=config.notes)
-    float8 = Float8(source, config.weight_block)
-    config = dataclasses.replace(config, weight_block=None)
-    return Checkpoint(directory, config, float8.plain(), float8, notes=config.notes)
+        check_readable(directory)
+        return torch_source(directory, ignored)
+    source = open_safetensors(directory, files)
+    refuse_quantised(directory, source.specs)
+    return read_config(directory / hub.CONFIG, ignored), source
+
+
+def _with_head(config: ModelConfig, source: TensorSource) -> tuple[ModelConfig, TensorSource]:
+    """Which head the model has: as in transformers, one that is there and differs is not tied."""
+    has = {name: name in source.specs for name in (EMBEDDING, HEAD)}
+    if config.tie_embeddings and all(has.values()) and _has_own_head(source):
+        note = f"{hub.CONFIG} ties the head to the embedding, but {HEAD} differs from it: used as it is"
+        source = dataclasses.replace(source, notes=(*source.notes, note))
+        return dataclasses.replace(config, tie_embeddings=False), source
+    if config.tie_embeddings and has[HEAD] and not has[EMBEDDING]:
+        return config, with_embedding(source)
+    if not config.tie_embeddings and has[EMBEDDING] and not has[HEAD]:
+        note = f"the model has no head ({HEAD}), as an embedding model: its layers are measured, no loss"
+        source = dataclasses.replace(source, notes=(*source.notes, note))
+        return dataclasses.replace(config, has_head=False), source
+    return config, source
 
 
 def load_model(
@@ -272,9 +293,7 @@ def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iter
 
 
 def _has_own_head(source: TensorSource) -> bool:
-    """Whether a head is on disk that differs from the embedding; transformers 5 ties only equal ones."""
-    if HEAD not in source.specs or EMBEDDING not in source.specs:
-        return False
+    """Whether the head on disk differs from the embedding; transformers 5 ties only equal ones."""
     if source.specs[HEAD] != source.specs[EMBEDDING]:
         return True
     for start in range(0, source.specs[HEAD].shape[0], VOCAB_SLICE):
@@ -282,44 +301,3 @@ def _has_own_head(source: TensorSource) -> bool:
         if not np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
             return True
     return False
-
-
-def _check_dtypes(config: ModelConfig, specs: Mapping[str, TensorSpec], directory: Path) -> None:
-    """Refuses float8 without scales, which only the layers' projections have."""
-    for name, spec in specs.items():
-        if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
-            raise JaxDeltaError(
-                f"{directory}: {name} has dtype F8_E4M3, which jaxdelta reads only in the projections of a "
-                f"checkpoint whose {hub.CONFIG} says how they are quantised; try --loader=torch"
-            )
-
-
-def _check_names(config: ModelConfig, specs: Mapping[str, TensorSpec], directory: Path) -> None:
-    """Refuses missing and unexpected tensors and wrong shapes, all in one error."""
-    wanted = _shapes(config)
-    if config.weight_block:
-        wanted |= {
-            scale_name(name): scale_shape(shape, config.weight_block)
-            for name, shape in wanted.items()
-            if name in specs and specs[name].dtype == FLOAT8
-        }
-    tied = {HEAD} if config.tie_embeddings else set()
-    problems = {
-        "missing": wanted.keys() - specs.keys(),
-        "unexpected": {name for name in specs.keys() - wanted.keys() - tied if not _DERIVED.fullmatch(name)},
-        "wrong shape": {
-            f"{name} is {specs[name].shape}, not {shape}"
-            for name, shape in wanted.items()
-            if name in specs and specs[name].shape != shape
-        },
-    }
-    if any(problems.values()):
-        listed = (
-            f"{what}: {', '.join(sorted(them, key=_natural))}" for what, them in problems.items() if them
-        )
-        raise JaxDeltaError(f"{directory}: the weights do not fit {hub.CONFIG}: {'; '.join(listed)}")
-
-
-def _natural(name: str) -> list[Any]:
-    """Sorts layer 10 after layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -7,8 +7,9 @@ import json
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
+from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors, short
 from jaxdelta.utils.hub import GATED, HUB_ID, silent
 
 DEMO = "demo"
@@ -17,6 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ORBAX = "orbax"  # a directory
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ARCHIVES = (".gz", ".tar", ".tgz", ".xz", ".zip", ".zst", ".7z")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model")
@@ -41,7 +43,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if os.path.isdir(path):
         return path
     if os.path.isfile(path):
-        raise JaxDeltaError(f"{model}: is a file; give the directory that holds config.json and the weights")
+        unpack = "unpack it, if it is an archive, and " if path.suffix in _ARCHIVES else ""
+        raise JaxDeltaError(
+            f"{model}: is a file; {unpack}give the directory that holds config.json and the weights"
+        )
     if not HUB_ID.fullmatch(model):
         raise JaxDeltaError(f"{model}: no such directory")
     return _fetch(model, revision)
@@ -108,9 +113,43 @@ def _fetch_files(repo: str, revision: str | None) -> Path:
 
 def shards(index: Path) -> list[str]:
     """The files that an index of weights names, else a JaxDeltaError."""
-    wrong = (OSError, ValueError, KeyError, TypeError, AttributeError)
-    with plain_errors(index, {wrong: "{}: cannot be read as an index of shards ({})"}, reason=repr):
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or not all(isinstance(name, str) for name in names):
+    return sorted(set(weight_map(index).values()))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, from an index of weights.
+
+    Raises:
+        JaxDeltaError: it is no index, gives a tensor to two files, or names a file outside its directory.
+    """
+    wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with plain_errors(index, {wrong: "{}: cannot be read as an index of shards ({})"}, reason=_brief):
+        given = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        files = dict(given["weight_map"].items())
+        if not files or not all(isinstance(name, str) for name in files.values()):
             raise ValueError("weight_map names no files")
-    return sorted(names)
+    for name in files.values():
+        if not _is_inside(name):
+            raise JaxDeltaError(
+                f"{index}: names the file {short(name)!r}, which is no name of a file in its directory"
+            )
+    return files
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no tensor may be in two files."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise ValueError(f"{short(name)} is in it twice")
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path stays below its start: neither absolute nor with `..`, and of printable characters."""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."}.intersection(name.split("/"))
+
+
+def _brief(error: Exception) -> str:
+    return short(repr(error), 120)

@@ -7,11 +7,34 @@ from collections.abc import Callable, Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
+from jaxdelta.errors import JaxDeltaError, short
+
 DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
     "F32": np.float32,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
+# Every other dtype of a safetensors file: listed, and refused where a layer needs the tensor.
+STORED = DTYPES | {
+    "BOOL": np.bool_,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
+    "F64": np.float64,
+    "C64": np.complex64,
+    "F4": ml_dtypes.float4_e2m1fn,
+    "F6_E2M3": ml_dtypes.float6_e2m3fn,
+    "F6_E3M2": ml_dtypes.float6_e3m2fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 Shape = tuple[int, ...]
 TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and its index in a parameter
@@ -28,18 +51,22 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """Tensors by the names of a causal language model; fused experts are listed and read one by one.
+    """Tensors by their names on disk, or by those of a causal language model; fused experts one by one.
 
     Attributes:
         specs: name -> shape and dtype.
         read: (name) -> the tensor; (name, start, stop) -> some of its rows.
         fill: (name, array) reads a tensor into an array of its shape and dtype, without another buffer; None
             where the format cannot.
+        notes: what a user should know of how the files were read, a sentence each.
+        on_disk: name -> the tensor's name in its file, where it is another one.
     """
 
     specs: Mapping[str, TensorSpec]
     read: Callable[..., np.ndarray]
     fill: Callable[[str, np.ndarray], None] | None = None
+    notes: tuple[str, ...] = ()
+    on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Reads a tensor into `out`, which has its shape, and casts it where the dtypes differ."""
@@ -58,12 +85,19 @@ def expert_parts(name: str, shape: Shape) -> Iterator[tuple[str, int, Shape]]:
     """
     prefix, _, last = name.rpartition(".")
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
-    if not prefix.endswith(".mlp.experts") or not parts or len(shape) != 3 or shape[1] % len(parts):
+    fused = prefix.endswith(".mlp.experts") and parts and len(shape) == 3 and 0 not in shape
+    if not fused or shape[1] % len(parts):
         yield name, 0, shape
         return
     rows = shape[1] // len(parts)
     for i, (expert, part) in enumerate(itertools.product(range(shape[0]), parts)):
         yield f"{prefix}.{expert}.{part}.weight", i * rows, (rows, shape[2])
+
+
+def held_twice(where: object, first: str, second: str) -> JaxDeltaError:
+    """The error of one tensor under two names, or in two files: its values may differ."""
+    both = f"{short(first)} and {short(second)}" if first != second else f"{short(first)} in two files"
+    return JaxDeltaError(f"{where}: holds one tensor twice: {both}; remove one of them")
 
 
 def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:

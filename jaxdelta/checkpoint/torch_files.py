@@ -1,15 +1,18 @@
 """Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
 
 from collections.abc import Collection
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.safetensors_files import safetensors_files
-from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
+from jaxdelta.checkpoint.names import causal
+from jaxdelta.checkpoint.safetensors_files import safetensors_files, shard_files
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts, held_twice
 from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.families.registry import config_from_dict, read_json
@@ -42,16 +45,25 @@ def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelC
             del theirs.quantization_config  # transformers refuses an empty one
         if quantization.get("quant_method") == "fp8":
             theirs.quantization_config = quantization | {"dequantize": True}
+        if "gguf_file" not in options:
+            _refuse_doubles(directory)
         tensors, specs = _load(directory, {"config": theirs, **options})
     except JaxDeltaError as error:
         raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
-        raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
+        raise JaxDeltaError(f"{directory}: transformers cannot open it ({_reason(error)})") from error
 
     def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         return _to_numpy(tensors[name][start:stop])
 
     return config, TensorSource(specs, read)
+
+
+def _reason(error: Exception) -> str:
+    """Without PyTorch's advice to load files that may run programs."""
+    if "weights_only" in str(error) or "Weights only load failed" in str(error):
+        return "a file holds no plain tensors, or is damaged"
+    return first_line(error)
 
 
 def _options(directory: Path) -> dict[str, Any]:
@@ -67,6 +79,29 @@ def _options(directory: Path) -> dict[str, Any]:
     if len(gguf) > 1:
         raise JaxDeltaError(f"{directory}: has several GGUF files ({', '.join(gguf)}); leave one of them")
     return {"trust_remote_code": False, "gguf_file": gguf[0]}
+
+
+def _refuse_doubles(directory: Path) -> None:
+    """Refuses files with one tensor twice, of which transformers takes the last."""
+    single, index = (directory / name for name in hub.TORCH_WEIGHTS)
+    files = safetensors_files(directory) or ([single] if single.exists() else shard_files(index))
+    found: dict[str, TensorSpec] = {}
+    for file in files:
+        for name in _stored_names(file):
+            if name in found:
+                raise held_twice(file.name, name, name)
+            found[name] = TensorSpec((), np.dtype(np.float32))
+    causal(files[0].name, TensorSource(found, lambda name: name), (), layers=10**9)
+
+
+def _stored_names(file: Path) -> list[str]:
+    import torch
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="np") as opened:
+            return list(opened.keys())
+    # Only the first of PyTorch's formats is no zip file, and cannot be mapped.
+    return list(torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file)))
 
 
 def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:

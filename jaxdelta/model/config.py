@@ -50,6 +50,7 @@ class ModelConfig:
     `qk_norm`: RMSNorm of each head's queries and keys before rotation; None for no norm.
     `qkv_bias`, `o_bias`: biases of attention's projections out of the stream and back into it.
     `mlp_bias`: biases of all projections of a dense MLP.
+    `has_head`: false for an embedding model, whose layers can be measured, but which predicts no token.
     `experts`: None if all layers are dense.
     `weight_block`: rows and columns of the blocks of float8 weights with a common scale; None for plain ones.
     """
@@ -70,6 +71,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    has_head: bool = True
     max_positions: int = 32_768
     dtype: str = "float32"
     experts: Experts | None = None

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.attention import Context, attend, pairs_at_once, query_block
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.experts import SparseMLP
@@ -95,7 +96,8 @@ class Decoder(nnx.Module):
     """A causal language model, its layers' weights stacked along a leading axis.
 
     `layers` are the dense layers, `sparse_layers` the layers with experts; None for a kind without layers.
-    `lm_head` is None if it is tied to the embedding. Initial weights are N(0, 0.02²), or zero without `rngs`.
+    `lm_head` is None if it is tied to the embedding, or if there is none. Initial weights are N(0, 0.02²), or
+    zero without `rngs`.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs | None):
@@ -109,11 +111,13 @@ class Decoder(nnx.Module):
 
         self.layers, self.sparse_layers = stacked(sparse=False), stacked(sparse=True)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
-        self.lm_head = None if config.tie_embeddings else embedding()
+        self.lm_head = embedding() if config.has_head and not config.tie_embeddings else None
 
     @property
     def head(self) -> Float[Array, "V D"]:
-        """The output embedding."""
+        """The output embedding; a JaxDeltaError if there is none."""
+        if not self.config.has_head:
+            raise JaxDeltaError("the model has no head (lm_head.weight), as an embedding model: no logits")
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     def layer(self, index: int) -> tuple[Any, nnx.State, int]:
@@ -235,9 +239,9 @@ def _residual_stream(
 
 
 def logits(model: Decoder, tokens: Int[AnyArray, "B T"]) -> Float32[Array, "B T V"]:
-    """Next-token logits."""
-    last = residual_stream(model, tokens).states[-1]
-    return contract("BTD,VD->BTV", final_norm(model.config, model.norm.weight[...], last), model.head)
+    """Next-token logits; a JaxDeltaError if the model has no head."""
+    head, last = model.head, residual_stream(model, tokens).states[-1]
+    return contract("BTD,VD->BTV", final_norm(model.config, model.norm.weight[...], last), head)
 
 
 def _rows(tree: Any, start: int, count: int) -> Any:

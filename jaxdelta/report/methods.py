@@ -7,7 +7,7 @@ from jaxdelta.report.charts.chart import phase_bands
 from jaxdelta.report.charts.layers import sinks_left_in
 from jaxdelta.report.page_parts import counted
 from jaxdelta.report.result import Result
-from jaxdelta.report.tables import probed
+from jaxdelta.report.tables import in_nats, probed
 from jaxdelta.spectra.views import view_of
 
 
@@ -94,9 +94,10 @@ def _uncertainty(analysis: Result) -> Iterator[str]:
 
 def _checks(analysis: Result) -> Iterator[str]:
     run = analysis.run
-    yield (
-        f"The updates add up to the last state with relative error {run['closure_error']:.1e}; the loss on "
-        f"{probed(run)}the text was {run['calibration_loss']:.4f} nats per token."
-    )
+    closure = f"The updates add up to the last state with relative error {run['closure_error']:.1e}"
+    if run["calibration_loss"] is None:
+        yield f"{closure}; there is no loss ({run.get('loss_reason')})."
+    else:
+        yield f"{closure}; the loss on {probed(run)}the text was {in_nats(run)}."
     digest = hashlib.sha256(analysis.arrays_file()).hexdigest()
     yield f"The SHA-256 of the run's .safetensors file is {digest}."

@@ -20,6 +20,7 @@ from jaxdelta.report.page_parts import (
     visible,
 )
 from jaxdelta.report.result import Result
+from jaxdelta.report.tables import in_nats
 from jaxdelta.spectra.views import view_of
 from jaxdelta.statistics.across_layers.verdict import IN_WORDS
 from jaxdelta.statistics.per_layer.registry import registered
@@ -88,7 +89,7 @@ def _facts(analysis: Result) -> dict[str, str]:
         "dtypes": f"weights {run.get('weights_dtype')}, products {run.get('compute_dtype')}, "
         f"stream {run.get('residual_dtype')}",
         "closure ‖h₀ + Σδ − h_N‖ / ‖h_N‖": f"{run['closure_error']:.1e}",
-        "loss": f"{run['calibration_loss']:.4f} nats per token",
+        "loss": in_nats(run),
         "last layer": f"state {'after' if run.get('last_state') == 'normed' else 'before'} the final norm",
         "device": str(run.get("device")),
     }

@@ -61,7 +61,10 @@ def control_table(analysis: Result) -> Iterator[str]:
     control = analysis.control
     if control is None:
         return
-    losses = f"{analysis.run['calibration_loss']:.4f} | {control['calibration_loss']:.4f}"
+    losses = " | ".join(
+        "none" if facts["calibration_loss"] is None else f"{facts['calibration_loss']:.4f}"
+        for facts in (analysis.run, control)
+    )
     yield f"=== Beside the control: {control['name']} (seed {control['seed']}) ==="
     yield f" run | control; loss {losses} nats per token"
     yield f" {'':4} {'eff_rank':>17} {'top1_frac':>15} {'rel_step':>19} {'|cos| to next':>15}"
@@ -85,12 +88,19 @@ def probed(run: dict[str, Any]) -> str:
     return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
 
 
+def in_nats(run: dict[str, Any]) -> str:
+    """The loss with its unit, or the reason why there is none."""
+    loss = run["calibration_loss"]
+    return f"none ({run.get('loss_reason')})" if loss is None else f"{loss:.4f} nats per token"
+
+
 def checks(analysis: Result) -> Iterator[str]:
     """Closure and loss, and the last layer before and after the final norm."""
     run = analysis.run
     yield "=== Checks ==="
     yield f" closure  ‖h_0 + Σδ - h_N‖ / ‖h_N‖ = {run['closure_error']:.1e}"
-    yield f" loss on {probed(run)}the calibration text = {run['calibration_loss']:.4f} nats per token"
+    tokens = probed(run) if run["calibration_loss"] is not None else ""
+    yield f" loss on {tokens}the calibration text = {in_nats(run)}"
     for name, row in (("before", analysis.last_layer_residual), ("after", analysis.last_layer_normed)):
         used = "shown above" if row in analysis.per_layer else "in the JSON"
         yield (

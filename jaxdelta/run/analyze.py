@@ -16,6 +16,7 @@ from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.model.decoder import Decoder, count_parameters
 from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.tables import in_nats
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
 from jaxdelta.run.context import RunContext
@@ -227,7 +228,7 @@ def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:
             checkpoint.wait()
         facts = run_record(run, outcome, records)
         note(f"closure {outcome.closure_error:.1e}, certificate {facts['certificate']:.1e}")
-        note(f"loss {outcome.loss:.4f} nats per token")
+        note(f"loss {in_nats(facts)}")
         if facts["rows_on_host"]:
             note(f"spectra recomputed on the host: rows {facts['rows_on_host']}")
     rate = tokens_per_second(sweep, run.sample.tokens.count, stages.clock.seconds["layers"])
@@ -308,9 +309,9 @@ def _checkpoint(run: RunContext) -> contextlib.AbstractContextManager[resume.Run
     return resume.opened(directory, manifest, weights.config.num_layers, run.stages.listener)
 
 
-def _check_finite(weights: Weights, layers: Sequence[LayerRecord], loss: float) -> None:
+def _check_finite(weights: Weights, layers: Sequence[LayerRecord], loss: float | None) -> None:
     bad = [row for row, layer in enumerate(layers) if not layer.finite]
-    if not bad and np.isfinite(loss):
+    if not bad and (loss is None or np.isfinite(loss)):
         return
     if name := weights.first_bad_tensor():
         raise JaxDeltaError(f"the weights hold a NaN or an infinity: {name}")

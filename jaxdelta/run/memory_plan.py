@@ -209,7 +209,8 @@ class MemoryDemand:
         config, (windows, length) = self.config, self.tokens
         m, n, d = self._share(blocks.windows) * length, self._share(windows * length), config.hidden_size
         layers = [sum(map(_bytes, leaves)) for leaves in self._layers]
-        embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (2 - config.tie_embeddings)
+        has_own_head = config.has_head and not config.tie_embeddings
+        embeddings = config.vocab_size * d * DTYPE_BYTES[config.dtype] * (1 + has_own_head)
         loss = 8 * min(math.prod(self.tokens), PROBED) * VOCAB_SLICE
         return {
             # A resident model stacks its layers; the one being computed is a copy.

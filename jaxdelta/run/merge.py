@@ -119,7 +119,13 @@ def _run_facts(runs: Sequence[Analysis], sample: ResamplingGroups) -> dict[str, 
         "text_fingerprint": sample.tokens.fingerprint,
         "closure_error": max(run["closure_error"] for run in facts),
         "certificate": max(run["certificate"] for run in facts),
-        "calibration_loss": float(np.average([run["calibration_loss"] for run in facts], weights=tokens)),
+        "calibration_loss": _mean_loss([run["calibration_loss"] for run in facts], tokens),
         "loss_tokens": sum(tokens),
         **document_facts(sample.tokens),
     }
+
+
+def _mean_loss(losses: Sequence[float | None], tokens: Sequence[int]) -> float | None:
+    """The losses' mean over tokens; None for a model without a head."""
+    found = [loss for loss in losses if loss is not None]
+    return float(np.average(found, weights=tokens)) if len(found) == len(tokens) else None

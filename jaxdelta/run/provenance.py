@@ -46,6 +46,7 @@ def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecor
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
         "closure_error": outcome.closure_error,
         "calibration_loss": outcome.loss,
+        "loss_reason": None if outcome.loss is not None else "the model has no head",
         "loss_tokens": outcome.loss_tokens,
         "certificate": max(layer.certificate for layer in layers),
         "rows_on_host": [index for index, layer in enumerate(layers) if layer.on_host],

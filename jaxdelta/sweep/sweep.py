@@ -82,11 +82,12 @@ class PassResult:
     """The results of a whole pass.
 
     `closure_error` is ‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F over all tokens. `loss` is the mean -ln p(next token), in
-    nats, of the first `loss_tokens` tokens, at most PROBED: it only shows whether the model is trained.
+    nats, of the first `loss_tokens` tokens, at most PROBED: it only shows whether the model is trained. It is
+    None for a model without a head.
     """
 
     closure_error: float
-    loss: float
+    loss: float | None
     loss_tokens: int
 
 
@@ -276,6 +277,8 @@ class Sweep:
         """Computes the loss; a RuntimeError if layers are left to pass."""
         if self._final is None:
             raise RuntimeError("Sweep.finish() must follow the last layer")
+        if not self.weights.config.has_head:
+            return PassResult(self._final.closure_error, None, 0)
         vocab_size, devices = self.weights.config.vocab_size, self._devices
         bounds = vocabulary_slices(vocab_size)
         with self._clock("loss"):

@@ -1,9 +1,11 @@
 """The tokenizer of a checkpoint: texts to token ids and character offsets."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxdelta.errors import JaxDeltaError, plain_errors
+from jaxdelta.utils.files import check_whole
 
 # Texts -> for each, its token ids and the offset of each token's first character.
 Tokenize = Callable[[Sequence[str]], list[tuple[list[int], list[int]]]]
@@ -16,10 +18,11 @@ def load_encoder(directory: Path) -> Tokenize:
         JaxDeltaError: there is no tokenizer, or its file is damaged.
     """
     file = directory / "tokenizer.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return _transformers_encoder(directory)
     from tokenizers import Tokenizer
 
+    check_whole(file)
     with plain_errors(file, {Exception: "{}: is not a tokenizer ({})"}):  # tokenizers raises bare Exception.
         tokenizer = Tokenizer.from_file(str(file))
     # The file may carry the settings of its last use; transformers, and so the reference, drops them too.

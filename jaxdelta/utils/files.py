@@ -11,7 +11,28 @@ from pathlib import Path
 
 from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _UNWRITABLE = {OSError: "{}: cannot be written ({})"}
+
+
+def check_whole(path: Path) -> None:
+    """Fails if a file is only a stand-in for its content.
+
+    Raises:
+        JaxDeltaError: a git-lfs pointer, a link to a file that is gone, or no regular file.
+    """
+    if not os.path.exists(path) and os.path.islink(path):
+        raise JaxDeltaError(
+            f"{path}: is a link to a file that is gone ({os.readlink(path)}); fetch the model again "
+            "(`hf download`)"
+        )
+    if not os.path.isfile(path):
+        raise JaxDeltaError(f"{path}: is not a regular file")
+    with plain_errors(path, {OSError: "{}: cannot be read ({})"}), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise JaxDeltaError(
+                f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in its directory"
+            )
 
 
 def json_path(path: str | Path) -> Path:

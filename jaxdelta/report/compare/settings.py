@@ -71,8 +71,9 @@ def _facts(run: Result) -> dict[str, Any]:
 
 
 def _outcomes(run: Result) -> dict[str, str]:
+    loss = run.run["calibration_loss"]
     return {
-        "loss (nats per token)": f"{run.run['calibration_loss']:.4f}",
+        "loss (nats per token)": "–" if loss is None else f"{loss:.4f}",
         "closure ‖h₀ + Σδ − h_N‖ / ‖h_N‖": f"{run.run['closure_error']:.1e}",
     }
 
