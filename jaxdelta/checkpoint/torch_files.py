@@ -1,7 +1,7 @@
 """Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
 
-from collections.abc import Collection
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
