@@ -23,6 +23,8 @@ DEFAULT_TEXT_KEY, DEFAULT_SPLIT = "text", "train"
 SHUFFLE_BUFFER = 10_000  # documents
 BATCH_ROWS = 1000
 
+Document = str | Iterable[str]  # a text, or its consecutive characters in parts where it is long
+
 
 def shipped_prompts() -> list[str]:
     """The package's 25 prompts."""
