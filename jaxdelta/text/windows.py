@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.text.documents import Document, check_unicode
 from jaxdelta.text.parts import Part, parts
+from jaxdelta.text.rows import Document, check_unicode
 from jaxdelta.text.tokenizer import Tokenize
 from jaxdelta.text.tokens import PADDING, Tokens
 
@@ -51,26 +51,24 @@ def tokenize(
         UsageError: max_tokens or seq_len below 2, or no such layout.
         JaxDeltaError: fewer than two tokens, a token without embedding, or text that is not Unicode.
     """
-    for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)):
-        if value < 2:
-            raise UsageError(f"{name} must be at least 2 (the first token is left out), not {value}")
-    if layout not in LAYOUTS:
-        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    check_layout(max_tokens, layout, seq_len)
     cut = _pieces if layout == "packed" else _consecutive
     segments = list(cut(iter(documents), _checked(encode), max_tokens, seq_len))
-    sizes = np.array([len(segment.tokens.ids) for segment in segments], np.int64)
-    if (count := int(sizes.sum())) < 2:
-        raise JaxDeltaError(
-            f"the calibration text has {count} token{'s' * (count != 1)}; at least 2 are needed, "
-            "since the first is left out of every statistic"
-        )
-    one_each = np.arange(len(sizes)), np.zeros_like(sizes)
-    tokens = _laid_out(segments, sizes, *(best_fit(sizes, seq_len) if layout == "packed" else one_each))
+    tokens = in_windows(segments, layout, seq_len)
     if (largest := int(tokens.ids.max())) >= vocab_size:
         raise JaxDeltaError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: they do not belong together"
         )
     return tokens
+
+
+def check_layout(max_tokens: int, layout: str, seq_len: int) -> None:
+    """Raises a UsageError if an option of a layout has an impossible value."""
+    for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)):
+        if value < 2:
+            raise UsageError(f"{name} must be at least 2 (the first token is left out), not {value}")
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
 
 
 class TokenizedText(NamedTuple):
@@ -111,9 +109,30 @@ def _consecutive(
     numbered = ((0, part) for part in parts(joined(), encode, _part_letters(max_tokens)))
     text, tokens = _joined(_encoded(numbered, encode, max_tokens), max_tokens)
     owners = np.searchsorted(starts[:-1], tokens.bounds[:-1], side="right") - 1
-    for start in range(0, len(owners), seq_len):
+    return consecutive(Segment(owners, text, tokens), seq_len)
+
+
+def consecutive(whole: Segment, seq_len: int) -> Iterator[Segment]:
+    """A segment in pieces of seq_len tokens; the last one may be shorter."""
+    for start in range(0, len(whole.documents), seq_len):
         stop = start + seq_len
-        yield Segment(owners[start:stop], text, tokens.part(start, stop))
+        yield Segment(whole.documents[start:stop], whole.text, whole.tokens.part(start, stop))
+
+
+def in_windows(segments: Sequence[Segment], layout: str, seq_len: int) -> Tokens:
+    """Segments in windows: each in its own, or packed.
+
+    Raises:
+        JaxDeltaError: fewer than two tokens.
+    """
+    sizes = np.array([len(segment.tokens.ids) for segment in segments], np.int64)
+    if (count := int(sizes.sum())) < 2:
+        raise JaxDeltaError(
+            f"the calibration text has {count} token{'s' * (count != 1)}; at least 2 are needed, "
+            "since the first is left out of every statistic"
+        )
+    one_each = np.arange(len(sizes)), np.zeros_like(sizes)
+    return _laid_out(segments, sizes, *(best_fit(sizes, seq_len) if layout == "packed" else one_each))
 
 
 def _laid_out(
@@ -161,11 +180,10 @@ def _pieces(
     )
     for number, encoded in groupby(_encoded(numbered, encode, max_tokens), key=itemgetter(0)):
         text, tokens = _joined(encoded, left)
-        for start in range(0, len(tokens.ids), seq_len):
-            piece = tokens.part(start, start + seq_len)
-            if len(piece.ids) > 1:
-                left -= len(piece.ids)
-                yield Segment(np.full(len(piece.ids), number), text, piece)
+        for piece in consecutive(Segment(np.full(len(tokens.ids), number), text, tokens), seq_len):
+            if len(piece.documents) > 1:
+                left -= len(piece.documents)
+                yield piece
         if left < 2:
             return
 
