@@ -100,16 +100,16 @@ def characters(file: Any, where: str | Path) -> Iterator[str]:
     decoder, taken = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
         block = file.read(BLOCK)
-        waiting = len(decoder.getstate()[0])
+        waiting, ended = len(decoder.getstate()[0]), not block
         if taken == 0:
             _check_beginning(block, where)
             if block.startswith(codecs.BOM_UTF8):
                 taken, block = len(codecs.BOM_UTF8), block.removeprefix(codecs.BOM_UTF8)
         try:
-            text = decoder.decode(block, final=not block)
+            text = decoder.decode(block, final=ended)
         except UnicodeDecodeError as error:
             raise _not_utf8(where, taken - waiting + error.start) from error
-        if not block:
+        if ended:
             return
         taken += len(block)
         yield text

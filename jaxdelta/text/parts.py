@@ -6,7 +6,7 @@ whole text's tokens, whatever follows.
 
 import unicodedata
 from collections.abc import Iterator
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 from jaxdelta.text.tokenizer import Tokenize
@@ -14,6 +14,7 @@ from jaxdelta.text.tokenizer import Tokenize
 LONGEST_TOKEN = 128  # characters; the longest of the vocabularies of Qwen, Llama and Mistral
 TAIL = 4 * LONGEST_TOKEN  # characters before the end of a text in which a boundary is looked for
 SETTLED, AGREEING = 64, 64  # characters for tokens to become those of the whole text; then to be so
+NEAR, LINES = 256, 8  # characters around a line end that is checked; line ends that are
 COMPOSED = 32  # characters on either side that Unicode normalization could join
 
 
@@ -43,8 +44,8 @@ def parts(chunks: Iterator[str], encode: Tokenize, letters: int) -> Iterator[Par
         if length <= wanted:
             yield Part(before, text)
             return
-        if stop := _last_line(text, wanted):
-            kept = stop - 1
+        if stop := _last_line(text, wanted, encode):
+            kept = max(0, stop - NEAR)
         elif boundary := _last_boundary(before, text[:wanted], encode):
             kept, stop = boundary
         else:
@@ -54,15 +55,20 @@ def parts(chunks: Iterator[str], encode: Tokenize, letters: int) -> Iterator[Par
         before, text, wanted = text[kept:stop], text[stop:], letters
 
 
-def _last_line(text: str, stop: int) -> int:
+def _last_line(text: str, stop: int, encode: Tokenize) -> int:
     """The beginning of the last line in 1..stop, or 0.
 
     A line that begins with a space or a slash does not count: some tokenizers join these to the line end
-    before them.
+    before them. That no token spans the line end is checked: few vocabularies have one that does.
     """
-    while (end := text.rfind("\n", 0, stop)) >= 0 and (text[end + 1].isspace() or text[end + 1] == "/"):
+    for _ in range(LINES):
+        while (end := text.rfind("\n", 0, stop)) >= 0 and (text[end + 1].isspace() or text[end + 1] == "/"):
+            stop = end
+        first = max(0, end + 1 - NEAR)
+        if end < 0 or end + 1 - first in encode([text[first : end + 1 + NEAR]])[0][1]:
+            return end + 1
         stop = end
-    return end + 1
+    return 0
 
 
 def _last_boundary(before: str, text: str, encode: Tokenize) -> tuple[int, int] | None:
@@ -75,43 +81,40 @@ def _last_boundary(before: str, text: str, encode: Tokenize) -> tuple[int, int] 
     places of `text`. So a boundary of `text` cut short at each of these places is one of the whole text. That
     only the tail need be tokenized so often follows for a BPE from a sequence of tokens being valid if all
     pairs of neighbours are (Berglund and van der Merwe 2023, arXiv:2309.08715); for other tokenizers it is
-    checked over a stretch of AGREEING characters.
+    checked over a stretch of AGREEING characters. Left to rounding is which of several segmentations of the
+    same score a unigram model chooses.
     """
     if len(text) < 2 * TAIL or text[-LONGEST_TOKEN:].isspace():  # Some special tokens take all space before.
         return None
     origin = len(before) + len(text) - TAIL
-    known = [span for span in _spans(*encode([before + text])[0], origin + TAIL) if span.start >= origin]
+    known = [span for span in _spans(*encode([before + text])[0], origin + TAIL) if span[1] >= origin]
     if not known:
         return None
-    origin = known[0].start
-    known = [Span(token, start - origin, stop - origin) for token, start, stop in known]
+    origin = known[0][1]
+    known = [(token, start - origin, stop - origin) for token, start, stop in known]
     tail = (before + text)[origin:]
     shortened = [tail[: len(tail) - i] for i in range(LONGEST_TOKEN)]
-    encodings = zip(shortened, encode(shortened), strict=True)
-    common = set.intersection(*(set(_spans(*tokens, len(part))) for part, tokens in encodings))
-    agreed = list(takewhile(lambda span: span.start < SETTLED or span in common, known))
+    common = set(known)
+    for part, tokens in zip(shortened, encode(shortened), strict=True):
+        common.intersection_update(_spans(*tokens, len(part)))
+    agreed = list(takewhile(lambda span: span[1] < SETTLED or span in common, known))
     for last in reversed(agreed):
+        _, start, stop = last
         if (
-            last.start < last.stop <= len(tail) - 2 * LONGEST_TOKEN
-            and last.stop >= SETTLED + AGREEING
-            and _divides(tail, last.stop)
-            and _spans(*encode([tail[: last.stop]])[0], last.stop)[-1] == last  # It ends between characters.
+            start < stop <= len(tail) - 2 * LONGEST_TOKEN
+            and stop >= SETTLED + AGREEING
+            and _divides(tail, stop)
+            and [*_spans(*encode([tail[:stop]])[0], stop)][-1:]
+            == [last]  # The token ends between characters.
         ):
-            start = origin - len(before)
-            return start, start + last.stop
+            kept = origin - len(before)
+            return kept, kept + stop
     return None
 
 
-class Span(NamedTuple):
-    """A token's id, its first character, and the next token's first character."""
-
-    token: int
-    start: int
-    stop: int
-
-
-def _spans(ids: list[int], starts: list[int], length: int) -> list[Span]:
-    return [Span(token, *bounds) for token, bounds in zip(ids, pairwise([*starts, length]), strict=True)]
+def _spans(ids: list[int], starts: list[int], length: int) -> Iterator[tuple[int, int, int]]:
+    """Each token's id, its first character, and the next token's first character."""
+    return zip(ids, starts, [*starts, length][1:], strict=True)
 
 
 def _divides(text: str, stop: int) -> bool:

@@ -214,11 +214,12 @@ def _encoded(
 
 
 def _batch(numbered: Iterator[tuple[int, Part]], letters: int) -> list[tuple[int, Part]]:
-    batch = []
+    """The next parts, of at least half the letters: a part may have a few less than was asked for."""
+    batch, length = [], 0
     for number, part in numbered:
         batch.append((number, part))
-        letters -= len(part.text)
-        if letters <= 0:
+        length += len(part.text)
+        if 2 * length >= letters:
             break
     return batch
 
