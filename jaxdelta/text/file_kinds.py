@@ -73,10 +73,10 @@ def check_file(path: Path) -> None:
         what = "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise JaxDeltaError(f"{path}: is {what}, not a file; for standard input give --calibration=-")
     if kind_of(path) is None:
-        kinds = ", ".join(KINDS)
+        suffix = "".join(path.suffixes[-2 if _compression(path) else -1 :])
         raise JaxDeltaError(
-            f"{path}: {path.suffix} is not a kind that is read: {kinds}, and but .parquet with .gz or .zst; "
-            "name plain text .txt"
+            f"{path}: {suffix} is not a kind that is read: {', '.join(KINDS)}, and all but .parquet with .gz "
+            "or .zst; name plain text .txt"
         )
     with opened(path):
         pass
