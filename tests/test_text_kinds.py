@@ -225,7 +225,7 @@ def test_no_files(tmp_path: Path) -> None:
     for name in ("a" * 5000, "a\0.txt"):
         assert ": cannot be read (" in fault(name)
     for name in ("", "  "):
-        with pytest.raises(UsageError, match="calibration: is empty; leave it out"):
+        with pytest.raises(UsageError, match="calibration: the name is empty; leave it out"):
             read_documents(name)
 
 
@@ -237,7 +237,7 @@ def test_options_that_cannot_apply(tmp_path: Path) -> None:
     write(tmp_path / "texts" / "a.txt", "x")
     for source, option, message in (
         (text, {"text_key": "body"}, f"text_key: {text} has no fields"),
-        (None, {"text_key": "body"}, "text_key: the package's prompts has no fields"),
+        (None, {"text_key": "body"}, "text_key: the default text has no fields"),
         (tmp_path / "texts", {"text_key": "body"}, "has no fields"),
         (strings, {"text_key": "body"}, "is a list of strings, which have no fields"),
         (lines, {"split": "test"}, f"split: {lines} has no splits"),
@@ -277,12 +277,13 @@ def test_hidden_files_and_other_kinds_are_left_out(tmp_path: Path) -> None:
     for name in ("README.md", "b/model.safetensors", "script.py", "a.pdf"):
         write(tmp_path / name, "not read")
     (tmp_path / "broken.txt").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to(".")
     write(tmp_path / "a.txt", "one")
     write(tmp_path / "b" / "c.csv", "text\ntwo\n")
     write(tmp_path / "d.txt.gz", gzip.compress(b"three"))
     reading = Reading()
     assert read(tmp_path, reading=reading) == ["one", "two", "three"]
-    assert reading.notes == (f"left out of {tmp_path}: 9 files (._a.txt, .git, README.md, ...)",)
+    assert reading.notes == (f"left out of {tmp_path}: 10 files (._a.txt, .git, README.md, ...)",)
 
 
 def test_notes_are_short(tmp_path: Path) -> None:

@@ -112,9 +112,8 @@ def _opened(
 ) -> RunContext:
     """Looks at the text, opens the model, tokenizes and plans the memory; reads no layer's weights."""
     reading = Reading()
-    documents = _documents(
-        calibration, options, reading
-    )  # A misspelt text is said before a model is fetched.
+    # Before a model is fetched: the text's name may be misspelt.
+    documents = _documents(calibration, options, reading)
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):

@@ -156,7 +156,7 @@ def _rows(
         _check_standard_input()
         return (Row(_name(source), standard_input()) for _ in range(1))
     if not str(source).strip():
-        raise UsageError("calibration: is empty; leave it out for the package's prompts")
+        raise UsageError("calibration: the name is empty; leave it out for the package's prompts")
     path = Path(os.path.expanduser(source))
     if _is_hub_id(str(source)) and not os.path.lexists(path):
         return tables.hub_rows(str(source), key.name, split, config)
@@ -196,7 +196,7 @@ def _file_rows(path: Path, key: str) -> Iterator[Row]:
 
 
 def _files(directory: Path, reading: Reading) -> list[Path]:
-    """The files of texts in a directory, by name. Hidden ones, and other kinds, are left out."""
+    """The files of texts in a directory, by name; not hidden ones, links to directories, other kinds."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -204,9 +204,9 @@ def _files(directory: Path, reading: Reading) -> list[Path]:
     found: list[Path] = []
     reading.directory = directory
     for place, directories, files in os.walk(directory, onerror=fail):
-        hidden = [name for name in directories if name.startswith(".")]
-        directories[:] = [name for name in directories if name not in hidden]
-        for path in (Path(place, name) for name in [*hidden, *files]):
+        unread = [name for name in directories if name.startswith(".") or Path(place, name).is_symlink()]
+        directories[:] = [name for name in directories if name not in unread]
+        for path in (Path(place, name) for name in [*unread, *files]):
             wanted = not path.name.startswith(".") and in_a_directory(path) and path.is_file()
             (found if wanted else reading.left_out).append(path)
     reading.left_out.sort()
@@ -227,7 +227,9 @@ def _check_standard_input() -> None:
 
 
 def _name(source: str | Path | None) -> str:
-    return {None: "the package's prompts", STANDARD_INPUT: "standard input"}.get(source, str(source))  # type: ignore[arg-type]
+    if source is None:
+        return "the default text"
+    return "standard input" if str(source) == STANDARD_INPUT else str(source)
 
 
 def _not_empty(documents: Iterable[Item], source: str | Path | None) -> Iterator[Item]:

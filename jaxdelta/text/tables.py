@@ -10,7 +10,7 @@ from jaxdelta.text.file_kinds import library, readable
 from jaxdelta.text.rows import Row, names, root, value_under
 from jaxdelta.utils.hub import GATED, silent
 
-BATCH_ROWS = 1000
+BATCH_ROWS = 64  # decoded at once; a row may be a book
 
 
 def parquet_rows(path: Path, key: str) -> Iterator[Row]:
