@@ -369,6 +369,8 @@ def test_sources_without_token_ids(tmp_path: Path) -> None:
     assert "has no 'input_ids', only id, text" in one_line(lambda: list(read_ids(lines, "input_ids")))
     with pytest.raises(UsageError, match="text_key: ids_key is given too"):
         analyze("demo", lines, ids_key="input_ids", text_key="body")
+    with pytest.raises(UsageError, match="ids_key: needs a file"):
+        analyze("demo", ["a text"], ids_key="input_ids")
 
 
 def given(documents: Sequence[Sequence[int]]) -> list[TokenIds]:

@@ -191,6 +191,8 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
 def _documents(calibration: Calibration, options: Options, reading: Reading) -> Documents | Tokens:
     """The documents of a text, the first of them read, or Tokens."""
     if calibration is not None and not isinstance(calibration, str | Path):
+        if options.ids_key is not None:
+            raise UsageError("ids_key: needs a file, a directory or a data set by its name")
         return calibration
     split, config = options.split, options.dataset_config
     if options.ids_key is None:
