@@ -112,11 +112,13 @@ def define_text() -> None:
     flags.DEFINE_string(
         "calibration",
         None,
-        "text to run the model on: a .txt, .json, .jsonl or .parquet file, a directory of them, or a data "
-        "set, saved on disk or by its hub id (default: 25 short prompts)",
+        "text to run the model on: a .txt, .json, .jsonl, .ndjson, .csv, .tsv or .parquet file, also .gz or "
+        ".zst, a directory of them, a data set, saved on disk or by its hub id, or - for standard input "
+        "(default: 25 short prompts)",
     )
     define_options(
-        text_key="field of a .jsonl file, or column of a table, that holds the text",
+        text_key="field of an object, or column of a table, that holds the text; meta.text for nested ones",
+        ids_key="field or column that holds token ids, which are used instead of a text",
         split="which split of a data set",
         dataset_config="which configuration of a data set",
         max_tokens="maximum number of tokens; only as many documents are read as needed",

@@ -44,19 +44,23 @@ from jaxdelta.sweep.mesh import DeviceMesh, Devices, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
-from jaxdelta.text.documents import read_documents, shuffled
+from jaxdelta.text.documents import DEFAULT_TEXT_KEY, ahead, read_documents, read_ids, shuffled
+from jaxdelta.text.from_ids import load_texts, windows_of_ids
 from jaxdelta.text.groups import ResamplingGroups
+from jaxdelta.text.rows import Document, Reading, TokenIds
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
 from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
+Calibration = str | Path | Iterable[str] | Tokens | None
+Documents = Iterable[Document] | Iterable[TokenIds]
 
 
 def analyze(
     model: str | Path | Decoder,
-    calibration: str | Path | Iterable[str] | Tokens | None = None,
+    calibration: Calibration = None,
     *,
     listener: Listener | None = None,
     progress: bool = False,
@@ -86,10 +90,10 @@ def analyze(
         UsageError: an impossible option.
         JaxDeltaError: an unusable model, checkpoint or text. The messages are the commands' error lines.
     """
-    run = _opened(model, calibration, Options.of(options), Stages(listener))
-    if before:
-        before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
     with _out_of_memory_in_a_line():
+        run = _opened(model, calibration, Options.of(options), Stages(listener))
+        if before:
+            before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
         run = _loaded(run)
         waiting = resume.moments(run.options.checkpoint_dir)
         with keeping(run.options.keep_moments if leads() else None, waiting) as kept:
@@ -103,11 +107,14 @@ def analyze(
 
 def _opened(
     model: str | Path | Decoder,
-    calibration: str | Path | Iterable[str] | Tokens | None,
+    calibration: Calibration,
     options: Options,
     stages: Stages,
 ) -> RunContext:
-    """Opens the model, reads the text and plans the memory; reads no layer's weights."""
+    """Looks at the text, opens the model, tokenizes and plans the memory; reads no layer's weights."""
+    reading = Reading()
+    # Before a model is fetched: the text's name may be misspelt.
+    documents = _documents(calibration, options, reading)
     with stages("open") as note:
         weights: Weights
         if isinstance(model, Decoder):
@@ -128,7 +135,7 @@ def _opened(
     layers, given = weights.config.num_layers, options.phases
     phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
-        tokens = _tokens(calibration, weights, options)
+        tokens = _tokens(documents, weights, options)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
     check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
@@ -138,7 +145,7 @@ def _opened(
         note(str(plan))
     if plan.groups:
         sample = sample.coarser(plan.groups, options.seed)
-    notes = weights.notes if isinstance(weights, Checkpoint) else ()
+    notes = (*(weights.notes if isinstance(weights, Checkpoint) else ()), *reading.notes)
     for sentence in notes:
         stages.listener(f" note: {sentence}")
     return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, notes)
@@ -187,27 +194,36 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
         raise
 
 
-def _tokens(
-    calibration: str | Path | Iterable[str] | Tokens | None, weights: Weights, options: Options
-) -> Tokens:
-    if isinstance(calibration, Tokens):
+def _documents(calibration: Calibration, options: Options, reading: Reading) -> Documents | Tokens:
+    """The documents of a text, the first of them read, or Tokens."""
+    if calibration is not None and not isinstance(calibration, str | Path):
+        if options.ids_key is not None:
+            raise UsageError("ids_key: needs a file, a directory or a data set by its name")
         return calibration
+    split, config = options.split, options.dataset_config
+    if options.ids_key is None:
+        key = options.text_key
+        return ahead(read_documents(calibration, text_key=key, split=split, config=config, reading=reading))
+    if options.text_key != DEFAULT_TEXT_KEY:
+        raise UsageError("text_key: ids_key is given too, and a document has one or the other")
+    return ahead(read_ids(calibration, options.ids_key, split=split, config=config, reading=reading))
+
+
+def _tokens(documents: Documents | Tokens, weights: Weights, options: Options) -> Tokens:
+    if isinstance(documents, Tokens):
+        return documents
     if not isinstance(weights, Checkpoint):
         raise UsageError("calibration must be Tokens where the model is given as an object")
-    if calibration is None or isinstance(calibration, str | Path):
-        documents: Iterable[str] = read_documents(
-            calibration, text_key=options.text_key, split=options.split, config=options.dataset_config
-        )
-    else:
-        documents = calibration
-    return tokenize(
-        shuffled(documents, options.seed) if options.shuffle else documents,
-        load_encoder(weights.directory),
-        max_tokens=options.max_tokens,
-        vocab_size=weights.config.vocab_size,
-        layout=options.layout,
-        seq_len=options.seq_len,
-    )
+    ordered: Any = shuffled(documents, options.seed) if options.shuffle else documents
+    sizes: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "vocab_size": weights.config.vocab_size,
+        "layout": options.layout,
+        "seq_len": options.seq_len,
+    }
+    if options.ids_key is not None:
+        return windows_of_ids(ordered, text_of=load_texts(weights.directory), **sizes)
+    return tokenize(ordered, load_encoder(weights.directory), **sizes)
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:

@@ -43,6 +43,7 @@ class Options:
     layout: str = "stream"
     seq_len: int = DEFAULT_SEQ_LEN
     text_key: str = DEFAULT_TEXT_KEY
+    ids_key: str | None = None
     split: str = DEFAULT_SPLIT
     dataset_config: str | None = None
     shuffle: bool = False

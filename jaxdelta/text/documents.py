@@ -1,27 +1,51 @@
-"""The documents of a calibration text: prompts, files, directories and data sets -> an iterator of strings.
+"""The documents of a calibration text: prompts, files, directories and data sets -> an iterator of documents.
 
 Documents are read as they are taken, so a run reads only as many as its tokens need.
 """
 
-import importlib
-import itertools
 import json
 import os
-import textwrap
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxdelta.errors import JaxDeltaError, extra, plain_errors
-from jaxdelta.utils.hub import GATED, HUB_ID, silent
+from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.text import tables
+from jaxdelta.text.file_kinds import (
+    KINDS,
+    PLAIN,
+    check_file,
+    file_text,
+    in_a_directory,
+    kind_of,
+    named_as_file,
+    readable,
+    standard_input,
+)
+from jaxdelta.text.rows import (
+    DEFAULT_TEXT_KEY,
+    Document,
+    Reading,
+    Row,
+    TokenIds,
+    csv_rows,
+    json_rows,
+    jsonl_rows,
+    texts,
+    token_ids,
+)
+from jaxdelta.utils.hub import HUB_ID
 
-DEFAULT_TEXT_KEY, DEFAULT_SPLIT = "text", "train"
+DEFAULT_SPLIT = "train"
+STANDARD_INPUT = "-"
 SHUFFLE_BUFFER = 10_000  # documents
-BATCH_ROWS = 1000
+
+Item = TypeVar("Item")
 
 
 def shipped_prompts() -> list[str]:
@@ -36,41 +60,62 @@ def read_documents(
     text_key: str = DEFAULT_TEXT_KEY,
     split: str = DEFAULT_SPLIT,
     config: str | None = None,
-) -> Iterator[str]:
+    reading: Reading | None = None,
+) -> Iterator[Document]:
     """The documents of a source, one after the other, read as they are taken.
 
-    A .json holds a list of strings; each line of a .jsonl an object with the text under `text_key`; a
-    .parquet a column of that name; any other file is one document. A directory is a data set as
-    `Dataset.save_to_disk` writes it, or else all .txt, .json, .jsonl and .parquet files under it, by name.
-    A name like `owner/name` that does not exist here is streamed from the Hugging Face hub.
+    A .txt, like prose and programs of other suffixes, is one document, with its own line ends. A .json holds
+    a list of strings or of objects; each line of a .jsonl or .ndjson is an object; a .csv, .tsv or .parquet
+    is a table. The text is under `text_key`, which may go into nested objects: `meta.text`. All but .parquet
+    may end in .gz or .zst too. A directory is a data set as `Dataset.save_to_disk` writes it, or else all its
+    files of these suffixes that are not hidden, by name. `-` is standard input. A name like `owner/name` that
+    does not exist here is streamed from the Hugging Face hub.
+
+    A long document of a file is an iterable of its parts, else it is a string. Rows without text are left
+    out. A byte order mark is not part of a text.
 
     Args:
         source: a file, a directory or a data set; None for the package's prompts.
         text_key: the field or column that holds the text.
         split: of a data set that has several.
         config: of a data set on the hub that has several configurations.
+        reading: collects what is passed over.
 
     Raises:
-        JaxDeltaError: when unusable input is reached; it names the file, and the line or row.
+        UsageError: an option that this source cannot have.
+        JaxDeltaError: the source does not exist or is of no kind that is read; later, unusable input is
+            reached. It names the file, and the line or row.
     """
-    if source is None:
-        return iter(shipped_prompts())
-    path = Path(os.path.expanduser(source))
-    if _is_hub_id(str(source)) and not os.path.exists(path):
-        documents = _hub_rows(str(source), text_key, split, config)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        documents = _saved_rows(path, text_key, split)
-    elif path.is_dir():
-        documents = itertools.chain.from_iterable(_read_file(file, text_key) for file in _files(path))
-    else:
-        documents = _read_file(path, text_key)
-    return _not_empty(documents, source)
+    reading = reading or Reading()
+    flag = None if text_key == DEFAULT_TEXT_KEY else "text_key"
+    rows = _rows(source, Key(text_key, flag), split, config, reading)
+    return _not_empty(texts(rows, text_key, reading), source)
 
 
-def shuffled(documents: Iterable[str], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[str]:
+def read_ids(
+    source: str | Path | None,
+    ids_key: str,
+    *,
+    split: str = DEFAULT_SPLIT,
+    config: str | None = None,
+    reading: Reading | None = None,
+) -> Iterator[TokenIds]:
+    """The token ids of a source's documents, which it holds as lists under `ids_key`; as `read_documents`."""
+    reading = reading or Reading()
+    rows = _rows(source, Key(ids_key, "ids_key"), split, config, reading)
+    return _not_empty(token_ids(rows, ids_key, reading), source)
+
+
+def ahead(documents: Iterator[Item]) -> Iterator[Item]:
+    """The same documents, the first of which is read now."""
+    first = next(documents, None)
+    return documents if first is None else chain([first], documents)
+
+
+def shuffled(documents: Iterable[Item], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Item]:
     """The documents in random order, drawn from a buffer; uniformly random if it holds them all."""
     rng = np.random.default_rng(seed)
-    waiting: list[str] = []
+    waiting: list[Item] = []
     for document in documents:
         if len(waiting) < buffer:
             waiting.append(document)
@@ -81,182 +126,118 @@ def shuffled(documents: Iterable[str], seed: int, buffer: int = SHUFFLE_BUFFER) 
     yield from (waiting[i] for i in rng.permutation(len(waiting)))
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raises a JaxDeltaError for half a surrogate pair, which JSON can hold but no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise JaxDeltaError(f"{where} is not Unicode (half a character at {error.start})") from error
+class Key(NamedTuple):
+    """The field or column that is wanted, and the flag that chose it, if one did."""
+
+    name: str
+    flag: str | None
+
+
+_KEYS = ("text_key", "ids_key")
+_NOUNS = {**dict.fromkeys(_KEYS, "fields"), "split": "splits", "dataset_config": "configurations"}
+
+
+def _rows(
+    source: str | Path | None, key: Key, split: str, config: str | None, reading: Reading
+) -> Iterator[Row]:
+    """The rows of a source. It is looked for now, and options that it cannot have are refused."""
+    split_flag, config_flag = "split" * (split != DEFAULT_SPLIT), "dataset_config" * (config is not None)
+
+    def allow(*flags: str) -> None:
+        for flag in filter(None, (key.flag, split_flag, config_flag)):
+            if flag not in flags:
+                raise UsageError(f"{flag}: {_name(source)} has no {_NOUNS[flag]}")
+
+    if source is None:
+        allow()
+        return (Row(_name(source), prompt) for prompt in shipped_prompts())
+    if str(source) == STANDARD_INPUT:
+        allow()
+        _check_standard_input()
+        return (Row(_name(source), standard_input()) for _ in range(1))
+    if not str(source).strip():
+        raise UsageError("calibration: the name is empty; leave it out for the package's prompts")
+    path = Path(os.path.expanduser(source))
+    if _is_hub_id(str(source)) and not os.path.lexists(path):
+        return tables.hub_rows(str(source), key.name, split, config)
+    with readable(path, OSError, ValueError):
+        if path.is_dir():
+            return _directory_rows(path, key, split, allow, reading)
+    check_file(path)
+    allow(*(_KEYS if kind_of(path) != PLAIN else ()))
+    return _file_rows(path, key.name)
+
+
+def _directory_rows(
+    path: Path, key: Key, split: str, allow: Callable[..., None], reading: Reading
+) -> Iterator[Row]:
+    if tables.is_saved(path):
+        allow(*_KEYS, *(["split"] if tables.has_splits(path) else []))
+        return tables.saved_rows(path, key.name, tables.split_directory(path, split))
+    files = _files(path, reading)
+    keyed = [file for file in files if kind_of(file) != PLAIN]
+    allow(*(_KEYS if keyed else ()))
+    if key.flag == "ids_key" and keyed != files:
+        raise UsageError(f"ids_key: {next(file for file in files if file not in keyed)} has no fields")
+    return chain.from_iterable(_file_rows(file, key.name) for file in files)
+
+
+def _file_rows(path: Path, key: str) -> Iterator[Row]:
+    match kind_of(path):
+        case ".json":
+            return json_rows(path, key)
+        case ".jsonl" | ".ndjson":
+            return jsonl_rows(path, key)
+        case ".csv" | ".tsv":
+            return csv_rows(path, key)
+        case ".parquet":
+            return tables.parquet_rows(path, key)
+    return (Row(str(path), file_text(path)) for _ in range(1))
+
+
+def _files(directory: Path, reading: Reading) -> list[Path]:
+    """The files of texts in a directory, by name; not hidden ones, links to directories, other kinds."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    reading.directory = directory
+    for place, directories, files in os.walk(directory, onerror=fail):
+        unread = [name for name in directories if name.startswith(".") or Path(place, name).is_symlink()]
+        directories[:] = [name for name in directories if name not in unread]
+        for path in (Path(place, name) for name in [*unread, *files]):
+            wanted = not path.name.startswith(".") and in_a_directory(path) and path.is_file()
+            (found if wanted else reading.left_out).append(path)
+    reading.left_out.sort()
+    if not found:
+        raise JaxDeltaError(
+            f"{directory}: has no file of a kind that is read: {', '.join(KINDS)}, also with .gz or .zst"
+        )
+    return sorted(found)
 
 
 def _is_hub_id(source: str) -> bool:
-    is_file = Path(source).suffix.lower() in (".txt", *_READERS)
-    return "/" in source and bool(HUB_ID.fullmatch(source)) and not is_file
+    return "/" in source and bool(HUB_ID.fullmatch(source)) and not named_as_file(source)
 
 
-def _not_empty(documents: Iterable[str], source: str | Path) -> Iterator[str]:
+def _check_standard_input() -> None:
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        raise UsageError("calibration: - is standard input, and no text comes from there; pipe one into it")
+
+
+def _name(source: str | Path | None) -> str:
+    if source is None:
+        return "the default text"
+    return "standard input" if str(source) == STANDARD_INPUT else str(source)
+
+
+def _not_empty(documents: Iterable[Item], source: str | Path | None) -> Iterator[Item]:
     empty = True
     for document in documents:
-        empty = empty and not document.strip()
+        empty = False
         yield document
     if empty:
-        raise JaxDeltaError(f"{source}: is empty; a calibration text needs at least a few hundred tokens")
-
-
-def _files(directory: Path) -> list[Path]:
-    known = (".txt", *_READERS)
-    files = sorted(f for f in directory.rglob("*") if f.suffix.lower() in known and f.is_file())
-    if not files:
-        raise JaxDeltaError(f"{directory}: has no file of a kind that is read: {', '.join(known)}")
-    return files
-
-
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
-    return _READERS.get(path.suffix.lower(), _text_file)(path, text_key)
-
-
-def _text_file(path: Path, text_key: str) -> Iterator[str]:
-    yield _whole(path)
-
-
-def _json_file(path: Path, text_key: str) -> Iterator[str]:
-    text = _whole(path)
-    documents = _parsed(text, str(path)) if text.strip() else []
-    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise JaxDeltaError(f"{path}: must hold a JSON list of strings, one a document")
-    yield from documents
-
-
-def _jsonl_file(path: Path, text_key: str) -> Iterator[str]:
-    with _readable(path, OSError), path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            fields = _parsed(_decoded(line, where), where)
-            if not isinstance(fields, dict):
-                raise JaxDeltaError(f"{where}: must be a JSON object with the text under {text_key!r}")
-            if text_key not in fields:
-                raise JaxDeltaError(
-                    f"{where}: has no {text_key!r}, only {_names(fields)}; choose with --text_key"
-                )
-            yield _string(fields[text_key], text_key, where)
-
-
-def _parquet_file(path: Path, text_key: str) -> Iterator[str]:
-    lib, parquet = (_library(name, path) for name in ("pyarrow.lib", "pyarrow.parquet"))
-    with _readable(path, OSError, ValueError, lib.ArrowException), parquet.ParquetFile(path) as file:
-        _check_column(file.schema_arrow.names, text_key, path)
-        batches = file.iter_batches(BATCH_ROWS, columns=[text_key])
-        yield from _strings((batch.column(0).to_pylist() for batch in batches), text_key, path)
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".json": _json_file,
-    ".jsonl": _jsonl_file,
-    ".parquet": _parquet_file,
-}
-
-
-def _whole(path: Path) -> str:
-    with _readable(path, OSError):
-        return _decoded(path.read_bytes(), str(path))
-
-
-def _readable(path: Path, *errors: type[Exception]) -> AbstractContextManager[None]:
-    return plain_errors(path, {errors: "{}: cannot be read ({})"})
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise JaxDeltaError(f"{where}: is not UTF-8 text (byte {error.start}); convert it first") from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    with plain_errors(where, {(ValueError, RecursionError): "{}: is not JSON ({})"}):
-        return json.loads(text)
-
-
-def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[str]:
-    """The rows of a data set on disk, which is mapped into memory, not read at once."""
-    datasets = _library("datasets", path)
-    directory = path
-    if (path / "dataset_dict.json").is_file():
-        directory = path / split
-        if not (directory / "state.json").is_file():
-            splits = sorted(file.parent.name for file in path.glob("*/state.json"))
-            raise JaxDeltaError(f"{path}: has no split {split!r}, only {_names(splits)}; choose with --split")
-    with _readable(path, OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError):
-        yield from _dataset_rows(datasets.load_from_disk(str(directory)), text_key, path)
-
-
-def _hub_rows(repo: str, text_key: str, split: str, config: str | None) -> Iterator[str]:
-    datasets = _library("datasets", repo)
-    from huggingface_hub import errors, utils
-
-    known = datasets.exceptions
-    messages = {
-        (ConnectionError, errors.OfflineModeIsEnabled): "{}: no such file or directory here, and the hub "
-        "cannot be reached; check the network, or give a file",
-        known.DatasetNotFoundError: "{}: no such file or directory here and no such data set on the hub "
-        "(if it is private: `hf auth login`)",
-        (OSError, ValueError, RuntimeError, known.DatasetsError, errors.HTTPError): "{}: cannot be read from "
-        "the hub as a data set ({})",
-    }
-    with silent(datasets.logging, utils.logging), plain_errors(repo, messages, reason=_shortened):
-        try:
-            dataset = datasets.load_dataset(repo, config, split=split, streaming=True)
-        except known.DatasetNotFoundError as error:
-            if "gated" in str(error):
-                raise JaxDeltaError(GATED.format(repo)) from error
-            raise
-        yield from _dataset_rows(dataset, text_key, repo)
-
-
-def _shortened(error: Exception) -> str:
-    """A message of several lines, such as a choice of configurations, as one."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
-
-
-def _dataset_rows(dataset: Any, text_key: str, where: str | Path) -> Iterator[str]:
-    if dataset.column_names is not None:  # A stream may not know them before its first row.
-        _check_column(dataset.column_names, text_key, where)
-        dataset = dataset.select_columns([text_key])
-
-    def batches() -> Iterator[list[Any]]:
-        for batch in dataset.iter(BATCH_ROWS):
-            _check_column(list(batch), text_key, where)
-            yield batch[text_key]
-
-    yield from _strings(batches(), text_key, where)
-
-
-def _strings(batches: Iterable[list[Any]], text_key: str, where: str | Path) -> Iterator[str]:
-    for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
-        yield _string(value, text_key, f"{where}, row {number}")
-
-
-def _string(value: Any, text_key: str, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise JaxDeltaError(f"{where}: {text_key!r} must be a string, not {kind}")
-    check_unicode(value, f"{where}:")
-    return value
-
-
-def _check_column(names: list[str], text_key: str, where: str | Path) -> None:
-    if text_key not in names:
         raise JaxDeltaError(
-            f"{where}: has no column {text_key!r}, only {_names(names)}; choose with --text_key"
+            f"{_name(source)}: is empty; a calibration text needs at least a few hundred tokens"
         )
-
-
-def _names(names: Iterable[str]) -> str:
-    return textwrap.shorten(", ".join(map(str, names)) or "none", 200, placeholder=" ...")
-
-
-def _library(name: str, where: str | Path) -> Any:
-    with extra("corpora", f"{where}: reading it"):
-        return importlib.import_module(name)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError
-from jaxdelta.text.documents import check_unicode
+from jaxdelta.text.parts import Part, parts
+from jaxdelta.text.rows import Document, check_unicode
 from jaxdelta.text.tokenizer import Tokenize
 from jaxdelta.text.tokens import PADDING, Tokens
 
@@ -19,10 +20,11 @@ DEFAULT_MAX_TOKENS = DEFAULT_SEQ_LEN = 2048
 LAYOUTS = ("stream", "packed")
 LETTERS_PER_TOKEN = 5  # roughly, in English: how much text to read for the missing tokens
 PART_LETTERS, BATCH_LETTERS = 1 << 16, 1 << 21  # of a part, tokenized by itself; of parts tokenized at once
+CHUNK = 1 << 18  # characters of a long document that are handled at once
 
 
 def tokenize(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     encode: Tokenize,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
@@ -49,26 +51,24 @@ def tokenize(
         UsageError: max_tokens or seq_len below 2, or no such layout.
         JaxDeltaError: fewer than two tokens, a token without embedding, or text that is not Unicode.
     """
-    for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)):
-        if value < 2:
-            raise UsageError(f"{name} must be at least 2 (the first token is left out), not {value}")
-    if layout not in LAYOUTS:
-        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    check_layout(max_tokens, layout, seq_len)
     cut = _pieces if layout == "packed" else _consecutive
-    segments = list(cut(iter(documents), encode, max_tokens, seq_len))
-    sizes = np.array([len(segment.tokens.ids) for segment in segments], np.int64)
-    if (count := int(sizes.sum())) < 2:
-        raise JaxDeltaError(
-            f"the calibration text has {count} token{'s' * (count != 1)}; at least 2 are needed, "
-            "since the first is left out of every statistic"
-        )
-    one_each = np.arange(len(sizes)), np.zeros_like(sizes)
-    tokens = _laid_out(segments, sizes, *(best_fit(sizes, seq_len) if layout == "packed" else one_each))
+    segments = list(cut(iter(documents), _checked(encode), max_tokens, seq_len))
+    tokens = in_windows(segments, layout, seq_len)
     if (largest := int(tokens.ids.max())) >= vocab_size:
         raise JaxDeltaError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: they do not belong together"
         )
     return tokens
+
+
+def check_layout(max_tokens: int, layout: str, seq_len: int) -> None:
+    """Raises a UsageError if an option of a layout has an impossible value."""
+    for name, value in (("max_tokens", max_tokens), ("seq_len", seq_len)):
+        if value < 2:
+            raise UsageError(f"{name} must be at least 2 (the first token is left out), not {value}")
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
 
 
 class TokenizedText(NamedTuple):
@@ -91,23 +91,48 @@ class Segment(NamedTuple):
 
 
 def _consecutive(
-    documents: Iterator[str], encode: Tokenize, max_tokens: int, seq_len: int
+    documents: Iterator[Document], encode: Tokenize, max_tokens: int, seq_len: int
 ) -> Iterator[Segment]:
     """The joined documents in segments of seq_len tokens."""
-    lengths: list[int] = []
+    starts = [0]  # of the documents read so far and of the next
 
-    def taken() -> Iterator[str]:
-        for document in documents:
-            lengths.append(len(document))
-            yield document
+    def joined() -> Iterator[str]:
+        for number, document in enumerate(documents):
+            if number:
+                starts[-1] += len(SEPARATOR)
+                yield SEPARATOR
+            starts.append(starts[-1])
+            for chunk in _chunks(document):
+                starts[-1] += len(chunk)
+                yield chunk
 
-    parts = ((0, part) for part in _parts(taken(), LETTERS_PER_TOKEN * max_tokens))
-    text, tokens = _joined(_encoded(parts, encode, max_tokens), max_tokens)
-    starts = np.cumsum([0] + [length + len(SEPARATOR) for length in lengths[:-1]])
-    owners = np.searchsorted(starts, tokens.bounds[:-1], side="right") - 1
-    for start in range(0, len(owners), seq_len):
+    numbered = ((0, part) for part in parts(joined(), encode, _part_letters(max_tokens)))
+    text, tokens = _joined(_encoded(numbered, encode, max_tokens), max_tokens)
+    owners = np.searchsorted(starts[:-1], tokens.bounds[:-1], side="right") - 1
+    return consecutive(Segment(owners, text, tokens), seq_len)
+
+
+def consecutive(whole: Segment, seq_len: int) -> Iterator[Segment]:
+    """A segment in pieces of seq_len tokens; the last one may be shorter."""
+    for start in range(0, len(whole.documents), seq_len):
         stop = start + seq_len
-        yield Segment(owners[start:stop], text, tokens.part(start, stop))
+        yield Segment(whole.documents[start:stop], whole.text, whole.tokens.part(start, stop))
+
+
+def in_windows(segments: Sequence[Segment], layout: str, seq_len: int) -> Tokens:
+    """Segments in windows: each in its own, or packed.
+
+    Raises:
+        JaxDeltaError: fewer than two tokens.
+    """
+    sizes = np.array([len(segment.tokens.ids) for segment in segments], np.int64)
+    if (count := int(sizes.sum())) < 2:
+        raise JaxDeltaError(
+            f"the calibration text has {count} token{'s' * (count != 1)}; at least 2 are needed, "
+            "since the first is left out of every statistic"
+        )
+    one_each = np.arange(len(sizes)), np.zeros_like(sizes)
+    return _laid_out(segments, sizes, *(best_fit(sizes, seq_len) if layout == "packed" else one_each))
 
 
 def _laid_out(
@@ -143,82 +168,58 @@ def _laid_out(
     return Tokens(ids, documents, text, positions)
 
 
-def _pieces(documents: Iterator[str], encode: Tokenize, max_tokens: int, seq_len: int) -> Iterator[Segment]:
+def _pieces(
+    documents: Iterator[Document], encode: Tokenize, max_tokens: int, seq_len: int
+) -> Iterator[Segment]:
     """Pieces of 2 to seq_len tokens, at most max_tokens in all."""
-    left, letters = max_tokens, LETTERS_PER_TOKEN * max_tokens
-    parts = ((i, part) for i, document in enumerate(documents) for part in _parts(iter([document]), letters))
-    for number, encoded in groupby(_encoded(parts, encode, max_tokens), key=itemgetter(0)):
+    left, letters = max_tokens, _part_letters(max_tokens)
+    numbered = (
+        (i, part)
+        for i, document in enumerate(documents)
+        for part in parts(_chunks(document), encode, letters)
+    )
+    for number, encoded in groupby(_encoded(numbered, encode, max_tokens), key=itemgetter(0)):
         text, tokens = _joined(encoded, left)
-        for start in range(0, len(tokens.ids), seq_len):
-            piece = tokens.part(start, start + seq_len)
-            if len(piece.ids) > 1:
-                left -= len(piece.ids)
-                yield Segment(np.full(len(piece.ids), number), text, piece)
+        for piece in consecutive(Segment(np.full(len(tokens.ids), number), text, tokens), seq_len):
+            if len(piece.documents) > 1:
+                left -= len(piece.documents)
+                yield piece
         if left < 2:
             return
 
 
-def _parts(documents: Iterator[str], letters: int) -> Iterator[str]:
-    """Splits the joined documents into parts that can be tokenized separately, since no token spans them.
-
-    A part has at most `letters` or PART_LETTERS. It ends before a line that begins with neither a space nor a
-    slash, which some tokenizers join to the previous line end; without such a line it is longer.
-    """
-    text, start, wanted = next(documents, ""), 0, min(letters, PART_LETTERS)
-    while True:
-        more, length = [], len(text) - start
-        while length <= wanted and (document := next(documents, None)) is not None:
-            more.append(document)
-            length += len(SEPARATOR) + len(document)
-        if more:
-            text, start = SEPARATOR.join([text[start:], *more]), 0
-        if length <= wanted:
-            yield text[start:]
-            return
-        if stop := _last_line(text, start, start + wanted):
-            yield text[start:stop]
-            start, wanted = stop, min(letters, PART_LETTERS)
-        else:
-            wanted *= 2
+def _part_letters(max_tokens: int) -> int:
+    return min(LETTERS_PER_TOKEN * max_tokens, PART_LETTERS)
 
 
-def _last_line(text: str, start: int, stop: int) -> int:
-    """The beginning of the last line in start..stop that begins with neither a space nor a slash, or 0."""
-    while (end := text.rfind("\n", start, stop)) >= 0 and (text[end + 1].isspace() or text[end + 1] == "/"):
-        stop = end
-    return end + 1
+def _chunks(document: Document) -> Iterator[str]:
+    """Consecutive characters of a document, few enough to be copied often."""
+    if isinstance(document, str):
+        return (document[start : start + CHUNK] for start in range(0, len(document), CHUNK))
+    return iter(document)
 
 
 def _encoded(
-    parts: Iterator[tuple[int, str]], encode: Tokenize, count: int
+    numbered: Iterator[tuple[int, Part]], encode: Tokenize, count: int
 ) -> Iterator[tuple[int, str, TokenizedText]]:
-    """The numbered texts with their tokens, in batches that should have the tokens missing from `count`.
-
-    A part that continues a text is tokenized with the line end before it, whose tokens are then dropped:
-    SentencePiece tokenizers (Llama 1 and 2, Mistral) insert a space at the beginning of any text.
-    """
-    latest = None
-    while batch := _batch(parts, min(BATCH_LETTERS, LETTERS_PER_TOKEN * max(count, 1))):
-        for _, text in batch:
-            check_unicode(text, "the calibration text")
-        numbers = [latest, *(number for number, _ in batch)]
-        latest = numbers[-1]
-        before = ["\n" * (number == last) for last, number in pairwise(numbers)]
-        encodings = encode([end + text for end, (_, text) in zip(before, batch, strict=True)])
-        for end, (number, text), (ids, starts) in zip(before, batch, encodings, strict=True):
-            first = bisect_left(starts, len(end))
-            bounds = np.array([*starts[first:], len(end) + len(text)], np.int32) - np.int32(len(end))
+    """The numbered parts with their tokens, in batches that should have the tokens missing from `count`."""
+    while batch := _batch(numbered, min(BATCH_LETTERS, LETTERS_PER_TOKEN * max(count, 1))):
+        encodings = encode([before + text for _, (before, text) in batch])
+        for (number, (before, text)), (ids, starts) in zip(batch, encodings, strict=True):
+            first = bisect_left(starts, len(before))
+            bounds = np.array([*starts[first:], len(before) + len(text)], np.int32) - np.int32(len(before))
             tokens = TokenizedText(np.array(ids[first:], np.int32), bounds)
             count -= len(tokens.ids)
             yield number, text, tokens
 
 
-def _batch(parts: Iterator[tuple[int, str]], letters: int) -> list[tuple[int, str]]:
-    batch = []
-    for number, text in parts:
-        batch.append((number, text))
-        letters -= len(text)
-        if letters <= 0:
+def _batch(numbered: Iterator[tuple[int, Part]], letters: int) -> list[tuple[int, Part]]:
+    """The next parts, of at least half the letters: a part may have a few less than was asked for."""
+    batch, length = [], 0
+    for number, part in numbered:
+        batch.append((number, part))
+        length += len(part.text)
+        if 2 * length >= letters:
             break
     return batch
 
@@ -236,6 +237,24 @@ def _joined(parts: Iterator[tuple[int, str, TokenizedText]], count: int) -> tupl
             break
     bounds.append(np.array([length], np.int32))
     return "".join(texts), TokenizedText(np.concatenate(ids), np.concatenate(bounds)).part(0, count)
+
+
+def _checked(encode: Tokenize) -> Tokenize:
+    """The tokenizer with its failures in a sentence."""
+
+    def encode_or_say(texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        for text in texts:
+            check_unicode(text, "the calibration text")
+        try:
+            return encode(texts)
+        except MemoryError as error:
+            raise JaxDeltaError("out of memory while tokenizing; lower --max_tokens") from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+                raise
+            raise JaxDeltaError(f"the tokenizer fails on the calibration text ({error})") from error
+
+    return encode_or_say
 
 
 def best_fit(
