@@ -62,7 +62,7 @@ def control_table(analysis: Result) -> Iterator[str]:
     if control is None:
         return
     losses = f"{analysis.run['calibration_loss']:.4f} | {control['calibration_loss']:.4f}"
-    yield f"=== Beside the control: {control['name']} (seed {control['seed']}) ==="
+    yield f"=== Compared with the control: {control['name']} (seed {control['seed']}) ==="
     yield f" run | control; loss {losses} nats per token"
     yield f" {'':4} {'eff_rank':>17} {'top1_frac':>15} {'rel_step':>19} {'|cos| to next':>15}"
     neighbours = zip(analysis.top1_cos_adjacent, control["top1_cos_adjacent"], strict=True)
@@ -165,7 +165,7 @@ def chance_table(analysis: Result) -> Iterator[str]:
     for view, relations in views.items():
         if view == "masked" and same:
             continue
-        yield f"=== Phases beside chance, {f'raw ({masking})' if same else view} ==="
+        yield f"=== Phases compared with chance, {f'raw ({masking})' if same else view} ==="
         test = relations["phase_test"]
         yield (
             f" {'phase':>5} {'N':>3} {'intra |cos|':>22} {'chance':>7} {'p':>6} {'p(gap)':>7} "
