@@ -175,8 +175,8 @@ class OneByOne:
         wanted = Wanted.of(plan, view, n, d)
         axes = wanted.axes(n, d, plan.resampled)
         solved = solve(np.asarray(x), axes) if wanted.method == "gram" else None
-        found, coordinates = _summarise_solved(x, update.h, kept, solved, self.groups, wanted)
-        summary = jax.tree.map(np.asarray, found)
+        traced, coordinates = _summarise_solved(x, update.h, kept, solved, self.groups, wanted)
+        summary = jax.tree.map(np.asarray, traced)
         if summary.factor is None or n <= FACTOR_ROWS:
             return summary
         # By BLAS, on one core like the rest of the thread's linear algebra.
@@ -217,12 +217,12 @@ class Batched:
         self, function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
     ) -> list[Any]:
         size = self.at_once if 2 * len(each) > self.at_once else self.devices
-        found: list[Any] = []
+        results: list[Any] = []
         for start in range(0, len(each), size):
             part = each[start : start + size]
             filled = [*part, *[part[-1]] * (size - len(part))]
-            found += self.call(function, filled, common, static)[: len(part)]
-        return found
+            results += self.call(function, filled, common, static)[: len(part)]
+        return results
 
 
 Solver = OneByOne | Batched
@@ -236,9 +236,9 @@ def on_one_device(at_once: int, groups: Groups | None) -> Batched:
 def _together(
     function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
 ) -> list[Any]:
-    found = jax.tree.map(np.array, _batched(function, list(each), common, static))
+    results = jax.tree.map(np.array, _batched(function, list(each), common, static))
     # np.asarray: indexing a vector gives a NumPy scalar, not an array.
-    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), found) for row in range(len(each))]
+    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), results) for row in range(len(each))]
 
 
 def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solver) -> list[LayerSummary]:
@@ -284,8 +284,8 @@ def _on_host(
     """The summary of a view by NumPy's SVD."""
     update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), update)  # from the mesh to one device
     x = np.asarray(finite(view_rows(update, kept, selection)))
-    found = _summarise_rows(x, update.h, kept, host_decompose(x, wanted.basis), groups, wanted)
-    return jax.tree.map(np.asarray, found)._replace(on_host=True)
+    summary = _summarise_rows(x, update.h, kept, host_decompose(x, wanted.basis), groups, wanted)
+    return jax.tree.map(np.asarray, summary)._replace(on_host=True)
 
 
 _products = jax.jit(state_products)
@@ -306,7 +306,7 @@ def _summarise_solved(
 @partial(jax.jit, static_argnums=(0, 3))
 def _batched(function: Callable[..., Any], each: Any, common: Any, static: Any) -> Any:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    return jax.vmap(lambda own: function(*own, *common, *static))(stacked)
+    return jax.vmap(lambda arguments: function(*arguments, *common, *static))(stacked)
 
 
 def update_bytes(n: int, d: int) -> int:

@@ -69,8 +69,8 @@ def decompose(
 def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
     """All eigenvalues of the smaller of x xᵀ and xᵀx, and at least the last k of its eigenvectors.
 
-    A NumPy array is solved on the host with exactly k vectors: on a CPU that is faster than XLA, and than all
-    vectors. If it is not finite, zero is solved instead, since some solvers never return from a NaN.
+    A NumPy array is solved on the host with exactly k eigenvectors, which on a CPU is faster than XLA and
+    than all vectors. If it is not finite, zero is solved instead: some solvers never return from a NaN.
     """
     if not isinstance(x, np.ndarray):
         traced = _short_gram(x)

@@ -24,7 +24,7 @@ from jaxdelta.utils.arrays import AnyArray
 
 
 class Update(NamedTuple):
-    """The outputs of a layer's attention and MLP, and the residual stream h entering the layer, for n tokens."""
+    """The outputs of a layer's attention and MLP, and the residual stream h entering it, for n tokens."""
 
     attention: Float32[Array, "n d"]
     mlp: Float32[Array, "n d"]

@@ -37,8 +37,8 @@ class TextBlocks:
         """From the mask of counted tokens of each block, and the group of every counted token."""
         ends = np.cumsum([block.sum() for block in counted])[:-1]
         filled = [np.full(block.shape, -1, np.int32) for block in counted]
-        for block, which, own in zip(filled, counted, np.split(owners, ends), strict=True):
-            block[which] = own
+        for block, mask, groups in zip(filled, counted, np.split(owners, ends), strict=True):
+            block[mask] = groups
         visited = [[np.unique(window[window >= 0]) for window in block] for block in filled]
         most = max(1, *(len(groups) for block in visited for groups in block))
 

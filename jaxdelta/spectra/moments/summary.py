@@ -202,10 +202,10 @@ def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
 def _summary(moments: ViewMoments, size: int) -> ViewSummary:
     """The summary of a view without its tokens, recomputed by NumPy if the certificate fails."""
     matrix = _total(moments)
-    found = _summarise(moments, matrix, *_solve(matrix), size)
-    if failed := not float(found.certificate) <= MAX_RESIDUAL:
-        found = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
-    return jax.tree.map(np.asarray, found)._replace(on_host=failed)
+    summary = _summarise(moments, matrix, *_solve(matrix), size)
+    if failed := not float(summary.certificate) <= MAX_RESIDUAL:
+        summary = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
+    return jax.tree.map(np.asarray, summary)._replace(on_host=failed)
 
 
 @jax.jit

@@ -16,7 +16,6 @@ core: compiling would take longer.
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int
@@ -88,35 +87,31 @@ def bootstrap_overlaps(
     return OverlapBootstrap(*(np.moveaxis(np.concatenate(part), 0, -1) for part in zip(*parts, strict=True)))
 
 
-class _Ritz(NamedTuple):
-    """The first k rows of Qᵀ, and of θ⁻¹, V M_w Vᵀ = Q θ Qᵀ, descending; θ⁻¹ is zero for θ ≈ 0."""
-
-    vectors: Float64[np.ndarray, "N b k c"]
-    scales: Float64[np.ndarray, "N b k"]
-
-    @property
-    def rotation(self) -> Float32[np.ndarray, "N b k c"]:
-        """θ⁻¹Qᵀ: the rows of θ⁻¹Qᵀ V M_w have about unit length, so that float32 suffices for any θ."""
-        return (self.vectors * self.scales[..., None]).astype(np.float32)
+Ritz = tuple[Float64[np.ndarray, "N b k c"], Float32[np.ndarray, "N b k c"]]
 
 
-def _ritz(moments: Float64[np.ndarray, "N b c c"], k: int) -> _Ritz:
+def _ritz(moments: Float64[np.ndarray, "N b c c"], k: int) -> Ritz:
+    """The first k rows of Qᵀ, V M_w Vᵀ = Q θ Qᵀ with θ descending, and of θ⁻¹Qᵀ, zero for θ ≈ 0.
+
+    The rows of θ⁻¹Qᵀ V M_w have about unit length, so that float32 suffices for any θ.
+    """
     values, vectors = np.linalg.eigh((moments + moments.swapaxes(-1, -2)) / 2)
     present = values > 1e-12 * np.maximum(values[..., -1:], 0)
-    scales = np.where(present, 1 / np.where(present, values, 1), 0)
-    return _Ritz(vectors[..., ::-1].swapaxes(-1, -2)[..., :k, :], scales[..., ::-1][..., :k])
+    scales = np.where(present, 1 / np.where(present, values, 1), 0)[..., ::-1][..., :k]
+    rows = vectors[..., ::-1].swapaxes(-1, -2)[..., :k, :]
+    return rows, (rows * scales[..., None]).astype(np.float32)
 
 
 def _draws(
     coupling: Float32[np.ndarray, "N G c d"],
     weights: Float32[np.ndarray, "b G"],
-    ritz: _Ritz,
+    ritz: Ritz,
     first: Float32[np.ndarray, "N d"],
     members: Bool[np.ndarray, "P N"],
     phases: list[Shared],
 ) -> tuple[np.ndarray, ...]:
     """A chunk's OverlapBootstrap, with leading axis b; `first` are the full text's v."""
-    draws, rotation = len(weights), ritz.rotation
+    draws, (vectors, rotation) = len(weights), ritz
     k = rotation.shape[2]
     v = np.empty((draws, *first.shape), np.float32)
     captures = np.full((2, draws, *members.shape), np.nan)
@@ -126,7 +121,7 @@ def _draws(
         v[:, phase.layers] = unit(rows[:, ::k])
         # Each is its Ritz vector plus a vector orthogonal to V, so they are independent.
         block = orthonormalised((rows @ rows.swapaxes(1, 2)).astype(np.float64), k)
-        captures[:, :, p, phase.layers] = _captures(block, _starts(ritz.vectors, phase))
+        captures[:, :, p, phase.layers] = _captures(block, _starts(vectors, phase))
         ranks[:, p] = effective_rank(singular_values(block[:, ::k, ::k]))
     cosines = np.minimum(np.abs(v @ v.swapaxes(1, 2)), 1).astype(np.float64)
     return (

@@ -66,11 +66,7 @@ def adjacent_null(layers: Sequence[Float32[np.ndarray, "Q d"]], draws: int) -> F
     """|cos| of `draws` pairs of random directions for each two adjacent layers, from their pooled covariance.
 
     For layers L and L+1 that is F_LᵀF_L/‖F_L‖² + F_{L+1}ᵀF_{L+1}/‖F_{L+1}‖². A zero layer adds nothing; two
-    zero layers give |cos| 0.
-
-    Args:
-        layers: `layer_draws`.
-        draws: at most half of their number.
+    zero layers give |cos| 0. `layers` are `layer_draws`, at least twice as many as `draws`.
     """
 
     def cosines(*pair: np.ndarray) -> np.ndarray:

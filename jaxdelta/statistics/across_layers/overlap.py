@@ -79,8 +79,7 @@ def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "
 def principal_angles(directions: Float[np.ndarray, "N k d"]) -> PrincipalAngles:
     """The angles between every two layers' spans, from the singular values of U_i U_jᵀ.
 
-    Args:
-        directions: U_i, orthonormal within each layer; a zero direction is orthogonal to all others.
+    U_i are layer i's directions, orthonormal; a zero direction is orthogonal to all others.
     """
     layers, k, _ = directions.shape
     blocks = inner_products(directions).reshape(layers, k, layers, k).swapaxes(1, 2)

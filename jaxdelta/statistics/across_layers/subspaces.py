@@ -55,7 +55,7 @@ def orthonormalised(
     Args:
         products: inner products of the vectors before.
         k: number of vectors per layer.
-        layers: number of layers; vectors after theirs are unchanged. By default all vectors are of layers.
+        layers: number of layers, by default all; vectors after theirs are unchanged.
     """
     draws, m, _ = products.shape
     whole = m if layers is None else layers * k

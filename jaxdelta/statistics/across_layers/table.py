@@ -41,16 +41,16 @@ def stacked_directions(layers: Sequence[ViewSummary], k: int) -> Float64[np.ndar
     return np.stack([np.asarray(layer.basis)[:k] for layer in layers])
 
 
-def reference_tables(found: Overlaps, phases: Phases) -> dict[str, Any]:
+def reference_tables(overlap: Overlaps, phases: Phases) -> dict[str, Any]:
     """The reference's statistics: adjacent cosines, means per phase, captures in phases of several layers."""
     names, (p, layer) = np.array(phases.names), _together(phases).T
     sizes = phases.members.sum(axis=1)
-    intra, cross = found.intra_cos_mean, found.cross_cos_mean
+    intra, cross = overlap.intra_cos_mean, overlap.cross_cos_mean
     means = {"phase": names, "layers": sizes, "intra_cos_mean": intra, "cross_cos_mean": cross}
     return {
-        "top1_cos_adjacent": np.diagonal(found.top1_cos, 1).tolist(),
+        "top1_cos_adjacent": np.diagonal(overlap.top1_cos, 1).tolist(),
         "phase_overlap": records(means),
-        "block_capture": records({"phase": names[p], "L": layer, "capture": found.capture[p, layer]}),
+        "block_capture": records({"phase": names[p], "L": layer, "capture": overlap.capture[p, layer]}),
     }
 
 
@@ -63,33 +63,27 @@ def compare_layers(
     null_draws: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The comparison of the layers of one view: statistics with intervals and nulls.
+    """The comparison of the layers of one view by k directions each, with intervals and nulls.
 
-    Args:
-        layers: the view's summary of each layer.
-        phases: the phases of the layers.
-        sample: the groups of tokens to resample.
-        k: number of directions compared per layer.
-        null_draws: number of draws of each null; 0 for no nulls.
-        seed: of the nulls.
+    Without `null_draws` there are no nulls; `seed` is theirs.
     """
     directions, members = stacked_directions(layers, k), phases.members
     factors = [np.asarray(layer.factor) for layer in layers]
     with ThreadPoolExecutor(1, "draws") as background:
         drawn = background.submit(_draws, layers, members, k, sample) if sample.intervals else None
         nulls = _Nulls.drawn(factors, members, k, null_draws, seed) if null_draws else None
-        found = overlaps(directions, members)
+        overlap = overlaps(directions, members)
         values = np.stack([layer.singular_values for layer in layers])
         aligned = alignment_index(directions, members, factors, values)
-        tested = _phase_test(found, phases)
+        tested = _phase_test(overlap, phases)
         draws = drawn.result() if drawn else None
     present = np.any(directions[:, 0], axis=-1)
     bounds = _Bounds(draws, sample.documents)
     return {
         "isotropic_cos_mean": isotropic_cos_mean(directions.shape[2]),
-        "adjacent": _adjacent(found, nulls, bounds, present, directions.shape[2]),
-        "phases": _phases(found, phases, nulls, bounds),
-        "layers": _layers(found, aligned, phases, nulls, bounds),
+        "adjacent": _adjacent(overlap, nulls, bounds, present, directions.shape[2]),
+        "phases": _phases(overlap, phases, nulls, bounds),
+        "layers": _layers(overlap, aligned, phases, nulls, bounds),
         "phase_test": tested,
         **({"v1_stability": _stability(draws.v1_cos[:, sample.documents :])} if draws else {}),
     }
@@ -151,10 +145,10 @@ class _Bounds:
 
 
 def _adjacent(
-    found: Overlaps, nulls: _Nulls | None, bounds: _Bounds, present: Any, d: int
+    overlap: Overlaps, nulls: _Nulls | None, bounds: _Bounds, present: Any, d: int
 ) -> list[dict[str, Any]]:
     """|cos| of adjacent layers, with p-values adjusted over all pairs."""
-    cosines = np.abs(np.diagonal(found.top1_cos, 1))
+    cosines = np.abs(np.diagonal(overlap.top1_cos, 1))
     rows = _joined(
         records({"L": np.arange(len(cosines)), "abs_cos": cosines}),
         bounds.intervals(cosines, "adjacent"),
@@ -169,12 +163,12 @@ def _adjacent(
     return rows
 
 
-def _phases(found: Overlaps, phases: Phases, nulls: _Nulls | None, bounds: _Bounds) -> list[dict[str, Any]]:
+def _phases(overlap: Overlaps, phases: Phases, nulls: _Nulls | None, bounds: _Bounds) -> list[dict[str, Any]]:
     """Per phase: cosines within and across, and the dimensions of its v_L, with nulls."""
-    intra = bounds.intervals(found.intra_cos_mean, "intra")
-    cross = bounds.intervals(found.cross_cos_mean, "cross")
-    rank = bounds.intervals(found.stacked_rank, "stacked_rank", scale="log")
-    chance = _with_null(found.intra_cos_mean, nulls.matched.intra if nulls else None)
+    intra = bounds.intervals(overlap.intra_cos_mean, "intra")
+    cross = bounds.intervals(overlap.cross_cos_mean, "cross")
+    rank = bounds.intervals(overlap.stacked_rank, "stacked_rank", scale="log")
+    chance = _with_null(overlap.intra_cos_mean, nulls.matched.intra if nulls else None)
     rows = []
     for p, (name, inside) in enumerate(zip(phases.names, phases.members, strict=True)):
         row: dict[str, Any] = {
@@ -182,22 +176,22 @@ def _phases(found: Overlaps, phases: Phases, nulls: _Nulls | None, bounds: _Boun
             "layers": int(inside.sum()),
             "intra": {"value": None},
             "cross": {"value": None},
-            "stacked_rank": {"value": float(found.stacked_rank[p])},
-            "dimensions_90": int(found.dimensions_90[p]),
+            "stacked_rank": {"value": float(overlap.stacked_rank[p])},
+            "dimensions_90": int(overlap.dimensions_90[p]),
         }
         if inside.sum() > 1:
-            row["intra"] = {"value": float(found.intra_cos_mean[p]), **intra[p], **chance[p]}
+            row["intra"] = {"value": float(overlap.intra_cos_mean[p]), **intra[p], **chance[p]}
             row["stacked_rank"] |= rank[p]
         else:
             row["note"] = "one layer: nothing to compare within"
         if not inside.all():
-            row["cross"] = {"value": float(found.cross_cos_mean[p]), **cross[p]}
+            row["cross"] = {"value": float(overlap.cross_cos_mean[p]), **cross[p]}
         rows.append(row)
     return rows
 
 
 def _layers(
-    found: Overlaps,
+    overlap: Overlaps,
     aligned: Float64[np.ndarray, "P N"],
     phases: Phases,
     nulls: _Nulls | None,
@@ -207,7 +201,7 @@ def _layers(
     p, layer = _together(phases).T
 
     def entries(name: str) -> list[dict[str, Any]]:
-        values = getattr(found, name)[p, layer]
+        values = getattr(overlap, name)[p, layer]
         columns = [records({"value": values}), bounds.intervals(values, name, (p, layer))]
         if nulls:
             columns.append(_with_null(values, getattr(nulls.matched, name)[p]))
@@ -229,9 +223,9 @@ def _layers(
     ]
 
 
-def _phase_test(found: Overlaps, phases: Phases) -> dict[str, Any]:
+def _phase_test(overlap: Overlaps, phases: Phases) -> dict[str, Any]:
     """The entry of `segment_test`."""
-    test = segment_test(np.abs(found.top1_cos), phases.of_layer, ORDERS)
+    test = segment_test(np.abs(overlap.top1_cos), phases.of_layer, ORDERS)
     return {
         "gap": _number(test.gap),
         "p_value": _number(test.p_value),
