@@ -1,4 +1,4 @@
-"""The tables that a run prints; the first four have the reference's words and columns."""
+"""The printed tables of a run; the first four have the reference's words and columns."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +57,7 @@ def capture_table(analysis: Result) -> Iterator[str]:
 
 
 def control_table(analysis: Result) -> Iterator[str]:
-    """Statistics of layers and phases, and after the bar those of the control."""
+    """Statistics of layers and phases, run | control."""
     control = analysis.control
     if control is None:
         return
@@ -81,7 +81,7 @@ def control_table(analysis: Result) -> Iterator[str]:
 
 
 def probed(run: dict[str, Any]) -> str:
-    """`N tokens of `, the part of the text that the loss is of; empty if the file does not say."""
+    """`N tokens of `, the part of the text in the loss; empty if the file does not say."""
     return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
 
 
