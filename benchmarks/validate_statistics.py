@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.spectra.linalg import single_threaded_blas
+from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.spectra.scheduler import OneByOne, summarise_batch
 from jaxdelta.spectra.view_summary import LayerSummary, MeasurementPlan
 from jaxdelta.spectra.views import MASKED, RAW
@@ -175,7 +175,7 @@ def measured(
     shape = layers[0][0].shape
     nothing = jnp.zeros(shape, jnp.float32)
     updates = [Update(jnp.asarray(x, jnp.float32), nothing, jnp.asarray(h, jnp.float32)) for x, h in layers]
-    with jax.enable_x64(True), single_threaded_blas():
+    with jax.enable_x64(True), one_blas_thread():
         plan = MeasurementPlan(k, views=views, resampled=True)
         return summarise_batch(updates, plan, OneByOne(sample.groups))
 

@@ -81,7 +81,7 @@ def picture() -> str:
         *(_drawn(box, room) for room, box in boxes.items()),
         *(_drawn(base, room, ", imported by all rooms") for room in ground),
     ]
-    title = "<title>The rooms of the package, and what they import</title>"
+    title = "<title>The rooms of the package and their imports</title>"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">'
     return "\n".join([head, title, STYLE, *drawn, "</svg>\n"])
 

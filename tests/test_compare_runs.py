@@ -1,4 +1,4 @@
-"""Runs beside each other: bands by hand, directions, the page, the script and its errors."""
+"""Comparison of runs: bands by hand, directions, the page, the script and its errors."""
 
 import dataclasses
 import json
@@ -142,7 +142,7 @@ def test_directions_between_runs(run: Analysis) -> None:
     assert (same.p < 1e-6).all() and (other.p > 1e-6).all()
 
 
-def test_phases_and_verdicts_beside_each_other(run: Analysis, plain: Analysis) -> None:
+def test_phases_and_verdicts_of_both_runs(run: Analysis, plain: Analysis) -> None:
     found = compare([run, plain], ["a", "b"]).phases
     assert [phase.layers for phase in found if phase.run == 0] == ["0–1", "2–3"]
     rows = {phase.row["phase"]: phase for phase in found if phase.run == 1}

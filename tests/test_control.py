@@ -1,4 +1,4 @@
-"""Controls: what they change, what they keep, and that they are shown beside the real run."""
+"""Controls: what they change, what they keep, and that they are shown along with the real run."""
 
 import dataclasses
 import json
@@ -222,7 +222,7 @@ def test_options() -> None:
         analyze("nowhere", seed=-1)
 
 
-# Beside the real run
+# Compared with the real run
 
 
 def test_compare_control(real: Analysis, permuted: Analysis, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_compare_control(real: Analysis, permuted: Analysis, tmp_path: Path) -> 
     both.save(tmp_path / "a.json")
     assert Analysis.load(tmp_path / "a.json").control == both.control
     text = tables(both)
-    assert "Beside the control: permuted_weights (seed 0)" in text
+    assert "Compared with the control: permuted_weights (seed 0)" in text
     for row, other in zip(real.per_layer, permuted.per_layer, strict=True):
         assert f"L={row['L']:>2} {row['eff_rank']:7.2f} | {other['eff_rank']:7.2f}" in text
 
@@ -278,7 +278,7 @@ def test_files_that_are_no_control(real: Analysis, permuted: Analysis, tmp_path:
     assert "missing.json: cannot be read" in one_line(load_control, tmp_path / "missing.json")
     (tmp_path / "a.txt").write_text("text")
     assert "a.txt: is not an analysis" in one_line(load_control, tmp_path / "a.txt")
-    # A run that a control was set beside is still no control.
+    # A run compared with a control is still no control.
     compare_control(real, permuted).save(tmp_path / "both.json")
     assert "both.json: is not a control's run" in one_line(load_control, tmp_path / "both.json")
 
@@ -322,5 +322,5 @@ def test_script(tiny_checkpoint: Path, tmp_path: Path) -> None:
     fails(2, "control", "--control=bogus")
     status, stdout, stderr = script(*common, f"--out={out}", f"--compare_control={control}")
     assert (status, stderr) == (0, "")
-    assert "Beside the control: shuffled_tokens (seed 3)" in stdout
+    assert "Compared with the control: shuffled_tokens (seed 3)" in stdout
     assert json.loads(out.read_text())["control"]["file"] == "control.json"

@@ -268,7 +268,7 @@ def test_a_run(
     for row, other in zip(found.per_layer, kept_whole.per_layer, strict=True):
         assert_agree(row, other, 1e-6)
         assert row["centred"]["token_norm_mean"] is None
-        assert "no token's own figures" in row["centred"]["note"]
+        assert "no per-token statistics" in row["centred"]["note"]
     np.testing.assert_allclose(found.top1_cos, kept_whole.top1_cos, atol=1e-5)
     for entry, other in zip(found.block_capture, kept_whole.block_capture, strict=True):
         assert entry["capture"] == pytest.approx(other["capture"], abs=1e-5)

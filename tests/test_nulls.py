@@ -57,7 +57,7 @@ def test_captures_against_explicit_vectors(layers: int, k: int, d: int) -> None:
 
 def test_intra_of_vectors_all_equally_close() -> None:
     pool = np.full((50, 50), -0.3)
-    intra = nulls._figures(pool + 1.3 * np.eye(50), 4, 2, 10, (0,))[0]
+    intra = nulls._replicates(pool + 1.3 * np.eye(50), 4, 2, 10, (0,))[0]
     np.testing.assert_allclose(intra, 0.3)
 
 

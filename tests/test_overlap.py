@@ -22,7 +22,7 @@ def masks(phases: str) -> np.ndarray:
     return np.array([[phase == name for phase in phases] for name in dict.fromkeys(phases)])
 
 
-@one_blas_thread
+@one_blas_thread()
 def plain(directions: np.ndarray, members: np.ndarray) -> Overlaps:
     """The definitions, one by one; capture by an SVD of the stacked directions."""
     layers, _, d = directions.shape

@@ -1,8 +1,10 @@
 """A registration is all that a statistic needs: the JSON, charts, comparisons and definitions follow."""
 
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +12,12 @@ from updates import WIDE, K, from_rows, tokens, update
 
 from jaxdelta.report.charts.layers import axis
 from jaxdelta.spectra.views import RAW
-from jaxdelta.statistics import definitions
 from jaxdelta.statistics.layer_row import layer_row
 from jaxdelta.statistics.per_layer import registry
 from jaxdelta.statistics.per_layer.registry import Statistic, registered, shown, statistic
 from jaxdelta.text.groups import ResamplingGroups
 
-PAGE = Path(__file__).parents[1] / "docs" / "definitions.md"
+definitions = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "docs" / "definitions.py")))
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def test_a_registration_that_makes_no_sense(scratch: None) -> None:
 
 
 def test_the_definitions_are_those_of_the_registry() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert definitions.with_table(page) == page, f"stale: {definitions.BEGIN}"
+    page = definitions.PAGE.read_text(encoding="utf-8")
+    assert definitions.with_table(page) == page, "run python docs/definitions.py"
     with pytest.raises(ValueError, match="no <!-- statistics"):
         definitions.with_table("# A page without marks")
 

@@ -41,7 +41,7 @@ def moments_of(delta: np.ndarray) -> np.ndarray:
     return delta.swapaxes(-1, -2) @ delta
 
 
-@one_blas_thread
+@one_blas_thread()
 def leading(moments: np.ndarray, k: int, weights: np.ndarray) -> np.ndarray:
     """Every layer's directions under weights of the documents, exactly."""
     weighted = np.einsum("g,lgde->lde", weights, moments)

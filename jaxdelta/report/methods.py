@@ -46,9 +46,9 @@ def _numbers(analysis: Result) -> Iterator[str]:
     method = methods.get(run.get("flags", {}).get("svd", ""), "an SVD")
     last = {"residual": "before", "normed": "after"}.get(run.get("last_state", ""), "before or after")
     yield (
-        f"Products were taken in {run.get('compute_dtype', 'an unknown dtype')}, the stream kept in "
-        f"{run.get('residual_dtype', 'an unknown dtype')}, spectra computed in float64 from {method}; "
-        f"the last layer's update was taken {last} the final norm."
+        f"Products were computed in {run.get('compute_dtype', 'an unknown dtype')}, the stream was kept in "
+        f"{run.get('residual_dtype', 'an unknown dtype')}, and spectra were computed in float64 from "
+        f"{method}; the last layer's update was measured {last} the final norm."
     )
     yield (
         "The effective rank is exp(−Σ p ln p) with p = σ²/Σσ² (Giraldo et al. 2014), v_L the first right "
@@ -63,8 +63,8 @@ def _views(analysis: Result) -> Iterator[str]:
         most = max(row["n"] - view["n"] for row, view in zip(analysis.per_layer, masked, strict=True))
         factor = analysis.run.get("flags", {}).get("sink_factor", 10)
         yield (
-            f"In masked views, tokens whose state was longer than {factor:g} times the layer's median were "
-            f"left out as sinks (at most {most} in a layer)."
+            f"In masked views, tokens with a state norm above {factor:g} times the layer's median were left "
+            f"out as sinks (at most {most} in a layer)."
         )
     if left := sinks_left_in(analysis):
         yield f"Some sinks could not be masked ({left})."

@@ -32,7 +32,7 @@ class Plot:
     >>> _ = run.plot.norms("relative step", ax=right)
 
     Raises:
-        UsageError: an unknown panel, or a number of axes that is not that of panels.
+        UsageError: an unknown panel, or a number of axes other than one per panel.
         JaxDeltaError: the run has no data for the figure, or matplotlib is not installed.
     """
 
@@ -68,7 +68,7 @@ class Plot:
         return self._draw(contents.owners, panels, ax)
 
     def phases(self, *panels: str, ax: Target = None) -> "list[Axes]":
-        """|cos| within phases, and the number of dimensions that their first directions span."""
+        """|cos| within phases, and the number of dimensions spanned by their first directions."""
         return self._draw(contents.phases, panels, ax)
 
     def captures(self, *panels: str, ax: Target = None) -> "list[Axes]":

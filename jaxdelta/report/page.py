@@ -114,8 +114,8 @@ def warnings(analysis: Result) -> Iterator[str]:
         yield f"Only {run['documents']} documents: fewer than ten, intervals are rough."
     if first.get("n_over_d", FEW_TOKENS) < FEW_TOKENS:
         yield (
-            f"Few tokens: {first['n_over_d']:.2g} for each of the {analysis.hidden} dimensions, so ranks "
-            "read lower than on a longer text."
+            f"Few tokens: {first['n_over_d']:.2g} for each of the {analysis.hidden} dimensions, so ranks are "
+            "lower than on a longer text."
         )
     if again := run.get("rows_on_host"):
         yield f"Spectra recomputed on the host because the device's failed their check: rows {again}."

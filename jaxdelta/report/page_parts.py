@@ -59,13 +59,9 @@ def _legend(panel: Panel | Heatmap) -> Iterator[Element]:
 def table(
     head: Iterable[str], rows: Iterable[Sequence[Any] | Element], label: str, kind: str = ""
 ) -> Element:
-    """A scrolling table.
+    """A scrolling table; `label` is its name for screen readers, `kind` a class of page.css.
 
-    Args:
-        head: names of the columns.
-        rows: each a sequence of cells (text, numbers or elements), or a finished element.
-        label: its name for screen readers.
-        kind: a class of page.css.
+    A row is a sequence of cells (text, numbers or elements), or a finished element.
     """
     body = Element("tbody")
     for row in rows:

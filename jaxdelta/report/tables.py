@@ -1,4 +1,4 @@
-"""The tables that a run prints; the first four have the reference's words and columns."""
+"""The printed tables of a run; the first four have the reference's words and columns."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +57,7 @@ def capture_table(analysis: Result) -> Iterator[str]:
 
 
 def control_table(analysis: Result) -> Iterator[str]:
-    """Statistics of layers and phases, and after the bar those of the control."""
+    """Statistics of layers and phases, run | control."""
     control = analysis.control
     if control is None:
         return
@@ -65,7 +65,7 @@ def control_table(analysis: Result) -> Iterator[str]:
         "none" if facts["calibration_loss"] is None else f"{facts['calibration_loss']:.4f}"
         for facts in (analysis.run, control)
     )
-    yield f"=== Beside the control: {control['name']} (seed {control['seed']}) ==="
+    yield f"=== Compared with the control: {control['name']} (seed {control['seed']}) ==="
     yield f" run | control; loss {losses} nats per token"
     yield f" {'':4} {'eff_rank':>17} {'top1_frac':>15} {'rel_step':>19} {'|cos| to next':>15}"
     neighbours = zip(analysis.top1_cos_adjacent, control["top1_cos_adjacent"], strict=True)
@@ -84,7 +84,7 @@ def control_table(analysis: Result) -> Iterator[str]:
 
 
 def probed(run: dict[str, Any]) -> str:
-    """`N tokens of `, the part of the text that the loss is of; empty if the file does not say."""
+    """`N tokens of `, the part of the text in the loss; empty if the file does not say."""
     return f"{run['loss_tokens']} tokens of " if "loss_tokens" in run else ""
 
 
@@ -175,7 +175,7 @@ def chance_table(analysis: Result) -> Iterator[str]:
     for view, relations in views.items():
         if view == "masked" and same:
             continue
-        yield f"=== Phases beside chance, {f'raw ({masking})' if same else view} ==="
+        yield f"=== Phases compared with chance, {f'raw ({masking})' if same else view} ==="
         test = relations["phase_test"]
         yield (
             f" {'phase':>5} {'N':>3} {'intra |cos|':>22} {'chance':>7} {'p':>6} {'p(gap)':>7} "

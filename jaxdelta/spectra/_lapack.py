@@ -1,4 +1,4 @@
-"""LAPACK calls that find only the leading eigenvectors of a symmetric matrix, on the host."""
+"""The leading eigenvectors of a symmetric matrix on the host, by direct calls of LAPACK."""
 
 import ctypes
 import functools
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-_BLOCK = 64  # columns that dsytrd and dormtr turn at once, at most
+_BLOCK = 64  # largest block of columns of dsytrd and dormtr
 
 
 def largest(
@@ -15,24 +15,24 @@ def largest(
 ) -> tuple[Float64[np.ndarray, " m"], Float64[np.ndarray, "m k"]]:
     """All eigenvalues, ascending, and the eigenvectors of the k largest, in columns, of a symmetric matrix.
 
-    Finding all vectors takes two thirds of the time of `eigh`. T = QᵀAQ tridiagonal (dsytrd), its
-    eigenvalues by the QR iteration of Pal, Walker and Kahan (dsterf), k of its vectors by inverse iteration,
-    those of close eigenvalues orthogonalised (dstein; Peters & Wilkinson 1979), turned back by Q (dormtr).
-    NaN where LAPACK fails.
+    `eigh` spends two thirds of its time on the eigenvectors. Here T = QᵀAQ is tridiagonal (dsytrd), its
+    eigenvalues come from the QR iteration of Pal, Walker and Kahan (dsterf), and k of its vectors from
+    inverse iteration, orthogonalised for close eigenvalues (dstein; Peters & Wilkinson 1979), times Q
+    (dormtr). NaN where LAPACK fails.
     """
     m = len(matrix)
     if not matrix.any():  # dstein divides by its norm
         return np.zeros(m), np.eye(m)[:, m - k :]
     reflectors, work, space = matrix.copy(), np.empty(m * max(_BLOCK, k)), np.empty(m, np.intc)
-    diagonal, beside, scales, values, off = np.zeros((5, m))
+    diagonal, off_diagonal, scales, values, overwritten = np.zeros((5, m))
     vectors, failed = np.zeros((k, m)), np.empty(k, np.intc)
     call = _Calls()
-    call("dsytrd", b"L", m, reflectors, m, diagonal, beside, scales, work, len(work))
-    values[:], off[:] = diagonal, beside
-    call("dsterf", m, values, off)
-    # T as one block, also where it falls into several: all eigenvalues are then in one order.
+    call("dsytrd", b"L", m, reflectors, m, diagonal, off_diagonal, scales, work, len(work))
+    values[:], overwritten[:] = diagonal, off_diagonal
+    call("dsterf", m, values, overwritten)
+    # T as one block, even where it splits into several, so that the eigenvalues have one order.
     wanted, block, end = values[m - k :].copy(), np.ones(k, np.intc), np.full(1, m, np.intc)
-    call("dstein", m, diagonal, beside, k, wanted, block, end, vectors, m, work, space, failed)
+    call("dstein", m, diagonal, off_diagonal, k, wanted, block, end, vectors, m, work, space, failed)
     call("dormtr", b"L", b"L", b"N", m, k, reflectors, m, scales, vectors, m, work, len(work))
     if call.failed or np.isnan(values).any():
         values[:], vectors[:] = np.nan, np.nan
@@ -40,12 +40,12 @@ def largest(
 
 
 class _Calls:
-    """Calls SciPy's LAPACK, which is XLA's, past its wrappers: they let no other thread work meanwhile."""
+    """Calls of SciPy's LAPACK, which is XLA's, without its wrappers, which hold Python's lock."""
 
     failed = False
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        """A number is passed by its address, an array as it lies: Fortran sees it transposed."""
+        """Passes numbers by address and arrays as they are: Fortran sees them transposed."""
         function, status = _lapack_function(name), ctypes.c_int(-1)
         if function is not None:
             function(*map(_address, arguments), ctypes.byref(status))
@@ -62,13 +62,13 @@ def _address(argument: Any) -> Any:
 
 @functools.cache
 def _lapack_function(name: str) -> Any:
-    from scipy.linalg import cython_lapack  # here: other devices do without
+    from scipy.linalg import cython_lapack  # imported here: only CPUs need it
 
     capsule, python = cython_lapack.__pyx_capi__[name], ctypes.pythonapi
     python.PyCapsule_GetName.argtypes, python.PyCapsule_GetName.restype = [ctypes.py_object], ctypes.c_char_p
     python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     python.PyCapsule_GetPointer.restype = ctypes.c_void_p
     signature = python.PyCapsule_GetName(capsule)
-    if b"int *" not in signature:  # a SciPy built for integers of 64 bits
+    if b"int *" not in signature:  # SciPy was built with 64-bit integers
         return None
     return ctypes.CFUNCTYPE(None)(python.PyCapsule_GetPointer(capsule, signature))

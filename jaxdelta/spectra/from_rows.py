@@ -1,7 +1,7 @@
-"""The summary of a view from the rows of a layer's update, one for each token.
+"""The summary of a view from the rows of a layer's update, one row per token.
 
-Axes: n tokens, d hidden size, r = min(n, d), c basis directions, v known coordinates, G groups. All functions
-here must be traced with 64-bit types on.
+Axes: n tokens, d hidden size, r = min(n, d), c basis directions, v known coordinates, G groups, R rows of
+the factor. All functions here must be traced with 64-bit types on.
 """
 
 from typing import NamedTuple
@@ -21,14 +21,16 @@ from jaxdelta.sweep.sweep import Update
 from jaxdelta.text.groups import Groups
 from jaxdelta.utils.arrays import AnyArray
 
-LEADING_AXES = 48  # of the groups' moments; for what they leave out see `split_half_cosines`
+LEADING_AXES = 48  # of the groups' moments; `split_half_cosines` gives the error
 _TINY = np.finfo(np.float64).tiny
-
-Decomposition = tuple[Spectrum, Float64[AnyArray, "n v"]]
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a view: basis size c, solver, energies by channel, the comparison of its layers."""
+    """The static options of a view's summary.
+
+    `basis`: number c of directions; `method`: see `decompose`; `channels`: with energies by channel;
+    `compared`: with the arrays for the comparison of layers.
+    """
 
     basis: int
     method: str
@@ -55,7 +57,7 @@ def summarise_update(
     groups: Groups | None,
     wanted: Wanted,
 ) -> ViewSummary:
-    """The summary of one view of one layer, solved where it is traced. `kept` is 1 for tokens that count."""
+    """The summary of one view of one layer, solved in XLA. `kept` is 1 for the tokens of the view, else 0."""
     x = view_rows(update, kept, selection)
     solved = solve(finite(x), 0) if wanted.method == "gram" else None
     decomposition = decompose(finite(x), wanted.basis, wanted.method, solved)
@@ -63,7 +65,7 @@ def summarise_update(
 
 
 def view_rows(update: Update, kept: Float64[AnyArray, " n"], selection: Selection) -> Float64[Array, "n d"]:
-    """The rows x_i of a view of one layer, 0 for tokens that are not `kept`."""
+    """The rows x_i of a view of one layer, 0 for tokens not `kept`."""
     kept = jnp.asarray(kept)
     x = (selection.attention * update.attention + selection.mlp * update.mlp).astype(jnp.float64)
     mean = product(kept, x) / jnp.maximum(kept.sum(), 1)
@@ -71,7 +73,7 @@ def view_rows(update: Update, kept: Float64[AnyArray, " n"], selection: Selectio
 
 
 def finite(x: Float64[Array, "n d"]) -> Float64[Array, "n d"]:
-    """x, or 0 where any of it is not finite: some solvers never return from a NaN."""
+    """x, or 0 if any element is not finite: some solvers never return from a NaN."""
     return jnp.where(jnp.isfinite(jnp.sum(jnp.square(x))), x, 0)
 
 
@@ -79,13 +81,13 @@ def summarise_rows(
     x: Float64[AnyArray, "n d"],
     h: Float32[AnyArray, "n d"],
     kept: Float64[AnyArray, " n"],
-    decomposition: Decomposition,
+    decomposition: tuple[Spectrum, Float64[AnyArray, "n v"]],
     groups: Groups | None,
     wanted: Wanted,
 ) -> ViewSummary:
-    """The summary of a view's rows, of which `decompose` found the spectrum and the coordinates along V.
+    """The summary of a view's rows, given the spectrum and the coordinates from `decompose`.
 
-    The products of tokens keep a NaN or an infinity, for the caller to see.
+    The products of tokens keep NaN and infinity, which the caller checks for.
     """
     spectrum, coordinates = decomposition
     products = token_products(jnp.asarray(x), jnp.asarray(h))
@@ -114,7 +116,7 @@ def summarise_rows(
 def _with_comparison(
     summary: ViewSummary, x: Float64[AnyArray, "n d"], coordinates: Float64[AnyArray, "n v"], groups: Groups
 ) -> ViewSummary:
-    """The summary with coupling and factor, from float32 products."""
+    """Adds coupling and factor, from float32 products."""
     narrow = x.astype(np.float32)
     along = product(narrow, summary.basis.astype(np.float32).T)
     coupling = by_group(along, narrow, groups.membership)
@@ -124,7 +126,7 @@ def _with_comparison(
 def factor(
     x: Float64[AnyArray, "n d"], coordinates: Float64[AnyArray, "n v"], values: Float64[AnyArray, " r"]
 ) -> Float32[AnyArray, "R d"]:
-    """F with FᵀF = xᵀx: x itself, or, where it has more than FACTOR_ROWS rows, U_Rᵀx = diag(σ_R) V_Rᵀ."""
+    """F with FᵀF = xᵀx: x itself, or, for n > R = FACTOR_ROWS, approximately U_Rᵀx = diag(σ_R) V_Rᵀ."""
     narrow = x.astype(np.float32)
     if len(x) <= FACTOR_ROWS:
         return narrow

@@ -1,4 +1,4 @@
-"""Spectra on several devices: each device computes those of its own layers."""
+"""Spectra on several devices: each device solves whole layers."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from jaxdelta.utils.arrays import AnyArray
 
 
 def on_mesh(devices: DeviceMesh, at_once: int, groups: Groups | None) -> Batched:
-    """Batches on a mesh: the first layer on the first device, and so on, and round again."""
+    """Batches on a mesh: layer i of a batch is solved on device i modulo the number of devices."""
     return Batched(at_once, partial(_call, devices), groups, devices.mesh.size, in_turn=True)
 
 
@@ -26,20 +26,19 @@ def _call(
     devices: DeviceMesh, function: Any, each: Sequence[tuple[Any, ...]], common: Any, static: Any
 ) -> list[Any]:
     size = devices.mesh.size
-    beside = partial(_on_each, devices)
-    rounds = [jax.tree.map(beside, *each[i : i + size]) for i in range(0, len(each), size)]
-    common = devices.put(common)
-    found = jax.tree.map(np.asarray, _spread(function, devices, rounds, common, static))
-    places = itertools.product(range(len(rounds)), range(size))
-    return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), found) for turn, at in places]
+    stack = partial(_one_per_device, devices)
+    rounds = [jax.tree.map(stack, *each[i : i + size]) for i in range(0, len(each), size)]
+    results = jax.tree.map(np.asarray, _spread(function, devices, rounds, devices.put(common), static))
+    order = itertools.product(range(len(rounds)), range(size))
+    return [jax.tree.map(lambda leaf, at=(at, turn): np.asarray(leaf[at]), results) for turn, at in order]
 
 
-def _on_each(devices: DeviceMesh, *leaves: Any) -> Array:
-    """One layer's array on each device."""
-    places = zip(leaves, devices.mesh.devices.flat, strict=True)
-    own = [_on(leaf, device) for leaf, device in places if device in devices.local]
+def _one_per_device(devices: DeviceMesh, *leaves: Any) -> Array:
+    """The arrays of several layers as one, split over its first axis so that each device has one layer's."""
+    pairs = zip(leaves, devices.mesh.devices.flat, strict=True)
+    local = [_on(leaf, device) for leaf, device in pairs if device in devices.local]
     shape = (devices.mesh.size * leaves[0].shape[0], *leaves[0].shape[1:])
-    return jax.make_array_from_single_device_arrays(shape, devices.sharding(ALL), own)
+    return jax.make_array_from_single_device_arrays(shape, devices.sharding(ALL), local)
 
 
 def _on(leaf: AnyArray, device: jax.Device) -> Array:
@@ -50,9 +49,9 @@ def _on(leaf: AnyArray, device: jax.Device) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
 def _spread(function: Any, devices: DeviceMesh, rounds: list[Any], common: Any, static: Any) -> Any:
-    """(devices, rounds, ...) of what the function finds of each layer, on all devices."""
+    """The function's results, (devices, rounds, ...), copied to all devices."""
 
-    def own(rounds: list[Any], common: Any) -> Any:
+    def on_device(rounds: list[Any], common: Any) -> Any:
         def of_layer(arguments: Any) -> Any:
             return function(*arguments, *common, *static)
 
@@ -61,5 +60,5 @@ def _spread(function: Any, devices: DeviceMesh, rounds: list[Any], common: Any, 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
         return jax.tree.map(lambda leaf: leaf[None], jax.vmap(of_layer)(stacked))
 
-    found = devices.shard_map(own, (ALL, WHOLE), ALL, ALL)(rounds, common)
-    return jax.lax.with_sharding_constraint(found, devices.replicated)
+    results = devices.shard_map(on_device, (ALL, WHOLE), ALL, ALL)(rounds, common)
+    return jax.lax.with_sharding_constraint(results, devices.replicated)

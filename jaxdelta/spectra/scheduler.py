@@ -1,4 +1,4 @@
-"""Summaries of many layers from their rows: on a CPU side by side on its cores, elsewhere in batches."""
+"""Summaries of many layers from their rows: one layer per core on a CPU, in batches elsewhere."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from jaxdelta.spectra.from_rows import Wanted, factor, finite, summarise_rows, summarise_update, view_rows
-from jaxdelta.spectra.linalg import single_threaded_blas
+from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.spectra.spectrum import MAX_RESIDUAL, Solved, decompose, host_decompose, solve
 from jaxdelta.spectra.token_table import state_products
 from jaxdelta.spectra.view_summary import FACTOR_ROWS, LayerSummary, MeasurementPlan, ViewSummary
@@ -28,35 +28,15 @@ from jaxdelta.utils.timing import Clock
 
 _WORKSPACE_BYTES = 4 << 30
 
-# finish(layer's number, its summary): what is kept of a layer; called while later layers pass.
+# finish(number of a layer, its summary) -> the record kept of it; called while later layers are computed
 Finish = Callable[[int, LayerSummary], Any]
-Kept = Float64[np.ndarray, " n"]  # 1 for tokens that a view has, else 0
-BatchCall = Callable[..., list[Any]]  # call(function, each layer's arguments, common ones, static ones)
-
-
-@runtime_checkable
-class Summaries(Protocol):
-    """Takes the layers as they pass and gives, in their order, what `finish` makes of their summaries.
-
-    The last layer with the final norm counts as one more layer.
-    """
-
-    def __enter__(self) -> "Summaries":
-        """Starts the threads."""
-
-    def __exit__(self, *exception: Any) -> None:
-        """Ends the threads."""
-
-    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
-        """Takes a layer, block by block; yields what is ready."""
-
-    def rest(self) -> Iterator[Any]:
-        """Yields what is left when all layers have passed."""
+Kept = Float64[np.ndarray, " n"]  # 1 for the tokens of a view, else 0
+BatchCall = Callable[..., list[Any]]  # call(function, arguments of each layer, common ones, static ones)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How many layers are summarised at once, how many may wait, and the number of the first one."""
+    """Numbers of layers summarised at once and pending at most; the number of the first layer."""
 
     at_once: int
     pending: int
@@ -64,8 +44,11 @@ class Schedule:
     clock: Clock = dataclasses.field(default_factory=Clock)
 
 
-class Workers:
-    """Threads whose results come in the order in which their work was handed over."""
+class Summaries:
+    """Computes summaries on threads and yields, in the order of the layers, what `finish` makes of them.
+
+    The last layer with the final norm counts as one more layer.
+    """
 
     def __init__(self, threads: int, pending: int):
         self._threads, self._most = threads, pending
@@ -73,35 +56,36 @@ class Workers:
 
     def __enter__(self) -> Any:
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(single_threaded_blas())
+        self._stack.enter_context(one_blas_thread())
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._threads, "spectra"))
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
+    def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
+        """Takes a layer, block by block; yields finished results."""
+        raise NotImplementedError
+
     def submit(self, work: Callable[[], list[Any]]) -> Iterator[Any]:
-        """Hands work over; yields the oldest results where too many are pending."""
+        """Submits work; yields the oldest results while too many are pending."""
         self._pending.append(self._pool.submit(work))
         while len(self._pending) >= self._most:
             yield from self._pending.popleft().result()
 
     def ready(self) -> Iterator[Any]:
-        """Yields the oldest results that are there, without waiting."""
+        """Yields finished results without waiting."""
         while self._pending and self._pending[0].done():
             yield from self._pending.popleft().result()
 
     def rest(self) -> Iterator[Any]:
-        """Yields all results that are pending."""
+        """Yields the remaining results, after the last layer."""
         while self._pending:
             yield from self._pending.popleft().result()
 
 
-class ThreadedSummaries(Workers):
-    """Each layer on a thread, whose linear algebra runs on one core.
-
-    One layer's matrices are too small to share out well over all cores.
-    """
+class ThreadedSummaries(Summaries):
+    """One layer per thread and core: a layer's matrices are too small for the linear algebra to use more."""
 
     def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, groups: Groups | None):
         super().__init__(schedule.at_once, schedule.pending)
@@ -110,12 +94,12 @@ class ThreadedSummaries(Workers):
         self._numbers, self._compiled = itertools.count(schedule.start), threading.Event()
 
     def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
-        """Takes a layer, block by block; yields what is ready."""
+        """See `Summaries.add`."""
         for update in concatenate_blocks([layer]):
             yield from self.submit(partial(self._summarise, next(self._numbers), update))
 
     def _summarise(self, number: int, update: Update) -> list[Any]:
-        if number > self._schedule.start:  # The first layer compiles; else each would compile the same.
+        if number > self._schedule.start:  # The first layer compiles; otherwise every thread would.
             self._compiled.wait()
         try:
             with self._schedule.clock("spectra"), jax.enable_x64(True):
@@ -125,21 +109,21 @@ class ThreadedSummaries(Workers):
             self._compiled.set()
 
 
-class BatchedSummaries(Workers):
-    """Batches of layers, each in one call: one layer's matrices leave an accelerator nearly idle.
+class BatchedSummaries(Summaries):
+    """Batches of layers, each in one call: the matrices of one layer leave an accelerator nearly idle.
 
-    A batch is solved while later layers pass. Several devices must launch the same programs in the same
-    order, so there the pass waits for the batch.
+    A batch is solved while later layers are computed. Several devices must launch the same programs in the
+    same order, so on a mesh the pass waits for the batch.
     """
 
-    def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, solver: "Solver"):
+    def __init__(self, plan: MeasurementPlan, finish: Finish, schedule: Schedule, solver: "Batched"):
         super().__init__(1, 2)
         self._plan, self._finish, self._schedule, self._solver = plan, finish, schedule, solver
         self._numbers = itertools.count(schedule.start)
         self._batch: list[Update] = []
 
     def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
-        """Takes a layer, block by block; yields what is ready."""
+        """See `Summaries.add`."""
         for update in concatenate_blocks([layer]):
             self._batch.append(update)
             yield from self.ready()
@@ -147,7 +131,7 @@ class BatchedSummaries(Workers):
                 yield from self._flush()
 
     def rest(self) -> Iterator[Any]:
-        """Yields what is left when all layers have passed."""
+        """See `Summaries.rest`."""
         if self._batch:
             yield from self._flush()
         yield from super().rest()
@@ -166,33 +150,14 @@ class BatchedSummaries(Workers):
             return [self._finish(next(self._numbers), summary) for summary in summaries]
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """Computes token products and view summaries of several layers."""
-
-    @property
-    def in_turn(self) -> bool:
-        """Whether it must run on the thread of the pass."""
-
-    @property
-    def groups(self) -> Groups | None:
-        """The groups of the tokens; None where nothing is resampled."""
-
-    def products(self, batch: Sequence[Update]) -> list[dict[str, np.ndarray]]:
-        """`state_products` of each layer."""
-
-    def summaries(
-        self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
-    ) -> list[ViewSummary]:
-        """The summary of a view of each layer, of its kept tokens (1, else 0)."""
-
-
 @dataclasses.dataclass(frozen=True)
 class OneByOne:
-    """On a CPU: LAPACK finds only the eigenvectors needed, between two compiled functions."""
+    """Solver for CPUs: LAPACK computes only the eigenvectors needed, between two compiled functions.
+
+    `groups`: the groups of the tokens; None without resampling.
+    """
 
     groups: Groups | None = None
-    in_turn: bool = False
 
     def products(self, batch: Sequence[Update]) -> list[dict[str, np.ndarray]]:
         """`state_products` of each layer."""
@@ -201,7 +166,7 @@ class OneByOne:
     def summaries(
         self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
     ) -> list[ViewSummary]:
-        """The summary of a view of each layer, of its kept tokens (1, else 0)."""
+        """The summary of a view of each layer, given its update and its kept tokens."""
         return [self._summary(update, kept, view, plan) for update, kept in rows]
 
     def _summary(self, update: Update, kept: Kept, view: View, plan: MeasurementPlan) -> ViewSummary:
@@ -210,21 +175,25 @@ class OneByOne:
         wanted = Wanted.of(plan, view, n, d)
         axes = wanted.axes(n, d, plan.resampled)
         solved = solve(np.asarray(x), axes) if wanted.method == "gram" else None
-        found, coordinates = _summarise_solved(x, update.h, kept, solved, self.groups, wanted)
-        summary = jax.tree.map(np.asarray, found)
+        traced, coordinates = _summarise_solved(x, update.h, kept, solved, self.groups, wanted)
+        summary = jax.tree.map(np.asarray, traced)
         if summary.factor is None or n <= FACTOR_ROWS:
             return summary
-        # By BLAS, on one core as the rest of the thread's linear algebra.
+        # By BLAS, on one core like the rest of the thread's linear algebra.
         rows = np.asarray(finite(x))
         return summary._replace(factor=factor(rows, np.asarray(coordinates), summary.singular_values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Batched:
-    """On accelerators: one call for all layers of a batch.
+    """Solver for accelerators: one call for all layers of a batch.
 
-    A batch is filled up to `at_once` layers, so that nothing compiles twice. A view that few of its layers
-    need is computed for as many as the devices take in one turn, `devices`.
+    A batch is padded to `at_once` layers, so that nothing compiles twice. A view that at most half of them
+    need is computed for `devices` layers at a time.
+
+    Attributes:
+        groups: the groups of the tokens; None without resampling.
+        in_turn: whether it must run on the thread of the pass.
     """
 
     at_once: int
@@ -240,7 +209,7 @@ class Batched:
     def summaries(
         self, rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan
     ) -> list[ViewSummary]:
-        """The summary of a view of each layer, of its kept tokens."""
+        """The summary of a view of each layer, given its update and its kept tokens."""
         wanted = Wanted.of(plan, view, *rows[0][0].h.shape)
         return self._filled(summarise_update, rows, (Selection.of(view), self.groups), (wanted,))
 
@@ -248,12 +217,15 @@ class Batched:
         self, function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
     ) -> list[Any]:
         size = self.at_once if 2 * len(each) > self.at_once else self.devices
-        found: list[Any] = []
+        results: list[Any] = []
         for start in range(0, len(each), size):
             part = each[start : start + size]
             filled = [*part, *[part[-1]] * (size - len(part))]
-            found += self.call(function, filled, common, static)[: len(part)]
-        return found
+            results += self.call(function, filled, common, static)[: len(part)]
+        return results
+
+
+Solver = OneByOne | Batched
 
 
 def on_one_device(at_once: int, groups: Groups | None) -> Batched:
@@ -264,9 +236,9 @@ def on_one_device(at_once: int, groups: Groups | None) -> Batched:
 def _together(
     function: Callable[..., Any], each: Sequence[tuple[Any, ...]], common: Any, static: Any
 ) -> list[Any]:
-    found = jax.tree.map(np.array, _batched(function, list(each), common, static))
-    # np.asarray: a row of a vector is a NumPy scalar, no array.
-    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), found) for row in range(len(each))]
+    results = jax.tree.map(np.array, _batched(function, list(each), common, static))
+    # np.asarray: indexing a vector gives a NumPy scalar, not an array.
+    return [jax.tree.map(lambda leaf, row=row: np.asarray(leaf[row]), results) for row in range(len(each))]
 
 
 def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solver) -> list[LayerSummary]:
@@ -281,13 +253,13 @@ def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solv
         unmasked = view._replace(masked=False)
         kept = [mask if view.masked else np.ones_like(mask) for mask in without]
         for layer, mask in zip(layers, kept, strict=True):
-            if mask.all() and unmasked in layer:  # No sinks: it is the same view.
+            if mask.all() and unmasked in layer:  # Without sinks the two views are the same.
                 layer[view] = layer[unmasked]
         missing = [row for row, layer in enumerate(layers) if view not in layer]
         rows = [(batch[row], kept[row].astype(np.float64)) for row in missing]
         for row, summary in zip(missing, _certified(rows, view, plan, solver), strict=True):
             layers[row][view] = summary._replace(kept=kept[row], sinks_left=0)
-    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, and the caller's to find
+    with np.errstate(invalid="ignore"):  # ∞ - ∞ is NaN, which the caller checks for
         energies = [{name: float(column.sum()) for name, column in table.items()} for table in products]
     return list(map(LayerSummary, layers, energies))
 
@@ -295,25 +267,25 @@ def summarise_batch(batch: Sequence[Update], plan: MeasurementPlan, solver: Solv
 def _certified(
     rows: Sequence[tuple[Update, Kept]], view: View, plan: MeasurementPlan, solver: Solver
 ) -> list[ViewSummary]:
-    """A view of each layer; NumPy computes again what fails its certificate."""
+    """A view of each layer, recomputed by NumPy where the certificate fails."""
     if not rows:
         return []
-    found = solver.summaries(rows, view, plan)
-    for place, (update, kept) in enumerate(rows):
-        if not found[place].certificate <= MAX_RESIDUAL:  # also where it is NaN
+    summaries = solver.summaries(rows, view, plan)
+    for index, (update, kept) in enumerate(rows):
+        if not summaries[index].certificate <= MAX_RESIDUAL:  # also true for NaN
             wanted = Wanted.of(plan, view, *update.h.shape)
-            found[place] = _on_host(update, kept, Selection.of(view), solver.groups, wanted)
-    return found
+            summaries[index] = _on_host(update, kept, Selection.of(view), solver.groups, wanted)
+    return summaries
 
 
 def _on_host(
     update: Update, kept: Kept, selection: Selection, groups: Groups | None, wanted: Wanted
 ) -> ViewSummary:
     """The summary of a view by NumPy's SVD."""
-    update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), update)  # from all devices to one
+    update = jax.tree.map(lambda part: jnp.asarray(np.asarray(part)), update)  # from the mesh to one device
     x = np.asarray(finite(view_rows(update, kept, selection)))
-    found = _summarise_rows(x, update.h, kept, host_decompose(x, wanted.basis), groups, wanted)
-    return jax.tree.map(np.asarray, found)._replace(on_host=True)
+    summary = _summarise_rows(x, update.h, kept, host_decompose(x, wanted.basis), groups, wanted)
+    return jax.tree.map(np.asarray, summary)._replace(on_host=True)
 
 
 _products = jax.jit(state_products)
@@ -325,7 +297,7 @@ _summarise_rows = jax.jit(summarise_rows, static_argnums=5)
 def _summarise_solved(
     x: Any, h: Any, kept: Any, solved: Solved | None, groups: Groups | None, wanted: Wanted
 ) -> tuple[ViewSummary, Any]:
-    """The summary and, where the factor needs them, the coordinates."""
+    """The summary and, if the factor needs them, the coordinates."""
     spectrum, coordinates = decompose(finite(x), wanted.basis, wanted.method, solved)
     summary = summarise_rows(x, h, kept, (spectrum, coordinates), groups, wanted)
     return summary, coordinates if wanted.compared and len(x) > FACTOR_ROWS else None
@@ -334,33 +306,33 @@ def _summarise_solved(
 @partial(jax.jit, static_argnums=(0, 3))
 def _batched(function: Callable[..., Any], each: Any, common: Any, static: Any) -> Any:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    return jax.vmap(lambda own: function(*own, *common, *static))(stacked)
+    return jax.vmap(lambda arguments: function(*arguments, *common, *static))(stacked)
 
 
 def update_bytes(n: int, d: int) -> int:
-    """A layer's Update: three float32 matrices."""
+    """Bytes of a layer's Update: three float32 matrices."""
     return 12 * n * d
 
 
 def spectrum_bytes(n: int, d: int) -> int:
-    """A layer's float64 workspace: δ twice, the Gram matrix, three of its size in the solver, one more."""
+    """Bytes of a layer's float64 workspace: δ twice, the Gram matrix and four matrices of its size."""
     return 8 * (2 * n * d + 5 * min(n, d) ** 2)
 
 
 def in_batches() -> bool:
-    """Whether several layers are summarised in one call, and not each by itself."""
+    """Whether several layers are summarised in one call rather than one by one."""
     return jax.default_backend() != "cpu"
 
 
 def layers_at_once(shape: tuple[int, int], layers: int, free: int, devices: int = 1) -> int:
     """Number of layers a device summarises at once within `free` bytes, at least one.
 
-    At most a quarter of all layers, so that the others pass meanwhile.
+    At most a quarter of all layers, so that a batch overlaps with the computation of the next layers.
     """
     if not in_batches():
-        # One more than cores: when one thread waits for XLA's, or for Python's lock, its core is not idle.
+        # One more than cores: no core idles while a thread waits for XLA or for Python's lock.
         return (os.cpu_count() or 1) + 1 if devices == 1 else 1
-    # Each of them with its own Update, while those of the next batch arrive; all devices have them all.
+    # Every device holds the Updates of a batch, one per layer, while those of the next batch arrive.
     fitting = min(free, _WORKSPACE_BYTES) // (spectrum_bytes(*shape) + 2 * devices * update_bytes(*shape))
     return max(1, min(fitting, layers // (4 * devices)))
 

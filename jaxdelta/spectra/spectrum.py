@@ -1,14 +1,13 @@
-"""One layer's figures: the spectrum of its update δ (n, d) and the statistics of its tokens, in float64.
+"""The spectrum of one layer's update δ (n, d), in float64.
 
-Axes: n tokens, d hidden size, r = min(n, d) singular values, k kept directions.
+Axes: n tokens, d hidden size, r = min(n, d) singular values, k kept directions, v computed eigenvectors.
 
 The spectrum comes from the Gram matrix of δ's short side. A product of two float32 numbers is exact in
-float64, so squaring costs nothing that float32 input had: σ is within 1e-12 of a float64 SVD's at a fraction
-of its time (float32 arithmetic would lose half the digits of the small ones). Every spectrum carries a
-certificate. All functions here must be traced with 64-bit types on.
+float64, so squaring float32 input loses nothing: σ is within 1e-12 of a float64 SVD's at a fraction of its
+time (float32 arithmetic would lose half the digits of the small ones). Every spectrum carries a certificate.
+All functions here must be traced with 64-bit types on.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -27,20 +26,18 @@ _SIGN_FLOOR = 1e-3
 
 
 class Solved(NamedTuple):
-    """The smaller of x xᵀ and xᵀx, its eigenvalues, ascending, and the last of its eigenvectors."""
+    """The smaller of x xᵀ and xᵀx, its eigenvalues, ascending, and its last v eigenvectors, in columns."""
 
     square: Float64[AnyArray, "r r"]
     energies: Float64[AnyArray, " r"]
     vectors: Float64[AnyArray, "r v"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Spectrum:
-    """All singular values of δ, descending, its top right singular vectors, and how far to trust them.
+class Spectrum(NamedTuple):
+    """All singular values of δ, descending, its top right singular vectors, and their certificate.
 
     Directions beyond the rank are zero, see `resolved`. `residual` is the largest of: ‖δᵀδv - σ²v‖/σ_1² over
-    the kept v; ‖VVᵀ - I‖ over those that are not zero; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
+    the kept v; ‖VVᵀ - I‖ over the nonzero v; |Σσ² - ‖δ‖_F²|/‖δ‖_F².
     """
 
     singular_values: Float64[AnyArray, "*layers r"]
@@ -48,27 +45,21 @@ class Spectrum:
     residual: Float64[AnyArray, "*layers"]
 
 
-def update_spectrum(delta: Float[Array, "n d"], k: int, method: str = "gram") -> Spectrum:
-    """Singular values and top-k right singular vectors of δ = U diag(σ) Vᵀ.
-
-    `gram`: eigenvalues of δδᵀ (n ≤ d) or δᵀδ (n > d) are σ²; where n ≤ d, V_k = qr(δᵀU_k). `full`: an SVD.
-    A direction's sign is the one with <v, Σ_i δ_i> > 0, or, where that is too small to be stable, the one
-    that makes its largest entry positive. A direction beyond the rank of δ is zero, see `resolved`.
-    """
-    return decompose(delta, k, method)[0]
-
-
 def decompose(
     delta: Float[Array, "n d"], k: int, method: str = "gram", solved: Solved | None = None
 ) -> tuple[Spectrum, Float64[Array, "n v"]]:
-    """`update_spectrum`, and the tokens' coordinates δV = U diag(σ) along the right singular vectors.
+    """Singular values, top-k right singular vectors and coordinates δV of δ = U diag(σ) Vᵀ.
 
-    The coordinates' signs are not the directions'. They are along all r of them; with `solved`, what
-    `solve` found of δ, along those of which the vectors are there.
+    `gram`: eigenvalues of δδᵀ (n ≤ d) or δᵀδ (n > d) are σ²; for n ≤ d, V_k = qr(δᵀU_k). `full`: an SVD.
+    A direction's sign makes <v, Σ_i δ_i> positive or, where that is too small to be stable, its largest
+    entry. A direction beyond the rank of δ is zero, see `resolved`. The coordinates U diag(σ) keep the
+    solver's signs. `solved` is the result of `solve`, if it is known; there is a coordinate for each of its
+    vectors.
     """
     x = delta.astype(jnp.float64)
     if method == "full":
-        values, vectors, coordinates = _by_svd(x, k)
+        left, values, vectors = linalg.svd(x)
+        vectors, coordinates = vectors[:k], left * values
     else:
         values, vectors, coordinates = _by_gram(x, k, solved or solve(x, k))
     directions = orient(vectors, values[:k], x.sum(axis=0), x.shape[0])
@@ -76,10 +67,10 @@ def decompose(
 
 
 def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
-    """All eigenvalues of the smaller of x xᵀ and xᵀx, and at least the last k of its vectors.
+    """All eigenvalues of the smaller of x xᵀ and xᵀx, and at least the last k of its eigenvectors.
 
-    Of an array of NumPy's, k: on a CPU, where LAPACK takes less time than XLA with the product, and with k
-    vectors than with all. Where it is not finite, from which some solvers never return, of zero.
+    A NumPy array is solved on the host with exactly k eigenvectors, which on a CPU is faster than XLA and
+    than all vectors. If it is not finite, zero is solved instead: some solvers never return from a NaN.
     """
     if not isinstance(x, np.ndarray):
         traced = _short_gram(x)
@@ -87,26 +78,24 @@ def solve(x: Float64[AnyArray, "n d"], k: int) -> Solved:
     square = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     if not np.isfinite(square.sum()):
         square[:] = 0
-    found = linalg.eigh(square) if k == len(square) else _lapack.largest(square, k)
-    return Solved(square, *found)
+    return Solved(square, *(linalg.eigh(square) if k == len(square) else _lapack.largest(square, k)))
 
 
 def host_decompose(x: Float64[np.ndarray, "n d"], k: int) -> tuple[Spectrum, Float64[Array, "n r"]]:
-    """`decompose` by NumPy's float64 SVD: the fallback for a spectrum whose certificate fails."""
+    """`decompose` by NumPy's float64 SVD, for spectra that fail their certificate."""
     left, values, vectors = map(jnp.asarray, np.linalg.svd(x, full_matrices=False))
     directions = orient(vectors[:k], values[:k], jnp.asarray(x).sum(axis=0), len(x))
     return Spectrum(values, directions, _residual(jnp.asarray(x), values, directions)), left * values
 
 
-Decomposition = tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n v"]]
-
-
 def _short_gram(x: Float64[Array, "n d"]) -> Float64[Array, "r r"]:
-    # The transpose is materialised: XLA on CPU multiplies A Aᵀ twice as fast as AᵀA.
+    # The transpose is materialised: XLA on a CPU multiplies A Aᵀ twice as fast as AᵀA.
     return gram(x if x.shape[0] <= x.shape[1] else jax.lax.optimization_barrier(x.T))
 
 
-def _by_gram(x: Float64[Array, "n d"], k: int, solved: Solved) -> Decomposition:
+def _by_gram(
+    x: Float64[Array, "n d"], k: int, solved: Solved
+) -> tuple[Float64[Array, " r"], Float64[Array, "k d"], Float64[Array, "n v"]]:
     vectors = jnp.asarray(solved.vectors)[:, ::-1]
     values = jnp.sqrt(jnp.maximum(jnp.asarray(solved.energies)[::-1], 0))
     top = vectors[:, :k]
@@ -115,18 +104,10 @@ def _by_gram(x: Float64[Array, "n d"], k: int, solved: Solved) -> Decomposition:
     return values, linalg.orthonormal(product(x.T, top)).T, vectors * values[: vectors.shape[1]]
 
 
-def _by_svd(x: Float64[Array, "n d"], k: int) -> Decomposition:
-    left, values, vectors = linalg.svd(x)
-    return values, vectors[:k], left * values
-
-
 def orient(
     directions: Float64[Array, "k d"], values: Float64[Array, " k"], total: Float64[Array, " d"], n: Any
 ) -> Float64[Array, "k d"]:
-    """The directions as `update_spectrum` returns them: signed, zero beyond the rank.
-
-    `total` is Σ_i δ_i of n tokens.
-    """
+    """Directions signed as by `decompose`, and zero beyond the rank; `total` is Σ_i δ_i over n tokens."""
     along = directions @ total
     largest = jnp.take_along_axis(directions, jnp.abs(directions).argmax(axis=1)[:, None], axis=1)[:, 0]
     stable = jnp.abs(along) > _SIGN_FLOOR * values * jnp.sqrt(jnp.asarray(n, jnp.float64))
@@ -146,7 +127,7 @@ def residual(
     directions: Float64[Array, "k d"],
     energy: Float64[Array, ""],
 ) -> Float64[Array, ""]:
-    """The certificate of a Spectrum: `image` is δᵀδ of its directions, `energy` ‖δ‖_F²."""
+    """The certificate of a Spectrum; `image` is δᵀδ times its directions, `energy` is ‖δ‖_F²."""
     k, tiny = len(directions), np.finfo(np.float64).tiny
     missed = image - jnp.square(values[:k])[:, None] * directions
     residual = jnp.linalg.norm(missed, axis=1).max() / jnp.maximum(values[0] ** 2, tiny)

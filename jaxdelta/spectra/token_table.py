@@ -1,4 +1,4 @@
-"""Squared norms and inner products of each token of an update."""
+"""Squared norms and inner products of the tokens of an update."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float64
@@ -10,15 +10,15 @@ from jaxdelta.sweep.sweep import Update
 def token_products(
     delta: Float[Array, "n d"], h: Float[Array, "n d"]
 ) -> tuple[Float64[Array, " n"], Float64[Array, " n"], Float64[Array, " n"]]:
-    """Each token's <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i>: all that `token_statistics` need."""
+    """<δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i> for each token i."""
     delta, h = delta.astype(jnp.float64), h.astype(jnp.float64)
-    first, second, third = row_sums([delta * delta, h * h, delta * h])
-    return first, second, third
+    updates, states, mixed = row_sums([delta * delta, h * h, delta * h])
+    return updates, states, mixed
 
 
 def state_products(update: Update) -> dict[str, Float64[Array, " n"]]:
-    """Each token's squared norms: of the state before the layer and after it, of what each sublayer wrote,
-    of the whole update; `cross`, 2<attention, mlp>; and the products of the three writes with h."""
+    """For each token: the squared norms of the states `entering` and `leaving` the layer, of both sublayers'
+    parts and of the whole `update`; `cross`, 2<attention, mlp>; and `*_h`, the products of these with h."""
     attention, mlp, h = (part.astype(jnp.float64) for part in update)
     delta = jnp.asarray(update.delta).astype(jnp.float64)
     factors = {

@@ -1,4 +1,4 @@
-"""What is measured of every layer, and the summary of a view that both makers return.
+"""The plan of measurements and the summary of a view, which rows and moments both return.
 
 Axes: n tokens, d hidden size, r = min(n, d) singular values, c basis directions, q leading axes, G groups.
 """
@@ -18,10 +18,14 @@ FACTOR_ROWS = 512
 
 @dataclasses.dataclass(frozen=True)
 class MeasurementPlan:
-    """What is measured of every layer: `k` directions of each view, and where it is `resampled` what
-    resampling and the comparison of layers need.
+    """What is measured in every layer.
 
-    `method`: `gram` or `full`, see `update_spectrum`; `sink_factor`: see `without_sinks`.
+    Attributes:
+        k: number of directions kept of each view.
+        method: `gram` or `full`, see `decompose`.
+        views: the views, RAW first.
+        sink_factor: see `without_sinks`.
+        resampled: whether the inputs of resampling and of the comparison of layers are computed.
     """
 
     k: int
@@ -31,7 +35,7 @@ class MeasurementPlan:
     resampled: bool = False
 
     def basis_size(self, n: int, d: int) -> int:
-        """Number of directions computed; `bootstrap` explains why resampling needs half as many again."""
+        """Number c of directions computed; `bootstrap` explains why resampling needs half as many again."""
         return min(self.k + (self.k + 1) // 2 if self.resampled else self.k, n, d)
 
     def compares(self, view: View) -> bool:
@@ -47,20 +51,20 @@ class ViewSummary(NamedTuple):
         basis: the first c right singular vectors, the kept directions first; c ≥ k, see `basis_size`.
         certificate: see `spectrum.residual`.
         mean_energy: ‖Σ_i δ_i‖²/n, the energy of the mean update.
-        products: <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i> of each token; None where they are unknown, as in the
-            centred views of a long text.
-        sigma1_shares: u_i1², each token's share of σ_1²; None where unknown.
-        group_moments: A_g = V (Σ_{i in g} δ_i δ_iᵀ) Vᵀ for each group, V the q leading axes; None, as the
-            next three, where nothing is resampled.
-        group_rest: energy of each group outside of these axes.
-        coupling: basis · Σ_{i in g} δ_i δ_iᵀ for each group; None, as the next, where layers of the view are
-            not compared.
-        factor: F with FᵀF = δᵀδ: δ itself, or, where it has more than FACTOR_ROWS rows, its leading
-            FACTOR_ROWS directions times their σ.
-        channels: energies by channel; of the whole update alone, not centred.
-        kept: the tokens of the view: all, or those that are no sinks; set on the host, as the next two.
-        on_host: the spectrum failed its certificate and was computed again by NumPy.
-        sinks_left: sinks that a masked view still contains: their rows were not set aside in time.
+        products: <δ_i, δ_i>, <h_i, h_i> and <δ_i, h_i> of each token; None if unknown, as in the centred
+            views of a long text.
+        sigma1_shares: u_i1², each token's share of σ_1²; None if unknown.
+        group_moments: A_g = V (Σ_{i in g} δ_i δ_iᵀ) Vᵀ for each group, V the q leading axes; None, like the
+            next three, without resampling.
+        group_rest: energy of each group outside these axes.
+        coupling: basis · Σ_{i in g} δ_i δ_iᵀ for each group; None, like the next, if the layers of the view
+            are not compared.
+        factor: F with FᵀF = δᵀδ: δ itself or, for more than FACTOR_ROWS rows, its leading FACTOR_ROWS
+            directions times their σ.
+        channels: energies by channel, in COMPARED_VIEWS only.
+        kept: mask of the tokens of the view (all, or all but sinks); set on the host, like the next two.
+        on_host: whether the spectrum failed its certificate and NumPy computed it again.
+        sinks_left: number of sinks in a masked view whose rows were not set aside in time.
     """
 
     singular_values: Float64[Any, "*layers r"]
@@ -80,7 +84,7 @@ class ViewSummary(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether no token's products overflowed, and no singular value."""
+        """Whether all products and singular values are finite."""
         return all(bool(np.isfinite(part).all()) for part in (*(self.products or ()), self.singular_values))
 
     @property
@@ -88,25 +92,21 @@ class ViewSummary(NamedTuple):
         """`products` of the kept tokens."""
         if self.products is None:
             return None
-        first, second, third = (np.asarray(part)[self.kept] for part in self.products)
-        return first, second, third
+        updates, states, mixed = (np.asarray(part)[self.kept] for part in self.products)
+        return updates, states, mixed
 
     def for_comparison(self) -> "ViewSummary":
-        """The summary without its arrays of tokens and of groups' moments. Only its row has these."""
-        return ViewSummary(
-            *self[:4],  # singular_values, basis, certificate, mean_energy
-            coupling=self.coupling,
-            factor=self.factor,
-        )
+        """The summary without arrays over tokens or groups, which only the layer's row needs."""
+        return ViewSummary(*self[:4], coupling=self.coupling, factor=self.factor)
 
 
 class LayerSummary(NamedTuple):
-    """The summaries of a layer's views, and Σ over its tokens of each column of `state_products`."""
+    """The summaries of a layer's views, and the sum over tokens of each column of `state_products`."""
 
     views: dict[View, ViewSummary]
     energies: dict[str, float]
 
 
 def resolved(values: Float[Any, "*sets r"]) -> Bool[Any, "*sets r"]:
-    """Which singular values stand above float32's resolution, σ > ε σ_1; their number is the rank."""
+    """Mask of the singular values above float32's resolution, σ > ε σ_1; their number is the rank."""
     return values > float(np.finfo(np.float32).eps) * values.max(axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""Views of an update: whole or one sublayer's, with all tokens or without sinks, about zero or its mean.
+"""Views of an update: whole or one sublayer's part, with or without sinks, about zero or about its mean.
 
-A view's name is the path under which its figures nest in a layer's row: `masked`, `attention.centred`, ...;
-the row itself is the raw view, the whole update of all tokens.
+A view's name is the path of its statistics in a layer's row: `masked`, `attention.centred`, ...; the row
+itself is the raw view, the whole update with all tokens.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ DEFAULT_SINK_FACTOR = 10.0
 
 
 class View(NamedTuple):
-    """What of a layer's update is looked at."""
+    """A part of a layer's update (one of PARTS), without sinks if `masked`, less its mean if `centred`."""
 
     part: str = "update"
     masked: bool = False
@@ -25,7 +25,7 @@ class View(NamedTuple):
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The keys that lead from a layer's row to this view's figures; none for the raw view."""
+        """The keys from a layer's row to this view's statistics; none for the raw view."""
         words = (self.part, "masked" * self.masked, "centred" * self.centred)
         return tuple(word for word in words if word and word != "update")
 
@@ -44,10 +44,10 @@ DEFAULT_VIEWS = "centred,masked,masked.centred,attention,attention.masked,mlp,ml
 
 
 def parse_views(text: str) -> tuple[View, ...]:
-    """Reads `none`, `all`, or names with commas; the raw view always comes first.
+    """Reads `none`, `all`, or names separated by commas; the raw view always comes first.
 
     Raises:
-        UsageError: a name that no view has.
+        UsageError: a name is unknown.
     """
     if text == "all":
         return tuple(ALL.values())
@@ -58,7 +58,7 @@ def parse_views(text: str) -> tuple[View, ...]:
 
 
 def view_of(row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The figures of a view in a layer's row, None where it was not computed."""
+    """The statistics of a view in a layer's row; None if the view was not computed."""
     for key in ALL[name].path:
         row = row.get(key, {})
     return row if "eff_rank" in row else None
@@ -67,17 +67,18 @@ def view_of(row: dict[str, Any], name: str) -> dict[str, Any] | None:
 def without_sinks(
     entering: Float[np.ndarray, " n"], leaving: Float[np.ndarray, " n"], factor: float
 ) -> Bool[np.ndarray, " n"]:
-    """The tokens whose state is at most `factor` times the layer's median norm long, before it and after it.
+    """Mask of the tokens that are no sinks.
 
-    A sink owns the update of the layer that makes it and of the one that ends it: so both norms count. The
-    windows' first tokens, sinks always, are in no update. (Xiao et al. 2023, arXiv 2309.17453; Sun et al.
-    2024, arXiv 2402.17762: massive activations.)
+    The norms of their states entering and leaving the layer are at most `factor` times the median norm of the
+    layer. Both count, since a sink dominates the update of the layer that makes it and of the one that ends
+    it. The first token of a window, always a sink, is in no update. (Xiao et al. 2023, arXiv 2309.17453; Sun
+    et al. 2024, arXiv 2402.17762: massive activations.)
     """
     return np.all([norms <= factor * np.median(norms) for norms in (entering, leaving)], axis=0)
 
 
 class Selection(NamedTuple):
-    """A view as numbers, so that one compiled function serves all views."""
+    """Weights, 0 or 1, of attention, MLP and centring in a view: one compiled function serves all views."""
 
     attention: Any
     mlp: Any
@@ -85,11 +86,10 @@ class Selection(NamedTuple):
 
     @classmethod
     def of(cls, view: View) -> "Selection":
-        """A view as 1 for what is in it, attention, MLP, centring, and 0 for what is not."""
-        numbers = (view.part != "mlp", view.part != "attention", view.centred)
-        return cls(*(np.float32(number) for number in numbers))
+        """The weights of a view."""
+        return cls(*map(np.float32, (view.part != "mlp", view.part != "attention", view.centred)))
 
 
 def parts_of_views(views: Sequence[View]) -> tuple[str, ...]:
-    """The parts of an update that any of the views is of."""
+    """The parts of an update that the views need."""
     return tuple(part for part in PARTS if any(view.part == part for view in views))

@@ -1,6 +1,6 @@
-"""Whether an overlap is more than chance, and how far another sample of documents would move a figure.
+"""p-values and confidence intervals.
 
-Axes: N layers, P phases, m draws of a null, G documents, B bootstrap draws.
+Axes: m draws of a null, G documents, B bootstrap draws.
 """
 
 import math
@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-_ROUNDING = 1e-12  # The same pairs summed in another order may differ by this much.
-_FLOOR = 1e-12  # stands for 0 on the log and the unit scale
+ROUNDING = 1e-12  # Sums of the same pairs in different orders may differ by this much.
+_FLOOR = 1e-12  # stands for 0 on the unit scale
 _LARGEST = 700.0  # exp of more is not finite
-Scale = Callable[[Any], Any]  # of arrays and of scalars
+Scale = Callable[[Any], Any]
 
 
 def p_value(
     observed: Float[np.ndarray, "*shape"] | float, null: Float[np.ndarray, "*shape m"]
 ) -> Float64[np.ndarray, "*shape"]:
-    """(b+1)/(m+1), b of the m draws being at least `observed`: never 0 (Phipson & Smyth 2010)."""
+    """(b+1)/(m+1), where b of the m draws are at least `observed`: never 0 (Phipson & Smyth 2010)."""
     reached = np.sum(null >= np.asarray(observed)[..., None], axis=-1)
     return np.asarray((reached + 1) / (null.shape[-1] + 1))
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-    """Adjusted p-values, min over j ≥ i of p_(j) n/j: those below q hold a share of at most q false ones.
+    """Adjusted p-values, min over j ≥ i of p_(j) n/j: rejecting below q keeps the false discovery rate at q.
 
     Benjamini & Hochberg 1995, for independent or positively dependent tests.
     """
@@ -43,18 +43,25 @@ def t_interval(
     draws: Float[np.ndarray, "*shape B"] | None = None,
     level: float = 0.95,
 ) -> tuple[Float64[np.ndarray, "*shape"], Float64[np.ndarray, "*shape"]]:
-    """Confidence interval of a figure from its values without each of G documents.
+    """Confidence interval of a statistic from its values without each of G documents.
 
-    g⁻¹(g(estimate) ± t_ν s), t_ν Student's quantile; g is the identity (`linear`), log (`log`, positive
-    figures) or log x/(1-x) (`unit`, figures in [0, 1]), one for all or one for each row. s is the
-    jackknife's, √((G-1)/G Σ (y_g - ȳ)²) of y = g(without), or, where draws of whole documents with
-    replacement are given (`cluster_weights`), √(G/(G-1)) times their deviation: the jackknife fails for
-    figures that jump, as captures of subspaces without a gap do (Efron 1982). ν = 2(G-1)/(κ-1), at most G-1,
-    κ the kurtosis of y: the fewer documents decide on a figure, the less is known of s (Satterthwaite 1946;
-    for clusters Carter, Schnepel & Steigerwald 2017). Values that are all the same leave the estimate itself.
+    g⁻¹(g(estimate) ± t_ν s), t_ν Student's quantile. g is the identity (`linear`), log (`log`, positive
+    statistics) or log x/(1-x) (`unit`, statistics in [0, 1]). s is the jackknife's standard error,
+    √((G-1)/G Σ (y_g - ȳ)²) of y = g(without), or √(G/(G-1)) times the standard deviation of `draws`: the
+    jackknife fails for discontinuous statistics, such as captures of subspaces without a gap (Efron 1982).
+    ν = 2(G-1)/(κ-1), at most G-1, κ the kurtosis of y: if few documents dominate, s is less certain
+    (Satterthwaite 1946; for clusters Carter, Schnepel & Steigerwald 2017). Equal values give an interval of
+    zero width.
+
+    Args:
+        estimate: the statistic of all documents.
+        without: the statistic without each document.
+        scale: one scale for all, or one for each row.
+        draws: the statistic in bootstrap draws of whole documents, with replacement (`cluster_weights`).
+        level: the confidence level.
 
     Raises:
-        ValueError: fewer than two documents, which tell nothing about others, or an unknown scale.
+        ValueError: fewer than two documents, or an unknown scale.
     """
     import scipy.special  # here: importing it takes 0.4 s
 
@@ -73,13 +80,13 @@ def t_interval(
         spread = drawn.std(axis=-1, ddof=1) * math.sqrt(documents / (documents - 1))
     half = scipy.special.stdtrit(_degrees(moved), (1 + level) / 2) * spread
     bounds = _by_row(_INVERSE, scale, middle + half[..., None] * [-1, 1])
-    known = spread <= _ROUNDING * np.abs(middle[..., 0])
+    exact = spread <= ROUNDING * np.abs(middle[..., 0])
     low, high = np.minimum(bounds[..., 0], estimate), np.maximum(bounds[..., 1], estimate)
-    return np.where(known, estimate, low), np.where(known, estimate, high)
+    return np.where(exact, estimate, low), np.where(exact, estimate, high)
 
 
 def _degrees(values: Float64[np.ndarray, "*shape G"]) -> Float64[np.ndarray, "*shape"]:
-    """2(G-1)/(κ-1), between 1 and G-1; κ is unbiased for normal values, and theirs for fewer than four."""
+    """2(G-1)/(κ-1), between 1 and G-1; κ is unbiased for normal values, and 3 for fewer than four values."""
     n = values.shape[-1]
     squares = np.square(values - values.mean(axis=-1, keepdims=True))
     variance = squares.mean(axis=-1)
@@ -114,7 +121,7 @@ _INVERSE: dict[str, Scale] = {"linear": np.asarray, "log": _exp, "unit": _expit}
 def _by_row(
     functions: dict[str, Scale], scale: str | Sequence[str], x: Float64[np.ndarray, "*shape b"]
 ) -> Float64[np.ndarray, "*shape b"]:
-    """One function of all of x, or of each of its rows that of the row's own scale."""
+    """The function of one scale for all of x, or of a scale for each row."""
     if isinstance(scale, str):
         return functions[scale](x)
     moved, names = np.empty_like(x), np.asarray(scale)

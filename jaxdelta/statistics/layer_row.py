@@ -172,7 +172,7 @@ def _notes(view: ViewData, rank: int, documents: int) -> str:
     """Reasons why statistics are missing or unreliable."""
     left = view.sinks_left
     reasons = {
-        "no token's own figures: the mean is known only when all tokens have passed": view.tokens is None,
+        "no per-token statistics: the mean is known only after the last token": view.tokens is None,
         "owners of sigma1 unknown: v_1 differs from that of the text's beginning": view.sigma1_shares is None,
         "zero update: it has no directions": rank == 0,
         "one direction: no sigma2": rank == 1,

@@ -1,9 +1,9 @@
-"""One device, and the names of where an array is on a mesh.
+"""A single device, and the placements of arrays on a mesh.
 
 A pass puts values on the devices of a run, fetches results and compiles functions through one of the two
-`Devices`: `OneDevice` here, or `jaxdelta.sweep.mesh.DeviceMesh`. A `PartitionSpec` over the axes of the mesh
-tells where an array is: `WHOLE` (on every device), `DATA` (its windows split over `data`) or `ALL` (its first
-axis split over all devices); one device ignores it.
+`Devices`: `OneDevice` here, or `jaxdelta.sweep.mesh.DeviceMesh`. A placement is a `PartitionSpec` over the
+axes of the mesh: `WHOLE` (on every device), `DATA` (windows split over `data`) or `ALL` (the first axis split
+over all devices). One device ignores it.
 
 Axes: B windows of a block, b of them on the devices of this process.
 """

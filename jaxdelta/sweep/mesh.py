@@ -1,11 +1,11 @@
 """Several devices and several processes: a mesh of `data` × `model`, and JAX's processes.
 
-The windows of a block are split over `data`, the weights of a layer over `model`: the projections out of the
-stream by their outputs, the projections into it by their inputs, so that the only sum over devices in a
-sublayer is that of its output (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Each expert is split like
-a dense MLP; norms and routers are replicated. Every process runs this program on the same text with the same
-options, holds the windows and the shares of the weights that its devices need, and launches the same programs
-in the same order. Axes: as in `jaxdelta.sweep.devices`.
+The windows of a block are split over `data`, the weights of a layer over `model`: projections out of the
+stream by their outputs, projections into it by their inputs. Then each sublayer needs one sum over devices,
+of its output (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053). Each expert is split like a dense MLP;
+norms and routers are replicated. Every process runs this program on the same text with the same options,
+holds the windows and weights of its own devices, and launches the same programs in the same order. Axes: as
+in `jaxdelta.sweep.devices`.
 """
 
 import atexit
@@ -32,7 +32,7 @@ from jaxdelta.sweep.devices import AXES, DATA, WHOLE, OneDevice
 from jaxdelta.utils.arrays import AnyArray
 
 _OUT, _IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
-_HEARTBEAT = 30  # seconds without a sign of life after which a process, and the run with it, is given up
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead and the run ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DeviceMesh:
         return [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
 
     def sharding(self, spec: PartitionSpec = DATA) -> NamedSharding:
-        """The sharding of an array on this mesh, by default that of windows."""
+        """The sharding of an array on this mesh, by default of windows."""
         return NamedSharding(self.mesh, spec)
 
     @cached_property
@@ -88,7 +88,7 @@ class DeviceMesh:
         return windows[self.local_rows.start * share : self.local_rows.stop * share]
 
     def put(self, value: Any, spec: PartitionSpec = WHOLE) -> Any:
-        """A tree of arrays, the same in every process, on the devices; `spec` tells how each is split."""
+        """A tree of arrays, the same in every process, on the devices, each split by `spec`."""
         if jax.process_count() == 1:
             return jax.device_put(value, self.sharding(spec))
 
@@ -138,7 +138,7 @@ class DeviceMesh:
     def layer(self, weights: Weights, index: int) -> nnx.State:
         """A layer's parameters, split by `weight_spec`.
 
-        Of a checkpoint every process reads only the rows it needs; other weights are first whole on one
+        From a checkpoint every process reads only the rows it needs; other weights are first put whole on one
         device of every process.
         """
 

@@ -24,7 +24,7 @@ from jaxdelta.utils.arrays import AnyArray
 
 
 class Update(NamedTuple):
-    """The writes of a layer's attention and MLP into the residual stream h that entered it, for n tokens."""
+    """The outputs of a layer's attention and MLP, and the residual stream h entering it, for n tokens."""
 
     attention: Float32[Array, "n d"]
     mlp: Float32[Array, "n d"]
@@ -50,8 +50,8 @@ def layer_program(devices: Devices, graph: Any, all_tokens: bool) -> Any:
     """The compiled `(layer, h, written, context, rows) -> (h, written, Update)`; it consumes `written`.
 
     With `all_tokens` (`rows` is None) the Update has all tokens of the block and stays split over the
-    devices; else it has the tokens `rows`, whole on every device. Each device computes its own windows, also
-    when it sorts tokens by expert: devices wait for each other only in sums over `model`.
+    devices; otherwise it has the tokens `rows`, whole on every device. Each device computes its own windows,
+    even when it sorts tokens by expert: devices wait for each other only in sums over `model`.
     """
 
     def program(layer: nnx.State, h: Array, written: Array, context: Context, rows: Any) -> Any:
@@ -95,11 +95,11 @@ def final_norm_step(
 ) -> tuple[Float32[Array, "p D"], Update, Float32[Array, ""], Float32[Array, ""]]:
     """The final norm of a block, and the terms of its closure error.
 
-    `attention` is the last layer's write, for the tokens `rows` of its Update; None for all.
+    `attention` is the output of the last layer's attention for the tokens `rows` of its Update; None for all.
 
     Returns:
-        The normed states of `loss_positions`; the last layer's Update with its state taken after the norm,
-        whose change counts as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
+        The normed states of `loss_positions`; the last layer's Update to the state after the norm, whose
+        change counts as the MLP's; ‖h_0 + Σδ - h_N‖²; ‖h_N‖².
     """
     normed = final_norm(config, weight, ends.last)
     first, entered, last = (state.astype(jnp.float32) for state in ends[:3])

@@ -10,9 +10,10 @@ _FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left, {r
 
 
 def shown(sweep: Sweep, tokens: int, progress: bool) -> Iterator[Iterator[BlockUpdate]]:
-    """The layers of the sweep of `tokens` tokens, with a bar if `progress`.
+    """The layers of the sweep, with a bar if `progress`.
 
-    Each block of each layer counts as its share of the tokens: the rate is that through the whole model.
+    Each block of each layer counts as its share of the text's `tokens`, so that the rate is tokens per second
+    through the whole model.
     """
     layers = sweep.weights.config.num_layers
     share = tokens / (layers * len(sweep.tokens))
@@ -33,5 +34,5 @@ def _counted(blocks: Iterator[BlockUpdate], bar: "tqdm[None]", share: float) -> 
 
 
 def tokens_per_second(sweep: Sweep, tokens: int, seconds: float) -> float:
-    """Tokens per second through the whole model; a resumed pass counts only the layers it passed itself."""
+    """Tokens per second through the whole model; a resumed pass counts only its own layers."""
     return tokens * (1 - sweep.start / sweep.weights.config.num_layers) / seconds

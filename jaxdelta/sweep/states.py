@@ -22,7 +22,7 @@ LOCATIONS = ("device", "host", "scratch")
 
 
 class State(NamedTuple):
-    """A block's residual stream h, and the sum of all updates written into it so far."""
+    """A block's residual stream h, and the sum of all updates so far."""
 
     h: Float[AnyArray, "B T D"]
     written: Float32[AnyArray, "B T D"]
@@ -32,10 +32,10 @@ class State(NamedTuple):
 def scratch_directory(parent: str | None, location: str) -> Iterator[Path | None]:
     """A directory in `parent` for this run's states, removed at its end; None unless `location` is "scratch".
 
-    Also removes directories left by killed runs, whose locks nobody holds.
+    Also removes directories of killed runs, whose locks are free.
 
     Raises:
-        JaxDeltaError: it cannot be made.
+        JaxDeltaError: the directory cannot be made.
     """
     if location != "scratch" or parent is None:
         yield None
@@ -58,7 +58,7 @@ def _held_directory(parent: Path) -> Iterator[Path]:
                 for file in left.glob("state-*"):
                     file.unlink()
                 left.rmdir()
-    # Under another name until it is locked, so that no other run removes it as left behind.
+    # Under another name until it is locked, so that no other run mistakes it for a killed run's.
     with tempfile.TemporaryDirectory(prefix=".jaxdelta-scratch-", dir=parent) as made, locked(Path(made)):
         path = Path(made).rename(parent / Path(made).name.removeprefix("."))
         try:
@@ -70,8 +70,8 @@ def _held_directory(parent: Path) -> Iterator[Path]:
 class States:
     """The states of all blocks: `states[block] = state` stores one, iteration yields all on the devices.
 
-    `location` is one of LOCATIONS; for "scratch" the files are in `directory`. The host and the files hold
-    this process' windows of a block.
+    `location` is one of LOCATIONS; for "scratch" the files are in `directory`. States on the host and in
+    files contain only this process' windows of a block.
 
     Raises:
         JaxDeltaError: a file cannot be written.

@@ -1,6 +1,6 @@
-"""The layer-major pass: all tokens go through one layer, which is measured and dropped, then the next.
+"""The layer-major pass: all tokens go through one layer, its update is measured, then the next layer follows.
 
-Layer L + 1 is read while layer L computes: a run needs the memory of two layers, and reads each weight once.
+Layer L + 1 is read while layer L computes: a run needs memory for two layers, and reads each weight once.
 One compiled program serves all layers, or two if some are dense and some have experts.
 
 Axes: B windows of a block, b of them in this process, T tokens of each, D hidden size; W windows of the
@@ -37,8 +37,8 @@ Keep = Callable[[int, int, State], None]  # saves (layer, block, the block's sta
 
 
 class Blocks(NamedTuple):
-    """Number of windows that pass a layer at once, number of queries per window whose scores are computed at
-    once, and the place of the states between two layers, one of LOCATIONS."""
+    """Number of windows computed at once, number of queries per window whose scores are computed at once, and
+    the location of the states between two layers, one of LOCATIONS."""
 
     windows: int
     queries: int
@@ -47,10 +47,10 @@ class Blocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PassPlan:
-    """How a pass computes: by default with all windows in one block.
+    """Options of a pass; by default all windows are one block.
 
-    `compute_dtype` is the dtype of the factors of every product, `residual_dtype` that of the stream. With
-    `all_tokens` a layer's Update has all tokens of a block, not only the counted ones.
+    `compute_dtype` is the dtype of the factors of every product, `residual_dtype` of the residual stream.
+    With `all_tokens` a layer's Update has all tokens of a block, not only the counted ones.
     """
 
     blocks: Blocks | None = None
@@ -61,7 +61,7 @@ class PassPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """The first layer to pass, the blocks' states before it (empty for layer 0), and a function that saves
+    """The first layer to compute, the blocks' states before it (empty for layer 0), and a function that saves
     every new state."""
 
     states: States
@@ -70,8 +70,8 @@ class Resume:
 
 
 class BlockUpdate(NamedTuple):
-    """A layer's Update of a block of windows; for the last layer also `normed`, the Update with the last
-    state taken after the final norm, whose change counts as the MLP's."""
+    """A layer's Update of a block of windows; for the last layer also `normed`, the Update to the state after
+    the final norm, whose change counts as the MLP's."""
 
     update: Update
     normed: Update | None = None
@@ -94,11 +94,12 @@ class PassResult:
 class Sweep:
     """A pass of a text through all layers.
 
-    Iteration yields the layers, and iteration over a layer yields a BlockUpdate per block; blocks that the
-    caller leaves out are passed before the next layer. After the last layer `finish` returns the PassResult.
+    Iteration yields the layers, and iteration over a layer yields a BlockUpdate per block. Blocks that the
+    caller does not ask for are computed before the next layer. After the last layer `finish` returns the
+    PassResult.
 
-    `clock` counts the seconds of read (from disk) and transfer (to the devices), both on another thread, wait
-    (for them), compute (the layers), keep (saving the states) and loss.
+    `clock` measures the seconds of read (from disk) and transfer (to the devices), both on another thread,
+    wait (for them), compute (the layers), keep (saving the states) and loss.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Sweep:
 
     @cached_property
     def _loss_positions(self) -> list[Int32[np.ndarray, " p"]]:
-        """The tokens of each block whose next token's probability is in the loss: the first of the text."""
+        """The positions in each block whose next token is in the loss: the first PROBED of the text."""
         left, positions = PROBED, []
         for block in self.counted:
             followed = np.pad(block[:, 1:], [(0, 0), (0, 1)])
@@ -158,7 +159,7 @@ class Sweep:
         return positions
 
     def trace(self) -> dict[Any, jax.stages.Lowered]:
-        """Lowers the program of every kind of layer, once; called first, it waits for no other trace."""
+        """Lowers the program of every kind of layer, once; before the pass, no other trace holds it up."""
         return self._lowered
 
     @cached_property
@@ -178,7 +179,7 @@ class Sweep:
     def _context(self) -> Context:
         """The layers' Context without the positions of a block."""
         config, shape = self.weights.config, self.tokens[0].shape
-        # Pairs that are split over devices cannot be taken one by one.
+        # Pairs split over devices cannot be computed one by one.
         at_once = shape[0] * config.num_kv_heads if self._devices.model > 1 else None
         return self._devices.put(block_context(config, shape, self._dtypes[0], self.blocks.queries, at_once))
 
@@ -226,7 +227,7 @@ class Sweep:
     def _pass(
         self, index: int, step: Callable[..., Any], final: "_FinalNorm | None"
     ) -> Iterator[BlockUpdate]:
-        """Passes all blocks through a layer, and waits for them, so that the layer can be dropped."""
+        """Computes all blocks of a layer and waits for them, so that the layer's memory can be freed."""
         with contextlib.closing(iter(self._states)) as waiting:
             for block, rows in enumerate(self._rows):
                 state = next(waiting)
@@ -263,7 +264,7 @@ class Sweep:
             self._states[block] = State(h, np.zeros(h.shape, np.float32))
 
     def _enter(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "b T D"]:
-        """The state that enters the first layer; cast by NumPy, which compiles nothing."""
+        """The state entering the first layer; cast by NumPy, which compiles nothing."""
         embeddings = self.weights.embeddings(self._devices.local_windows(tokens))
         return embed(self.weights.config, np.asarray(embeddings), self._dtypes[1])
 
@@ -274,7 +275,7 @@ class Sweep:
             return jax.block_until_ready(layer)
 
     def finish(self) -> PassResult:
-        """Computes the loss; a RuntimeError if layers are left to pass."""
+        """Computes the loss; RuntimeError before the end of the pass."""
         if self._final is None:
             raise RuntimeError("Sweep.finish() must follow the last layer")
         if not self.weights.config.has_head:
@@ -301,7 +302,7 @@ class _FinalNorm:
         self.normed: list[Float32[np.ndarray, "_ D"]] = []
 
     def __call__(self, block: int, ends: Ends, attention: Array, rows: Any) -> Update:
-        """The last layer's Update of a block with its state taken after the norm."""
+        """The last layer's Update of a block to the state after the norm."""
         normed, update, missing, energy = self._program(
             ends, attention, self._weight, rows, self._positions[block]
         )
@@ -312,7 +313,7 @@ class _FinalNorm:
     @property
     def closure_error(self) -> float:
         """‖h_0 + Σδ - h_N‖_F / ‖h_N‖_F."""
-        with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, which the caller looks for
+        with np.errstate(invalid="ignore"):  # ∞/∞ is NaN, which the caller checks for
             return float(np.sqrt(np.divide(self._missing, self._energy)))
 
 
@@ -329,7 +330,7 @@ def _all_of(blocks: Iterator[BlockUpdate]) -> Iterator[Iterator[BlockUpdate]]:
 
 
 def concatenate_blocks(layers: Iterable[Iterable[BlockUpdate]]) -> Iterator[Update]:
-    """Every layer's Update of all blocks; after the last layer's also its normed one, if there is one."""
+    """Each layer's Update of all blocks; after the last layer's also the normed one, if there is one."""
     for blocks in layers:
         updates, normed = map(list, zip(*blocks, strict=True))
         # Yielded without a reference left here, which would keep it in memory.

@@ -36,7 +36,7 @@ def overlaps(analysis: Result) -> Figure:
     cosines = np.abs(analysis.top1_cos)
     chance = isotropic_cos_mean(d)
     maps = [Heatmap("|cos| between first directions v_L", "|cos|", cosines, SHARE, chance, bands)]
-    angles_said = ""
+    explained = ""
     if analysis.principal_cosines is not None:
         angles = analysis.principal_cosines.astype(np.float64)
         shared = np.square(angles).mean(axis=2)
@@ -46,21 +46,21 @@ def overlaps(analysis: Result) -> Figure:
             Heatmap(f"Shared part of the first {k} directions", "mean cos² θ", shared, SHARE, k / d, bands),
             Heatmap("Smallest principal angle", "θ₁ (°)", smallest, (0.0, 90.0), angle, bands, reverse=True),
         ]
-        angles_said = f"θ are the principal angles between the layers' {k} directions; "
-    levels = ", ".join(f"{map_.label} {map_.chance:.3g}" for map_ in maps)
+        explained = f"θ are the principal angles between the layers' {k} directions; "
+    levels = ", ".join(f"{heatmap.label} {heatmap.chance:.3g}" for heatmap in maps)
     has_null = any("null_mean" in row for row in relations.get("adjacent", []))
     return Figure(
         "overlaps",
         "Which layers write the same directions",
         "Bright blocks along the diagonal are groups of layers that write along the same directions; lines "
-        f"separate the phases; {angles_said}random directions give {levels}"
+        f"separate the phases; {explained}random directions give {levels}"
         + (", and chance for neighbours is drawn from their covariance." if has_null else "."),
         (*maps, *_neighbours(analysis, relations)),
     )
 
 
 def phases(analysis: Result) -> Figure:
-    """|cos| within phases, and the number of dimensions that their first directions span."""
+    """|cos| within phases, and the number of dimensions spanned by their first directions."""
     rows = phase_rows(analysis)
     if len(rows) == 1 and rows[0]["layers"] == 1:
         return Figure("phases", "Phases", "One layer: there is nothing to compare.")
@@ -77,18 +77,18 @@ def phases(analysis: Result) -> Figure:
         Panel("|cos| of first directions", names, Axis("mean |cos|", range=SHARE), measured(cosines)),
         rank_panel(names, [ranks]),
     )
-    closer = "chance's 95 % point" if any("null_95" in row for row in intra) else "to all others"
+    reference = "the 95 % point of chance" if any("null_95" in row for row in intra) else "to all others"
     return Figure(
         "phases",
         "Phases",
-        f"Directions are shared where layers of a phase are closer to each other than {closer}, and each "
-        f"layer has its own where the rank is near their number{bars(analysis)}.",
+        f"Layers of a phase share directions if they are closer to each other than {reference}; each layer "
+        f"has its own direction if the rank is close to the number of layers{bars(analysis)}.",
         tuple(panel for panel in panels if panel.series),
     )
 
 
 def phase_rows(analysis: Result) -> list[dict[str, Any]]:
-    """The phases of the view that the verdict uses; of a run without resampling, their cosines alone."""
+    """The phases in the view of the verdict; without resampling, only their cosines."""
     if rows := _verdict_view(analysis).get("phases"):
         return rows
     several = len(analysis.phase_overlap) > 1
@@ -109,7 +109,7 @@ def phase_axis(names: Sequence[str]) -> Axis:
 
 
 def rank_panel(x: Axis, ranks: Sequence[Series]) -> Panel:
-    """Rank of the stacked v_L over their number, by phase, with the verdict's thresholds; maybe empty."""
+    """Rank of the stacked v_L over their number, by phase, with the verdict's thresholds; may be empty."""
     levels = [
         Series(name, x.range or (), [level, level], GREY, dash=dash)
         for name, level, dash in (("few (half)", SHARED_RANK, "dot"), ("its own each", OWN_RANK, "dash"))
@@ -150,22 +150,22 @@ def captures(analysis: Result) -> Figure:
     return Figure(
         "captures",
         title,
-        "Share of v_L inside the first 8 directions of its phase. With the layer among them chance is high "
-        f"too, so only a value without it and above chance is evidence{bars(analysis)}.",
+        "Share of v_L inside the first 8 directions of its phase. If these include the layer's own, chance "
+        f"is high too, so only a value above chance with the layer left out is evidence{bars(analysis)}.",
         tuple(panel for panel in panels if panel.series),
     )
 
 
 def _verdict_view(analysis: Result) -> dict[str, Any]:
-    """The comparison of layers that the verdict uses: without sinks if they were masked."""
+    """The comparison of layers on which the verdict is based: without sinks if they were masked."""
     views = analysis.overlap or {}
     return views.get("masked") or views.get("raw") or {}
 
 
 def _random_angle(k: int, d: int, draws: int = 50) -> float:
-    """The mean smallest angle between k random directions of d and k others, in degrees.
+    """The mean smallest principal angle between two random k-dimensional subspaces of d, in degrees.
 
-    The others may be the first k axes: cos² are the eigenvalues of (XᵀX)⁻¹ X₁ᵀX₁, X₁ the first k rows of X.
+    One may be the first k axes; cos² are then the eigenvalues of (XᵀX)⁻¹ X₁ᵀX₁, X₁ the first k rows of X.
     """
     x = np.random.default_rng(0).normal(size=(draws, d, k))
     first = x[:, :k]
@@ -174,7 +174,7 @@ def _random_angle(k: int, d: int, draws: int = 50) -> float:
 
 
 def _neighbours(analysis: Result, relations: dict[str, Any]) -> list[Panel]:
-    """|cos| of neighbours, drawn between the two: row L compares layers L and L+1."""
+    """|cos| of neighbouring layers L and L+1, drawn at L + 1/2."""
     rows = relations.get("adjacent") or [
         {"L": layer, "abs_cos": abs(cosine)} for layer, cosine in enumerate(analysis.top1_cos_adjacent)
     ]
@@ -206,6 +206,6 @@ def _null(x: Sequence[Number], entries: Sequence[dict[str, Any]], kind: str = "l
 def with_intervals(
     name: str, x: Sequence[Number], entries: Sequence[dict[str, Any]], color: str, kind: str = "line"
 ) -> Series:
-    """A series of the JSON's entries: their `value`, and their `interval` if there is one."""
+    """A series of JSON entries with their `value` and, if there is one, their `interval`."""
     values, bounds = [entry.get("value") for entry in entries], [entry.get("interval") for entry in entries]
     return Series(name, x, values, color, kind, bounds=bounds)

@@ -1,4 +1,4 @@
-"""Figures as plain data: built by `layers` and `across_layers`, drawn by Plotly or matplotlib."""
+"""Figures as plain data, built by `layers` and `across_layers` and drawn by Plotly or matplotlib."""
 
 import dataclasses
 import itertools
@@ -14,8 +14,8 @@ ORDER = (BLUE, ORANGE, GREEN, PURPLE, YELLOW)  # of compared runs
 GREY = "#888888"  # chance and other references
 DEPTH = (BLUE, PURPLE, YELLOW)  # from the first layer to the last
 MAP = "viridis"  # perceptually uniform
-SHARE = (0.0, 1.0)  # the whole range of a share, or of a |cos|
-Number = float | int  # beartype does not take an int for a float
+SHARE = (0.0, 1.0)  # the range of a share or of a |cos|
+Number = float | int  # beartype does not accept an int as a float
 Numbers = Sequence[Number | None]
 Band = tuple[int, int, str]
 
@@ -96,7 +96,7 @@ class Heatmap:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Panels under one title. `name` is that of its files; if there are no panels, the caption says why."""
+    """Panels under one title. `name` is that of its files; without panels, the caption gives the reason."""
 
     name: str
     title: str
@@ -105,33 +105,33 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The caption, and the zeros that its axes leave out."""
+        """The caption, and the zeros missing on its axes."""
         left_out = (panel.left_out for panel in self.panels if isinstance(panel, Panel))
         return " ".join([self.caption, *filter(None, left_out)])
 
 
 def phase_bands(analysis: Result) -> tuple[Band, ...]:
-    """(first layer, last layer, name) of every run of layers of one phase."""
+    """(first layer, last layer, name) of each run of layers of one phase."""
     runs = itertools.groupby(analysis.per_layer, key=lambda row: row["phase"])
     layers = ((name, [row["L"] for row in rows]) for name, rows in runs)
     return tuple((numbers[0], numbers[-1], name) for name, numbers in layers)
 
 
 def bars(analysis: Result) -> str:
-    """The caption's words on intervals; empty for a run without them."""
-    there = any("intervals" in row for row in analysis.per_layer)
-    return "; bars are 95 % intervals over documents" if there else ""
+    """The end of a caption that explains intervals; empty for a run without them."""
+    resampled = any("intervals" in row for row in analysis.per_layer)
+    return "; bars are 95 % intervals over documents" if resampled else ""
 
 
-def measured(series: Iterable[Series | None]) -> tuple[Series, ...]:
+def measured(series: Iterable[Series]) -> tuple[Series, ...]:
     """The series with at least one value."""
-    return tuple(one for one in series if one and any(value is not None for value in one.y))
+    return tuple(line for line in series if any(value is not None for value in line.y))
 
 
 def by_layer(
-    analysis: Result, title: str, y: Axis, series: Iterable[Series | None], hover: str = "layer %{x}"
+    analysis: Result, title: str, y: Axis, series: Iterable[Series], hover: str = "layer %{x}"
 ) -> Panel:
-    """A panel over all layers with the phases behind; series without values are left out."""
+    """A panel over all layers with the phases in the background; series without values are left out."""
     x = Axis("layer", range=(-0.5, analysis.num_layers - 0.5), hover=hover)
     return Panel(title, x, y, measured(series), phase_bands(analysis))
 

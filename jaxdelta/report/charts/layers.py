@@ -1,4 +1,4 @@
-"""The figures of a run: panels, titles and captions. Labels and units of statistics are the registry's."""
+"""The figures of a run: panels, titles and captions. Labels and units come from the registry."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ from jaxdelta.spectra.views import ALL, view_of
 from jaxdelta.statistics.per_layer.registry import Number, Statistic, shown
 
 SPECTRUM_POINTS = 48
-MOST_NAMED = 4  # layers in a sentence
+MOST_NAMED = 4  # largest number of layers named in a sentence
 
 
 def figures(analysis: Result) -> list[Figure]:
@@ -42,9 +42,8 @@ def norms(analysis: Result) -> Figure:
     return Figure(
         "norms",
         "How much each layer writes",
-        "The update's length compared with the state's, their ratio, its strength along the first direction, "
-        "σ₁ (γ_L of the hypothesis), and whether a layer amplifies the state (cosine above 0) or erases it "
-        "(below 0); "
+        "Norms of update and state, their ratio, the update's strength along its first direction, σ₁ (γ_L of "
+        "the hypothesis), and whether a layer amplifies the state (cosine above 0) or erases it (below 0); "
         f"means over tokens{bars(analysis)}.",
         _panels(analysis, "norms", {"raw": BLUE}),
     )
@@ -54,12 +53,12 @@ def ranks(analysis: Result) -> Figure:
     """Effective ranks and energy fractions by view, and the steadiness of v_L."""
     views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {}) | {"centred": GREEN}
     resampled = "split_half_cos" in analysis.per_layer[0]
-    steady = "; v_L is noise where its |cos| with that of another text is low" if resampled else ""
+    steady = "; v_L is noise if its |cos| with the v_L of another text is low" if resampled else ""
     return Figure(
         "ranks",
         "How many directions a layer writes",
-        "With a low effective rank the updates of all tokens lie along few directions; where the energy of "
-        "the mean update is high too, the first of them is one push given to every token; "
+        "With a low effective rank the updates of all tokens lie along few directions. If the energy of the "
+        "mean update is high too, the first direction is one vector added to every token; "
         f"{_masking(analysis)}{steady}{bars(analysis)}.",
         _panels(analysis, "ranks", views),
     )
@@ -85,15 +84,17 @@ def _panels(analysis: Result, figure: str, views: dict[str, str]) -> tuple[Panel
     return tuple(panel for panel in panels if panel.series)
 
 
-def _by_view(analysis: Result, statistic: Statistic, views: dict[str, str]) -> list[Series | None]:
-    """A statistic in several views, and that of the control."""
+def _by_view(analysis: Result, statistic: Statistic, views: dict[str, str]) -> list[Series]:
+    """A statistic in several views and of the control."""
     names = views if len(views) > 1 else {"run": BLUE}
     lines = [
-        column(analysis, statistic, name, color, view=view)
+        _column(analysis.per_layer, statistic, name, color, view)
         for (name, color), view in zip(names.items(), views, strict=True)
     ]
-    more = _steadiness(analysis) if statistic.name == "split_half_cos" else []
-    return [*lines, _control(analysis, statistic), *more]
+    if control := analysis.control:
+        name = f"control: {control['name']}"
+        lines.append(_column(control["per_layer"], statistic, name, GREY, dash="dash"))
+    return lines + (_steadiness(analysis) if statistic.name == "split_half_cos" else [])
 
 
 def _together(analysis: Result, some: Sequence[Statistic], views: Iterable[str]) -> list[Series]:
@@ -103,7 +104,7 @@ def _together(analysis: Result, some: Sequence[Statistic], views: Iterable[str])
     for statistic, color in zip(some, itertools.cycle(ORDER), strict=False):
         for view, dash in dashes.items():
             name = statistic.label + (f", {view}" if len(dashes) > 1 else "")
-            series.append(column(analysis, statistic, name, color, view=view, dash=dash))
+            series.append(_column(analysis.per_layer, statistic, name, color, view, dash))
     return series
 
 
@@ -179,7 +180,7 @@ def owners(analysis: Result) -> Figure:
     title = "Who owns σ₁"
     views = {"raw": BLUE} | ({"masked": ORANGE} if has_sinks(analysis) else {})
     (share,) = shown("owners")
-    top = [column(analysis, share, view, color, view=view) for view, color in views.items()]
+    top = [_column(analysis.per_layer, share, view, color, view) for view, color in views.items()]
     points = [series for view, color in views.items() if (series := _owning(analysis, view, color)).x]
     if not points:
         return Figure("owners", title, "Not measured: it needs --bootstrap or --null_draws.")
@@ -187,8 +188,8 @@ def owners(analysis: Result) -> Figure:
     return Figure(
         "owners",
         title,
-        "Share of σ₁² that the most influential tokens account for. Near 1, the first direction describes a "
-        "few tokens and not the text. Dots: the five most influential tokens, area proportional to share.",
+        "Share of σ₁² of the most influential tokens. Near 1, the first direction describes a few tokens and "
+        "not the text. Dots: the five most influential tokens, area proportional to share.",
         (
             by_layer(analysis, share.title, axis(share), top),
             by_layer(analysis, "Where the owners stand", positions, points),
@@ -197,12 +198,12 @@ def owners(analysis: Result) -> Figure:
 
 
 def has_sinks(analysis: Result) -> bool:
-    """Whether the masked view of any layer leaves out a token."""
+    """Whether a token is missing from the masked view of any layer."""
     return any((view := view_of(row, "masked")) and view["n"] != row["n"] for row in analysis.per_layer)
 
 
 def sinks_left(row: dict[str, Any]) -> int:
-    """The number of sinks that the masked views of a layer still contain."""
+    """The number of sinks left in the masked views of a layer."""
     return max((view_of(row, name) or {}).get("sinks_left", 0) for name, view in ALL.items() if view.masked)
 
 
@@ -213,21 +214,19 @@ def sinks_left_in(analysis: Result) -> str:
     return f"sinks left in: {', '.join(counts[:MOST_NAMED])}{more}" if counts else ""
 
 
-def column(
-    analysis: Result, statistic: Statistic, name: str, color: str, *, view: str = "raw", dash: str = "solid"
+def _column(
+    rows: list[dict[str, Any]],
+    statistic: Statistic,
+    name: str,
+    color: str,
+    view: str = "raw",
+    dash: str = "solid",
 ) -> Series:
     """A statistic of all layers in a view, with its intervals if it has any."""
-    rows = [view_of(row, view) or {} for row in analysis.per_layer]
-    layers = [row["L"] for row in analysis.per_layer]
-    bounds = [row.get("intervals", {}).get(statistic.name) for row in rows]
-    return Series(name, layers, [statistic.of(row) for row in rows], color, dash=dash, bounds=bounds)
-
-
-def _control(analysis: Result, statistic: Statistic) -> Series | None:
-    if analysis.control is None:
-        return None
-    rows, name = analysis.control["per_layer"], f"control: {analysis.control['name']}"
-    return Series(name, [row["L"] for row in rows], [statistic.of(row) for row in rows], GREY, dash="dash")
+    views = [view_of(row, view) or {} for row in rows]
+    bounds = [row.get("intervals", {}).get(statistic.name) for row in views]
+    values = [statistic.of(row) for row in views]
+    return Series(name, [row["L"] for row in rows], values, color, dash=dash, bounds=bounds)
 
 
 def _masking(analysis: Result) -> str:
@@ -243,7 +242,7 @@ def _masking(analysis: Result) -> str:
 
 
 def _steadiness(analysis: Result) -> list[Series]:
-    """|cos| of v_L with that of other draws of documents, if it was measured."""
+    """|cos| of v_L with the v_L of other draws of documents, if measured."""
     draws = (analysis.overlap or {}).get("raw", {}).get("v1_stability", [])
     bounds = [(row["low"], row["median"]) for row in draws]
     layers, medians = [row["L"] for row in draws], [row["median"] for row in draws]
@@ -252,7 +251,7 @@ def _steadiness(analysis: Result) -> list[Series]:
 
 
 def _owning(analysis: Result, view: str, color: str) -> Series:
-    """The positions of the tokens that own most of σ_1."""
+    """The positions of the tokens with the largest shares of σ_1²."""
     tokens = [
         token | {"layer": row["L"]}
         for row in analysis.per_layer

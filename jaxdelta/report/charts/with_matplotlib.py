@@ -26,7 +26,7 @@ WIDTH, PANEL_HEIGHT, MAP_HEIGHT = 11.0, 3.4, 4.6  # inches
 
 
 def pictures(analysis: Result, directory: Path) -> dict[Path, bytes]:
-    """Every figure of a run as PNG and PDF, and captions.md; contents by path."""
+    """The figures of a run as PNG and PDF, and captions.md: contents by path."""
     files, captions = {}, [f"# Figures of {analysis.model}"]
     for figure in contents.figures(analysis):
         if not figure.panels:
@@ -34,7 +34,7 @@ def pictures(analysis: Result, directory: Path) -> dict[Path, bytes]:
         picture = draw(figure)
         for ending in FORMATS:
             buffer = io.BytesIO()
-            # No date: equal runs give equal files.
+            # Without a date, so that equal runs give equal files.
             picture.savefig(buffer, format=ending[1:], dpi=150, metadata=_METADATA[ending])
             files[directory / f"{figure.name}{ending}"] = buffer.getvalue()
         captions.append(f"## {figure.title}\n\n![{figure.title}]({figure.name}.png)\n\n{figure.text}")
@@ -46,14 +46,14 @@ _METADATA: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".pdf
 
 
 def draw(figure: Figure) -> Picture:
-    """A figure as a picture that no notebook or window displays."""
+    """A figure as a picture outside pyplot, which no notebook or window displays."""
     picture = Picture(layout="constrained")
     _fill(picture, figure.panels)
     return picture
 
 
 def on_new(panels: Sequence[Panel | Heatmap]) -> "list[Axes]":
-    """Panels in a new pyplot picture, which a notebook displays."""
+    """Axes of a new pyplot picture of these panels, which a notebook displays."""
     return _fill(plt.figure(layout="constrained"), panels)
 
 
@@ -137,7 +137,7 @@ def _draw_series(series: Series, panel: Panel, axes: "Axes") -> None:
 
 
 def _stack(name: str, color: str, x: np.ndarray, y: np.ndarray, axes: "Axes") -> None:
-    """Stacks bars on those of the axes, positive values upwards and negative ones downwards."""
+    """Stacks bars on the bars already drawn, positive values upwards and negative ones downwards."""
     y, base = np.nan_to_num(y), np.zeros(len(y))
     for bars in axes.containers:
         heights = np.array([bar.get_height() for bar in bars])

@@ -1,6 +1,6 @@
-"""Panels as Plotly's JSON, made of plain dictionaries, so that plotly.py is not imported.
+"""Panels as Plotly's JSON, built from plain dictionaries, so that plotly.py is not imported.
 
-Colours of text, grid and background are set by page.css; only those of the data are set here.
+Colours of text, grid and background are set by page.css, colours of the data here.
 """
 
 import html
@@ -30,7 +30,7 @@ def rounded(values: Iterable[Any]) -> list[float | None]:
 
 
 def escaped(text: str) -> str:
-    """The text without HTML, a part of which Plotly interprets."""
+    """The text with HTML escaped, which Plotly would interpret in part."""
     return html.escape(text, quote=False)
 
 
@@ -43,7 +43,7 @@ def _lines(panel: Panel) -> dict[str, Any]:
         **_frame(LINES_HEIGHT, panel.bands),
         "xaxis": _axis(panel.x) | {"unifiedhovertitle": {"text": panel.x.hover}},
         "yaxis": _axis(panel.y) | {"zeroline": not panel.y.log} | _log_ticks(panel),
-        "showlegend": False,  # the page has its own, which wraps
+        "showlegend": False,  # the page has its own legend, which wraps
         "hovermode": "closest" if panel.depth or points or panel.x.names else "x unified",
         "barmode": "relative",
         "shapes": [_shade(band, i) for i, band in enumerate(panel.bands)],
@@ -82,7 +82,7 @@ def _marker(series: Series) -> dict[str, Any]:
         return {"color": color, "opacity": 0.55, "size": rounded(sizes), "line": line}
     if series.kind != "points":
         return {"color": color, "size": 4}
-    # Chance is a wide stroke, so that a phase's own value is seen above or below it.
+    # Chance is a wide stroke, so that a phase's value stays visible above or below it.
     size, symbol = (9, "circle") if solid else (22, "line-ew")
     line = {"color": color, "width": {"solid": 0, "dash": 2.5, "dot": 1}[series.dash]}
     return {"color": color, "size": size, "symbol": symbol, "line": line}
@@ -105,7 +105,7 @@ def _error_bars(series: Series) -> dict[str, Any]:
 
 
 def _depth_scale(layers: int) -> dict[str, Any]:
-    """A trace without points that shows the colour scale of layers."""
+    """A trace without points for the colour scale of layers."""
     steps = [[i / (len(DEPTH) - 1), color] for i, color in enumerate(DEPTH)]
     scale = {"cmin": 0, "cmax": max(layers - 1, 1), "colorscale": steps, "showscale": True}
     marker = {"color": [0], **scale, "colorbar": _color_bar("layer")}
@@ -180,7 +180,7 @@ def _log_ticks(panel: Panel) -> dict[str, Any]:
 
 
 def _shade(band: Band, number: int) -> dict[str, Any]:
-    """A phase behind the data, light and dark in turn."""
+    """A phase's background, alternately light and dark."""
     corners = {"x0": band[0] - 0.5, "x1": band[1] + 0.5, "y0": 0, "y1": 1, "yref": "paper"}
     fill = {"fillcolor": BAND.format((0.05, 0.14)[number % 2]), "line": {"width": 0}, "layer": "below"}
     return {"type": "rect", **corners, **fill}

@@ -32,7 +32,7 @@ Bands = tuple[tuple[float | None, Bounds], ...]  # mean and interval in each ban
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A statistic in a band of depth; `apart`: its interval and that of the first run do not overlap."""
+    """A statistic in a band of depth; `apart`: its interval does not overlap with the first run's."""
 
     value: float | None
     interval: Bounds = None
@@ -62,7 +62,7 @@ class Pair:
         cosines: |⟨v_L, v_M⟩|.
         shared: mean cos² θ, θ the principal angles between the first k directions.
         angles: θ of layer L with layer L, in degrees, ascending.
-        p: P(|cos| of random directions ≥ that of L and L).
+        p: probability that random directions have at least the |cos| of L and L.
         cos_chance, shared_chance: E|cos| and mean cos² θ = k/d of random directions.
     """
 
@@ -87,7 +87,10 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`. `left_out`: why runs have no pair; `phases` are ordered by name, then run."""
+    """The result of `compare`.
+
+    `left_out` names the runs whose directions are not compared; `phases` are ordered by name, then run.
+    """
 
     runs: tuple[Result, ...]
     labels: tuple[str, ...]
@@ -107,15 +110,12 @@ class Comparison:
 
 
 def compare(runs: Sequence[Result], labels: Sequence[str], bands: int | None = None) -> Comparison:
-    """Compares two to five runs with the first of them.
+    """Compares two to five runs, with different labels, with the first of them.
 
-    Args:
-        runs: the runs.
-        labels: their names, all different.
-        bands: number of bands of depth; by default ten, or the number of layers of the shallowest run.
+    `bands` is the number of bands of depth: by default ten, at most the layers of the shallowest run.
 
     Raises:
-        UsageError: too few or too many runs or bands, labels that are missing or equal.
+        UsageError: too few or too many runs or bands, or missing or equal labels.
     """
     if not 2 <= len(runs) <= MOST_RUNS:
         raise UsageError(f"two to {MOST_RUNS} runs can be compared, not {len(runs)}")
@@ -171,7 +171,7 @@ def _check(run: Result) -> None:
 
 
 def labels_of(runs: Sequence[Result], paths: Sequence[Path]) -> list[str]:
-    """The names of the models; if two are equal, those of the files; if these are, the paths."""
+    """The names of the models; if two are equal, of the files; if these are equal too, the paths."""
     choices = [Path(run.model).name for run in runs], [path.stem for path in paths], [*map(str, paths)]
     return next((names for names in choices if all(names) and len(set(names)) == len(names)), choices[-1])
 
@@ -213,16 +213,16 @@ def _in_band(curve: Curve, low: float, high: float, log: bool) -> tuple[float | 
 
 
 def steadiness(run: Result) -> list[float | None]:
-    """The median |cos| of every layer's v_L with that of other draws of documents; None if not measured.
+    """Median |cos| of each layer's v_L with the v_L of other draws of documents; None if not measured.
 
-    It is the most that can be expected of another run.
+    An upper limit of the |cos| to be expected from another run.
     """
     medians = {row["L"]: row["median"] for row in (run.overlap or {}).get("raw", {}).get("v1_stability", ())}
     return [medians.get(layer) for layer in range(run.num_layers)]
 
 
 def _compared(runs: Sequence[Result], bands: int) -> list[Compared]:
-    """Every statistic that a run has, raw, and masked if sinks change it."""
+    """Every statistic of any run, raw, and masked if sinks change it."""
     views = ("raw", "masked") if any(map(has_sinks, runs)) else ("raw",)
     compared: list[Compared] = []
     for measure in MEASURES:
@@ -237,7 +237,7 @@ def _compared(runs: Sequence[Result], bands: int) -> list[Compared]:
 
 
 def _parts(bands: Bands | None, first: Bands | None) -> tuple[Part, ...] | None:
-    """The bands, marked where their interval does not overlap that of the first run (see `page.METHOD`)."""
+    """The bands, marked if their interval does not overlap with the first run's (see `page.METHOD`)."""
     if bands is None:
         return None
     return tuple(
@@ -247,7 +247,7 @@ def _parts(bands: Bands | None, first: Bands | None) -> tuple[Part, ...] | None:
 
 
 def _pairs(runs: Sequence[Result]) -> list[Pair]:
-    """The first run with each run of the same shape, by the directions that all of them have."""
+    """The first run with each run of the same shape, by the directions common to all of them."""
     same_shape = {i: run for i, run in enumerate(runs) if _same_shape(runs[0], run)}
     k = min(run.directions.shape[1] for run in same_shape.values())
     return [_pair(runs[0], run, other, k) for other, run in same_shape.items() if other]
@@ -275,7 +275,7 @@ def _same_shape(first: Result, run: Result) -> bool:
 
 
 def _left_out(runs: Sequence[Result], labels: Sequence[str]) -> str:
-    """Why the directions of some runs are not compared; empty if all are."""
+    """A sentence on the runs whose directions are not compared; empty if all are."""
     others = [
         f"{label} ({run.num_layers} layers of hidden size {run.hidden})"
         for run, label in zip(runs, labels, strict=True)

@@ -1,4 +1,4 @@
-"""The statistics by which runs are compared: registered ones, the ledger, and overlaps between layers."""
+"""The statistics compared between runs: registered ones, the ledger, and overlaps between layers."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from jaxdelta.spectra.views import view_of
 from jaxdelta.statistics.per_layer.registry import Statistic, shown
 
 Bounds = tuple[Number, Number] | None
-Value = tuple[Number, Number | None, Any]  # place in layers, value, interval or None
+Value = tuple[Number, Number | None, Any]  # position in layers, value, interval or None
 
 
 class Curve(NamedTuple):
-    """Values and intervals of a run; place L is layer L, place L + 1/2 lies between it and the next."""
+    """Values and intervals of a run; place L is layer L, place L + 1/2 is between layers L and L + 1."""
 
     places: tuple[Number, ...]
     values: Numbers
@@ -30,7 +30,7 @@ class Curve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A statistic of comparisons: title and axis of its panel, and the name of its figure.
+    """A compared statistic: title and axis of its panel, and the name of its figure.
 
     `read` yields its values in a view of a run; nothing if the run or the view lacks it.
     """

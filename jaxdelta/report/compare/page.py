@@ -30,14 +30,14 @@ DEPTH = Axis("relative depth (L + ½)/N", range=(0.0, 1.0), hover="depth %{x}")
 WORDS = {
     "norms": (
         "How much the layers write",
-        "The update's length and the state's, their ratio, and whether a layer amplifies the state (cosine "
-        "above 0) or erases it (below 0); means over tokens",
+        "Norms of update and state, their ratio, and whether a layer amplifies the state (cosine above 0) or "
+        "erases it (below 0); means over tokens",
     ),
     "ranks": (
         "How many directions the layers write",
-        "With a low effective rank the updates of all tokens lie along few directions; where the energy of "
-        "the mean update is high too, the first of them is one push given to every token; v_L is noise where "
-        "two halves of the text disagree on it",
+        "With a low effective rank the updates of all tokens lie along few directions; if the energy of the "
+        "mean update is high too, the first direction is one vector added to every token; v_L is noise in "
+        "layers where two halves of the text disagree on it",
     ),
     "ledger": (
         "What attention writes and what the MLP writes",
@@ -51,11 +51,11 @@ WORDS = {
 }
 METHOD = (
     "Layer L of N lies at relative depth (L + ½)/N and covers L/N to (L + 1)/N. The value of a band is the "
-    "mean over layers, weighted by their length inside the band: geometric where the axis is logarithmic, "
-    "else arithmetic. The ends of its interval are the means of the layers' ends; the deviation of a mean is "
-    "at most the mean of the deviations, so the interval is conservative. Two 95 % intervals that do not "
-    "overlap mean a difference at the 5 % level or below, whether or not the runs share a text; that two "
-    "overlap says nothing (Schenker & Gentleman 2001, The American Statistician 55:182). There is no "
+    "mean over layers, weighted by their length inside the band: geometric for a logarithmic axis, otherwise "
+    "arithmetic. The ends of its interval are the means of the layers' ends; the deviation of a mean is at "
+    "most the mean of the deviations, so the interval is conservative. Two 95 % intervals without overlap "
+    "mean a difference at the 5 % level or below, whether or not the runs share a text; an overlap is no "
+    "evidence of equality (Schenker & Gentleman 2001, The American Statistician 55:182). There is no "
     "correction for multiple comparisons: of a hundred equal statistics, up to five may be marked."
 )
 
@@ -137,14 +137,8 @@ def _directions(comparison: Comparison) -> Figure:
     k, layers = pairs[0].k, len(pairs[0].p)
 
     def panel(name: str, axis: str, matrix: str, level: float, more: Iterable[Series] = ()) -> Panel:
-        lines = [
-            _line(
-                f"{labels[0]} and {labels[pair.other]}",
-                np.diagonal(getattr(pair, matrix)),
-                ORDER[pair.other],
-            )
-            for pair in pairs
-        ]
+        diagonals = [(pair.other, np.diagonal(getattr(pair, matrix))) for pair in pairs]
+        lines = [_line(f"{labels[0]} and {labels[i]}", values, ORDER[i]) for i, values in diagonals]
         random = _line("random directions", [level] * layers, GREY, "dot")
         return Panel(name, DEPTH, Axis(axis, range=SHARE), (*lines, *more, random))
 
@@ -152,17 +146,14 @@ def _directions(comparison: Comparison) -> Figure:
         _line(f"{labels[run]}, other draws of its text", steadiness(comparison.runs[run]), ORDER[run], "dash")
         for run in (0, *(pair.other for pair in pairs))
     ]
-    cos, shared, part = (
-        pairs[0].cos_chance,
-        pairs[0].shared_chance,
-        f"Shared part of the first {k} directions",
-    )
+    cos, shared = pairs[0].cos_chance, pairs[0].shared_chance
+    part = f"Shared part of the first {k} directions"
     return Figure(
         "directions",
         title,
         "|cos| of the first directions of layer L in two runs, and the shared part of their first "
-        f"{k} directions, θ their principal angles. No other run can be expected to come closer than "
-        f"the run's own text drawn anew (dashed). {comparison.left_out}".strip(),
+        f"{k} directions, θ their principal angles. Another run cannot be expected to come closer than "
+        f"resampled documents of the run's own text (dashed). {comparison.left_out}".strip(),
         (
             panel("|cos| between the runs", "|cos| of both v_L (no unit)", "cosines", cos, measured(steady)),
             panel(part, "mean cos² θ (no unit)", "shared", shared),
@@ -177,7 +168,7 @@ def _line(name: str, values: Iterable[Any], color: str, dash: str = "solid") -> 
 
 
 def _maps(comparison: Comparison, pair: Pair) -> tuple[Heatmap, Heatmap]:
-    """Every layer of the first run with every layer of the other."""
+    """Each layer of the first run with each layer of the other."""
     bands = phase_bands(comparison.runs[0])
     sides = f"{comparison.labels[0]} down, {comparison.labels[pair.other]} across"
     return (
@@ -211,8 +202,8 @@ def _phase_figure(comparison: Comparison) -> Figure:
 
 def _band_table(comparison: Comparison) -> Iterator[Element]:
     yield element("h2", "By bands of depth")
-    said = f"Marked: the 95 % interval does not overlap that of {comparison.labels[0]}."
-    yield element("p", said, class_="faint")
+    legend = f"Marked: the 95 % interval does not overlap with that of {comparison.labels[0]}."
+    yield element("p", legend, class_="faint")
     rows: list[Sequence[Any] | Element] = []
     for compared in comparison.compared:
         title = (compared.title, " ", element("small", compared.measure.axis.label))

@@ -1,4 +1,4 @@
-"""Settings of compared runs (models, texts, dtypes, flags), and cautions on their differences."""
+"""Settings of compared runs (models, texts, dtypes, flags), and cautions about their differences."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ CLOSE = 1.05  # ratio of tokens per dimension that needs no caution
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A property of every run; `chosen`: an input and not a result."""
+    """A property of each run; `chosen`: an input, not a result."""
 
     name: str
     values: tuple[str, ...]
@@ -27,7 +27,7 @@ class Setting:
 
 
 def settings(runs: Sequence[Result]) -> tuple[Setting, ...]:
-    """The inputs of each run, every other flag that differs, and last the loss and the closure."""
+    """The inputs of each run, all other flags that differ, and finally the loss and the closure."""
     rows = [*map(_facts, runs)]
     flags = [run.run.get("flags", {}) for run in runs]
     for name in dict.fromkeys(name for of_run in flags for name in of_run if name not in TOLD | IDLE):
@@ -98,14 +98,14 @@ def _about_runs(runs: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
 def _about_differences(runs: Sequence[Result]) -> Iterator[str]:
     texts = [run.run.get("text_fingerprint") for run in runs]
     if None in texts:
-        yield "Not all runs say which text they saw: a difference may be due to the text."
+        yield "Not all runs identify their text: a difference may be due to the text."
     elif len(set(texts)) > 1:
         yield "The runs saw different tokens: a difference may be due to the text and not to the model."
     densities = [_density(run) for run in runs]
     if max(densities) > CLOSE * min(densities):
         yield (
-            f"Tokens per dimension go from {min(densities):.3g} to {max(densities):.3g}: ranks read lower, "
-            "and shares along v_L higher, where they are few."
+            f"Tokens per dimension range from {min(densities):.3g} to {max(densities):.3g}: with few of them "
+            "ranks are underestimated and shares along v_L overestimated."
         )
     if len({run.hidden for run in runs}) > 1:
         yield "Hidden sizes differ: compare shares and ratios, not norms and ranks."

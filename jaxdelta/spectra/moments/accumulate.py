@@ -1,6 +1,6 @@
-"""Summaries of the layers of a text that is too long to keep its updates: moments, and a few rows set aside.
+"""Summaries of layers from moments: texts too long to keep their updates leave moments and a few rows.
 
-Axes: n tokens that count, s of them set aside; B windows of a block, T tokens of each; P parts, G groups, d
+Axes: n counted tokens, s of them set aside; B windows of a block, T tokens of each; P parts, G groups, d
 hidden size.
 """
 
@@ -17,29 +17,28 @@ from jaxtyping import Bool, Float64, Int
 from jaxdelta.spectra.moments.kernels import MomentKernels, one_device_kernels
 from jaxdelta.spectra.moments.summary import FrameCoordinates, LayerMoments, SetAsideTokens
 from jaxdelta.spectra.moments.sums import BlockTokens, Moments, assembled, parts_of
-from jaxdelta.spectra.scheduler import Finish, Schedule, Workers
+from jaxdelta.spectra.scheduler import Finish, Schedule, Summaries
 from jaxdelta.spectra.view_summary import MeasurementPlan
 from jaxdelta.spectra.views import parts_of_views
 from jaxdelta.sweep.sweep import BlockUpdate, Update
 
-# A token whose state is longer than this times the sinks' bound, as far as the median is known, is set aside.
-_SUSPECT = 0.5
+_SUSPECT = 0.5  # A token is set aside if its state's norm exceeds this times the bound of sinks so far.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextBlocks:
-    """The tokens of the text as it passes, block by block, and the number of their groups."""
+    """The tokens of a text by blocks of windows, and the number of their groups."""
 
     blocks: list[BlockTokens]
     groups: int
 
     @classmethod
     def of(cls, counted: list[Bool[np.ndarray, "B T"]], owners: Int[np.ndarray, " n"]) -> "TextBlocks":
-        """Of blocks of windows, and the group of each of their tokens that count."""
+        """From the mask of counted tokens of each block, and the group of every counted token."""
         ends = np.cumsum([block.sum() for block in counted])[:-1]
         filled = [np.full(block.shape, -1, np.int32) for block in counted]
-        for block, which, own in zip(filled, counted, np.split(owners, ends), strict=True):
-            block[which] = own
+        for block, mask, groups in zip(filled, counted, np.split(owners, ends), strict=True):
+            block[mask] = groups
         visited = [[np.unique(window[window >= 0]) for window in block] for block in filled]
         most = max(1, *(len(groups) for block in visited for groups in block))
 
@@ -52,12 +51,15 @@ class TextBlocks:
 
 
 def moment_bytes(parts: int, groups: int, hidden: int) -> int:
-    """Bytes of a layer's moments, those of the layer before, and the three matrices in which it is solved."""
+    """Bytes reserved for moments: three times those of a layer, and five d×d matrices to solve one."""
     return 8 * hidden**2 * (3 * parts * groups + 5)
 
 
-class MomentSummaries(Workers):
-    """Summaries from moments: a layer is solved while the next passes, one layer on each device at a time."""
+class MomentSummaries(Summaries):
+    """Summaries from moments; every device solves one layer at a time, while the next is computed.
+
+    `keep` is called with the number and the moments of each layer.
+    """
 
     def __init__(
         self,
@@ -74,19 +76,16 @@ class MomentSummaries(Workers):
         self._clock, self._numbers = schedule.clock, itertools.count(schedule.start)
 
     def add(self, layer: Iterable[BlockUpdate]) -> Iterator[Any]:
-        """Takes a layer, block by block; yields what is ready.
-
-        `keep` is called with the number and the moments of each layer.
-        """
-        sums = [MomentAccumulator(self._text, self._plan, self._kernels) for _ in range(2)]
-        for block, wrote in enumerate(layer):
-            with self._clock("compute"):  # the device does one with the other
-                for own, update in zip(sums, wrote, strict=True):
+        """See `Summaries.add`."""
+        accumulators = [MomentAccumulator(self._text, self._plan, self._kernels) for _ in range(2)]
+        for block, updates in enumerate(layer):
+            with self._clock("compute"):  # includes the layer itself: the device overlaps the two
+                for accumulator, update in zip(accumulators, updates, strict=True):
                     if update:
-                        own.add(block, update)
-        for own in sums[: 1 + bool(wrote.normed)]:
-            own.add_up()
-            yield from self.submit(partial(self._summarise, next(self._numbers), own))
+                        accumulator.add(block, update)
+        for accumulator in accumulators[: 1 + bool(updates.normed)]:
+            accumulator.add_up()
+            yield from self.submit(partial(self._summarise, next(self._numbers), accumulator))
 
     def _summarise(self, number: int, sums: "MomentAccumulator") -> list[Any]:
         with self._clock("spectra"):
@@ -97,7 +96,7 @@ class MomentSummaries(Workers):
 
 
 class MomentAccumulator:
-    """Takes a layer's update block by block, and gives the moments of all of it."""
+    """Accumulates a layer's update block by block into its moments."""
 
     def __init__(self, text: TextBlocks, plan: MeasurementPlan, kernels: MomentKernels):
         self._text, self._plan, self._kernels = text, plan, kernels
@@ -112,7 +111,7 @@ class MomentAccumulator:
     _moments: Moments
 
     def add(self, block: int, update: Update) -> None:
-        """Adds what the layer wrote into a block, all its tokens."""
+        """Adds the update of all tokens of a block."""
         tokens = self._text.blocks[block]
         counted = np.flatnonzero(tokens.counted)
         with jax.enable_x64(True):
@@ -128,13 +127,13 @@ class MomentAccumulator:
             self._moments, coordinates = self._kernels.add_block(
                 self._moments, self._frame, update, tokens._replace(counted=kept), self._parts
             )
-        self._take()  # the block before this one, which the device has done
+        self._take()  # the previous block, which the device has finished
         self._waiting.append((update, tokens, aside, coordinates))
 
     def _suspects(self) -> Bool[np.ndarray, " m"]:
-        """Which tokens of the newest block may be sinks of the whole text.
+        """Mask of the latest block's tokens that may be sinks of the whole text.
 
-        Their squared state, entering or leaving, is beyond a bound from the median of all tokens so far.
+        Their squared norm, entering or leaving, exceeds a bound from the median of all tokens so far.
         """
         suspects = np.zeros(len(self._tables[-1]["entering"]), bool)
         if self._masked:
@@ -148,7 +147,7 @@ class MomentAccumulator:
         return np.concatenate([table[name] for table in self._tables])
 
     def _take(self) -> None:
-        """Brings the coordinates and the set-aside rows of a block to the host."""
+        """Moves the coordinates and the set-aside rows of a block to the host."""
         for update, tokens, aside, coordinates in self._waiting:
             counted, chosen = np.flatnonzero(tokens.counted), np.flatnonzero(aside)
             self._coordinates.append(np.asarray(coordinates)[:, counted])
@@ -160,21 +159,21 @@ class MomentAccumulator:
         self._waiting.clear()
 
     def _rows(self, update: Update, places: Int[np.ndarray, " s"]) -> tuple[np.ndarray, ...]:
-        """Parts, updates and states of these tokens; a power of two are taken: few programs serve all."""
+        """Parts, updates and states of these tokens, padded to a power of two: few programs compile."""
         padded = np.resize(places, 1 << (len(places) - 1).bit_length())
         taken = self._kernels.take(update, padded)
         parts = np.asarray(parts_of(taken, self._parts))[:, : len(places)]
         return parts, *(np.asarray(rows)[: len(places)] for rows in (taken.delta, taken.h))
 
     def add_up(self) -> None:
-        """Sums over devices, which must all do that in one order, and so on one thread."""
+        """Sums over devices; on the thread of the pass, since all devices must do so in one order."""
         if self._kernels.total is not None:
             with jax.enable_x64(True):
                 self._take()
                 self._moments = self._kernels.total(self._moments)
 
     def moments(self) -> LayerMoments:
-        """The moments of the layer, when all blocks have come."""
+        """The moments of the layer, after its last block."""
         with jax.enable_x64(True):
             self._take()
             squares = assembled(*self._moments[:3], self._frame)

@@ -1,7 +1,7 @@
-"""Moments that are kept (`--keep_moments`), so that runs over several texts can be put together.
+"""Files of moments (`--keep_moments`), from which runs over several texts are merged.
 
-A directory holds run.json and run.safetensors, the run itself; text.safetensors, its tokens; and for each
-layer, and at last for the last one normed, layer-000.safetensors, ...: what `LayerMoments` has.
+A directory holds the run (run.json, run.safetensors), its tokens (text.safetensors), and the `LayerMoments`
+of each layer (layer-000.safetensors, ...); the last file is the last layer's with the final norm.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ RUN, TEXT = "run.json", "text.safetensors"
 
 @contextlib.contextmanager
 def keeping(directory: str | None, waiting: Path | None = None) -> Iterator[Path | None]:
-    """The directory to fill, which gets its name when all is in it; None where nothing is to be kept.
+    """A directory to fill, which gets its name when it is complete; None without a name.
 
     Args:
         directory: the name.
-        waiting: what is to be filled instead until then: it stays where the run is stopped.
+        waiting: a directory to fill in the meantime; it survives if the run is stopped.
     """
     if directory is None:
         yield None
@@ -46,7 +46,7 @@ def keeping(directory: str | None, waiting: Path | None = None) -> Iterator[Path
 
 
 def keep_layer(directory: Path, index: int, layer: LayerMoments) -> None:
-    """Writes what is kept of a layer."""
+    """Writes the moments of a layer."""
     directory.mkdir(exist_ok=True)
     arrays = {"squares": np.asarray(layer.squares), "sums": layer.sums, "counts": layer.counts}
     arrays |= {f"table.{name}": column for name, column in layer.table.items()}
@@ -59,7 +59,7 @@ def keep_layer(directory: Path, index: int, layer: LayerMoments) -> None:
 
 
 def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> LayerMoments:
-    """Reads it back.
+    """Reads the moments of a layer.
 
     Raises:
         JaxDeltaError: the file is missing, damaged, or of another version.
@@ -81,7 +81,7 @@ def load_layer(directory: Path, index: int, parts: tuple[str, ...]) -> LayerMome
 
 
 def keep_text(directory: Path, sample: ResamplingGroups) -> None:
-    """Writes the tokens, their text, and the groups of those that count."""
+    """Writes the tokens, their text, and the groups of the counted tokens."""
     tokens = sample.tokens
     letters = [tokens.text(*place).encode() for place in np.ndindex(tokens.ids.shape)]
     arrays = {
@@ -96,7 +96,7 @@ def keep_text(directory: Path, sample: ResamplingGroups) -> None:
 
 
 def load_text(directory: Path) -> tuple[Tokens, np.ndarray]:
-    """The tokens as one row, and the groups of those that count."""
+    """The tokens as one row, and the groups of the counted tokens."""
     arrays = _load(directory / TEXT)
     letters, ends = arrays["letters"].tobytes(), arrays["ends"]
 
@@ -108,7 +108,7 @@ def load_text(directory: Path) -> tuple[Tokens, np.ndarray]:
 
 
 def layer_file(directory: Path, index: int) -> Path:
-    """Where a layer's moments are."""
+    """The path of a layer's moments."""
     return directory / f"layer-{index:03}.safetensors"
 
 

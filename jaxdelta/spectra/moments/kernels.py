@@ -1,4 +1,4 @@
-"""The compiled functions that take a layer's update apart where it lies, on one device or on several."""
+"""Compiled functions of a layer's update, on one device or on several."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from jaxdelta.spectra.moments.sums import Moments, add_block, find_frame
 from jaxdelta.spectra.token_table import state_products
@@ -19,9 +18,14 @@ from jaxdelta.sweep.sweep import Update
 class MomentKernels:
     """Compiled functions of a layer's update.
 
-    `find_frame`, `add_block`, `zeros` and `products` are those of `sums` and `token_table`; `take` gives rows
-    of an update; `total` the moments of all devices together, on one of the `devices` that solve layers in
-    turn, None where there is but one.
+    Attributes:
+        find_frame: see `sums.find_frame`.
+        add_block: see `sums.add_block`.
+        products: see `state_products`.
+        zeros: see `Moments.zeros`.
+        take: selected rows of an update.
+        total: sums the moments over devices and puts them on the device whose turn it is; None on one device.
+        devices: number of devices that solve layers, in turn.
     """
 
     find_frame: Callable[..., Any]
@@ -35,15 +39,11 @@ class MomentKernels:
 
 @functools.cache
 def one_device_kernels() -> MomentKernels:
-    """The functions where an update lies whole on one device."""
+    """The functions of an update on one device."""
     return MomentKernels(
         jax.jit(find_frame, static_argnums=2),
         jax.jit(add_block, static_argnums=4, donate_argnums=0),
         jax.jit(state_products),
         Moments.zeros,
-        _take,
+        lambda update, places: jax.tree.map(lambda part: jnp.take(part, places, axis=0), update),
     )
-
-
-def _take(update: Update, places: Int[np.ndarray, " s"]) -> Update:
-    return Update(*(jnp.take(part, places, axis=0) for part in update))

@@ -1,6 +1,6 @@
-"""The moments of a long text on a mesh: each device adds up its own windows, one sum over devices a layer.
+"""Moments on a mesh: each device sums over its own windows; per layer there is one sum over devices.
 
-Axes: as in `sums`; D devices.
+Axes: as in `sums`.
 """
 
 import itertools
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Float64
 
 from jaxdelta.spectra.moments.kernels import MomentKernels
 from jaxdelta.spectra.moments.sums import BlockTokens, Moments, add_block, find_frame
@@ -20,11 +19,10 @@ from jaxdelta.spectra.token_table import state_products
 from jaxdelta.sweep.devices import ALL, WHOLE
 from jaxdelta.sweep.mesh import DeviceMesh
 from jaxdelta.sweep.sweep import Update
-from jaxdelta.utils.arrays import AnyArray
 
 
 def mesh_kernels(devices: DeviceMesh) -> MomentKernels:
-    """The functions where an update is split over devices; results for the host come to all processes."""
+    """The functions of an update split over devices; results for the host are copied to all processes."""
 
     def gathered(function: Any, **options: Any) -> Any:
         return jax.jit(function, out_shardings=devices.replicated, **options)
@@ -43,12 +41,11 @@ def mesh_kernels(devices: DeviceMesh) -> MomentKernels:
 
 
 def _zeros(devices: DeviceMesh, *shape: int) -> Moments:
-    def on_each() -> Moments:
-        return jax.tree.map(
-            lambda x: jnp.zeros((devices.mesh.size, *x.shape), x.dtype), Moments.zeros(*shape)
-        )
+    def zeros() -> Moments:
+        one = Moments.zeros(*shape)
+        return jax.tree.map(lambda x: jnp.zeros((devices.mesh.size, *x.shape), x.dtype), one)
 
-    return jax.jit(on_each, out_shardings=devices.sharding(ALL))()
+    return jax.jit(zeros, out_shardings=devices.sharding(ALL))()
 
 
 def _sum_of_devices(moments: Moments) -> Moments:
@@ -58,28 +55,22 @@ def _sum_of_devices(moments: Moments) -> Moments:
 def _in_turn(
     devices: DeviceMesh, turns: Iterator[int], total: Callable[..., Any], moments: Moments
 ) -> Moments:
-    """The moments of all devices on the device whose turn it is."""
-    place = next(turns) % len(devices.local)
-    return jax.tree.map(lambda part: part.addressable_data(place), total(moments))
+    """The total over all devices, on the device whose turn it is."""
+    turn = next(turns) % len(devices.local)
+    return jax.tree.map(lambda part: part.addressable_data(turn), total(moments))
 
 
 def _add_block(devices: DeviceMesh) -> Callable[..., Any]:
-    """`sums.add_block` of the windows of each device, with moments for each along a leading axis."""
+    """`sums.add_block` for the windows of each device; a leading axis of the moments counts the devices."""
 
-    def add(
-        moments: Moments,
-        frame: Float64[AnyArray, "P p d"],
-        update: Update,
-        tokens: BlockTokens,
-        parts: tuple[str, ...],
-    ) -> Any:
-        def own(mine: Moments, frame: Any, update: Update, tokens: BlockTokens) -> Any:
-            mine = jax.tree.map(lambda part: part[0], mine)
-            mine, coordinates = add_block(mine, frame, update, tokens, parts)
-            return jax.tree.map(lambda part: part[None], mine), coordinates
+    def add(moments: Moments, frame: Any, update: Update, tokens: BlockTokens, parts: tuple[str, ...]) -> Any:
+        def local(moments: Moments, frame: Any, update: Update, tokens: BlockTokens) -> Any:
+            moments = jax.tree.map(lambda part: part[0], moments)
+            moments, coordinates = add_block(moments, frame, update, tokens, parts)
+            return jax.tree.map(lambda part: part[None], moments), coordinates
 
         outputs = ALL, PartitionSpec(None, *ALL)
-        return devices.shard_map(own, (ALL, WHOLE, ALL, ALL), outputs, ALL)(moments, frame, update, tokens)
+        return devices.shard_map(local, (ALL, WHOLE, ALL, ALL), outputs, ALL)(moments, frame, update, tokens)
 
     outputs = devices.sharding(ALL), devices.replicated
     compiled = jax.jit(add, static_argnums=4, donate_argnums=0, out_shardings=outputs)

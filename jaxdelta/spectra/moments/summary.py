@@ -1,6 +1,6 @@
-"""The moments of a layer over a long text, and the summaries of its views that follow from them.
+"""The moments of a layer over a long text, and the summaries of its views computed from them.
 
-Axes: n tokens that count, s of them set aside; P parts, G groups, d hidden size, p directions of a frame,
+Axes: n counted tokens, s of them set aside; P parts, G groups, d hidden size, p directions of a frame,
 c directions of a basis, q = min(d, LEADING_AXES). Functions of arrays must be traced with 64-bit types on.
 """
 
@@ -29,7 +29,7 @@ from jaxdelta.spectra.views import View, without_sinks
 from jaxdelta.utils.arrays import AnyArray
 
 LEADING_AXES = 128  # axes of the groups' moments
-_KNOWN_SHARE = 0.99  # of σ_1²: tokens' shares of it are known where their coordinates in the frame hold this
+_KNOWN_SHARE = 0.99  # smallest part of σ_1² in the frame for which tokens' shares of σ_1² are reported
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -43,13 +43,13 @@ class ViewMoments(NamedTuple):
 
     @property
     def mean(self) -> Float64[Array, " d"]:
-        """What is subtracted from every token."""
+        """The vector subtracted from every token."""
         return jnp.asarray(self.centred) * jnp.sum(self.sums, axis=0) / jnp.maximum(jnp.sum(self.counts), 1)
 
 
 class SetAsideTokens(NamedTuple):
-    """Tokens whose rows are kept: their places among those that count, their groups, what the layer wrote
-    (parts, and the whole update) and the states that it entered."""
+    """Tokens whose rows are kept: positions among the counted tokens, groups, parts of the update, whole
+    updates, and the states entering the layer."""
 
     places: Int[np.ndarray, " s"]
     groups: Int[np.ndarray, " s"]
@@ -59,19 +59,19 @@ class SetAsideTokens(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence["SetAsideTokens"]) -> "SetAsideTokens":
-        """All of these."""
+        """The concatenation of several."""
         places, groups, rows, updates, states = zip(*parts, strict=True)
         flat = (np.concatenate(part) for part in (updates, states))
         return cls(np.concatenate(places), np.concatenate(groups), np.concatenate(rows, axis=1), *flat)
 
     def take(self, chosen: Bool[np.ndarray, " s"]) -> "SetAsideTokens":
-        """The chosen ones."""
+        """The chosen tokens."""
         places, groups, rows, *flat = self
         return SetAsideTokens(places[chosen], groups[chosen], rows[:, chosen], *(x[chosen] for x in flat))
 
 
 class FrameCoordinates(NamedTuple):
-    """The coordinates of a run's tokens in the frame that it found for the layer."""
+    """A run's frame of a layer, and the coordinates of its tokens in it."""
 
     frame: Float64[np.ndarray, "P p d"]
     coordinates: Float32[np.ndarray, "P n p"]
@@ -79,12 +79,20 @@ class FrameCoordinates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerMoments:
-    """The moments of a layer: of each part and group Σxxᵀ, Σx and the number of tokens, without those set
-    aside; `state_products` of every token; the tokens set aside; all tokens' coordinates, by run; energies by
-    channel, without the tokens set aside.
+    """The moments of a layer.
 
-    Compared with rows, per-token statistics of a centred view are missing, since the mean is known only when
-    the tokens have passed, and so are shares of σ_1² where the frame does not hold v_1.
+    Per-token statistics of centred views are unknown, since the mean is known only after the last token, and
+    so are shares of σ_1² if v_1 is not in the frame.
+
+    Attributes:
+        parts: names of the parts.
+        squares: Σxxᵀ of each part and group, without the tokens set aside.
+        sums: Σx of each part and group, without these tokens.
+        counts: number of tokens of each group, without these tokens.
+        table: `state_products` of every token.
+        aside: the tokens set aside.
+        located: frame and coordinates of all tokens, by run.
+        channels: energies by channel, without the tokens set aside.
     """
 
     parts: tuple[str, ...]
@@ -106,7 +114,7 @@ class LayerMoments:
         entering, leaving = (np.sqrt(self.table[name]) for name in ("entering", "leaving"))
         sinks = np.flatnonzero(~without_sinks(entering, leaving, plan.sink_factor))
         kept = np.ones(self.shape[0], bool)
-        kept[np.intersect1d(sinks, self.aside.places)] = False  # no others can be taken out again
+        kept[np.intersect1d(sinks, self.aside.places)] = False  # no other sinks can be removed
         left = len(sinks) - int(np.sum(~kept))
         with jax.enable_x64(True):
             views = self._views(plan, kept, left)
@@ -116,10 +124,10 @@ class LayerMoments:
     def _views(
         self, plan: MeasurementPlan, kept: Bool[np.ndarray, " n"], sinks_left: int
     ) -> dict[View, ViewSummary]:
-        """First the masked views: what is added to the moments is not taken out again."""
+        """The masked views come first: rows can be added to the moments, not removed."""
         squares, sums, counts = jnp.asarray(self.squares), self.sums.copy(), self.counts.copy()
         channels = self.channels
-        found: dict[View, ViewSummary] = {}
+        summaries: dict[View, ViewSummary] = {}
         for masked in (True, False):
             added = self.aside.take(kept[self.aside.places] == masked)
             squares = add_rows(squares, added.rows, added.groups)
@@ -129,39 +137,39 @@ class LayerMoments:
             channels = channels.plus(added.updates, added.states)
             chosen = kept if masked else np.ones_like(kept)
             for view in (view for view in plan.views if view.masked == masked):
-                same = found.get(view._replace(masked=True))
+                same = summaries.get(view._replace(masked=True))
                 if same is not None and kept.all() and not sinks_left:
-                    found[view] = same
+                    summaries[view] = same
                     continue
                 part = self.parts.index(view.part)
                 moments = ViewMoments(squares[part], sums[part], counts, np.asarray(float(view.centred)))
                 summary = self._view(view, moments, plan, chosen)
-                found[view] = summary._replace(
+                summaries[view] = summary._replace(
                     channels=channels if view in COMPARED_VIEWS else None,
                     kept=chosen,
                     sinks_left=sinks_left if masked else 0,
                 )
-        return found
+        return summaries
 
     def _view(
         self, view: View, moments: ViewMoments, plan: MeasurementPlan, kept: Bool[np.ndarray, " n"]
     ) -> ViewSummary:
         summary = _summary(moments, plan.basis_size(*self.shape))
-        # Of fewer tokens than d the rest are zeros, which the float32 products leave as rounding.
+        # With fewer tokens than d the other singular values are 0; float32 products leave rounding there.
         values = np.where(np.arange(self.shape[1]) < kept.sum() - view.centred, summary.singular_values, 0)
         summary = summary._replace(singular_values=values[: min(self.shape)])
         if not plan.resampled:
             summary = summary._replace(group_moments=None, group_rest=None)
         if not plan.compares(view):
             summary = summary._replace(coupling=None, factor=None)
-        own = self.table[view.part], self.table["entering"], self.table[f"{view.part}_h"]
+        products = self.table[view.part], self.table["entering"], self.table[f"{view.part}_h"]
         shares = self._sigma1_shares(view, moments, summary, kept)
-        return summary._replace(products=None if view.centred else own, sigma1_shares=shares)
+        return summary._replace(products=None if view.centred else products, sigma1_shares=shares)
 
     def _sigma1_shares(
         self, view: View, moments: ViewMoments, summary: ViewSummary, kept: Bool[np.ndarray, " n"]
     ) -> Float64[np.ndarray, " n"] | None:
-        """Each token's share of σ_1²; None where the frame does not hold v_1."""
+        """Each token's share of σ_1²; None if v_1 is not in the frame."""
         part, first, mean = self.parts.index(view.part), summary.basis[0], np.asarray(moments.mean)
         along = np.concatenate([run.coordinates[part] @ (run.frame[part] @ first) for run in self.located])
         along[self.aside.places] = self.aside.rows[part].astype(np.float64) @ first
@@ -171,7 +179,7 @@ class LayerMoments:
 
 
 def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
-    """The same layer over several texts, as over all of them; each keeps its groups."""
+    """The moments of a layer over several texts together; the groups of the texts stay separate."""
     first = layers[0]
     tokens = np.cumsum([0, *(layer.shape[0] for layer in layers[:-1])])
     groups = np.cumsum([0, *(len(layer.counts) for layer in layers[:-1])])
@@ -192,26 +200,23 @@ def merge(layers: Sequence[LayerMoments]) -> LayerMoments:
 
 
 def _summary(moments: ViewMoments, size: int) -> ViewSummary:
-    """The summary of a view without its tokens; NumPy solves again what fails its certificate."""
+    """The summary of a view without its tokens, recomputed by NumPy if the certificate fails."""
     matrix = _total(moments)
-    found = _summarise(moments, matrix, *_solve(matrix), size)
-    if failed := not float(found.certificate) <= MAX_RESIDUAL:
-        found = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
-    return jax.tree.map(np.asarray, found)._replace(on_host=failed)
+    summary = _summarise(moments, matrix, *_solve(matrix), size)
+    if failed := not float(summary.certificate) <= MAX_RESIDUAL:
+        summary = _summarise(moments, matrix, *np.linalg.eigh(np.asarray(matrix)), size)
+    return jax.tree.map(np.asarray, summary)._replace(on_host=failed)
 
 
 @jax.jit
 def _total(moments: ViewMoments) -> Float64[Array, "d d"]:
-    """M = Σ_g M_g; 0 where it is not finite: some solvers never return from a NaN."""
+    """M = Σ_g M_g, or 0 if it is not finite: some solvers never return from a NaN."""
     mean, n = moments.mean, jnp.sum(moments.counts)
     matrix = jnp.sum(moments.squares, axis=0) - n * jnp.outer(mean, mean)
     return jnp.where(jnp.isfinite(matrix).all(), matrix, 0)
 
 
-@jax.jit
-def _solve(matrix: Float64[AnyArray, "d d"]) -> tuple[Float64[Array, " d"], Float64[Array, "d d"]]:
-    """Eigenvalues and, in columns, eigenvectors, ascending."""
-    return eigh(jnp.asarray(matrix))
+_solve = jax.jit(eigh)
 
 
 @partial(jax.jit, static_argnums=4)
@@ -222,7 +227,7 @@ def _summarise(
     vectors: Float64[AnyArray, "d d"],
     size: int,
 ) -> ViewSummary:
-    """The summary with `size` directions, from the eigenvalues and eigenvectors of the total."""
+    """The summary with `size` directions, from eigenvalues and eigenvectors of the total moment matrix."""
     values, axes = jnp.sqrt(jnp.maximum(energies[::-1], 0)), jnp.asarray(vectors).T[::-1]
     n, centre = jnp.sum(moments.counts), moments.mean
     left = jnp.sum(moments.sums, axis=0) - n * centre
@@ -245,7 +250,7 @@ def _summarise(
 
 
 def _products(moments: ViewMoments, axes: Float64[Array, "q d"]) -> Float64[Array, "G q d"]:
-    """V M_g of every group, its tokens less the mean: M_g - s μᵀ - μ sᵀ + n μμᵀ."""
+    """V M_g of every group; M_g is centred: Σxxᵀ - s μᵀ - μ sᵀ + n μμᵀ with s = Σx and the mean μ."""
     mean, sums = moments.mean, jnp.asarray(moments.sums)
     along_sums, along_mean = product(sums, axes.T), product(axes, mean)
     counts = jnp.asarray(moments.counts)[:, None]
@@ -255,7 +260,7 @@ def _products(moments: ViewMoments, axes: Float64[Array, "q d"]) -> Float64[Arra
 
 
 def _rest(moments: ViewMoments, within: Float64[Array, "G q q"]) -> Float64[Array, " G"]:
-    """Each group's energy outside of the leading axes."""
+    """Each group's energy outside the leading axes."""
     mean = moments.mean
     diagonal = jnp.sum(jnp.diagonal(moments.squares, axis1=1, axis2=2), axis=1)
     shifted = diagonal - 2 * product(jnp.asarray(moments.sums), mean) + moments.counts * jnp.sum(mean * mean)

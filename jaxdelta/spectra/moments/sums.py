@@ -1,14 +1,14 @@
-"""Sums of xxᵀ over a corpus, block by block, in memory that does not grow with it.
+"""Sums of xxᵀ over a corpus, block by block, in memory independent of its length.
 
 Axes: B windows of a block, T tokens of a window, d hidden size, P parts (the update, attention, the MLP), G
 groups of windows, p directions of a frame, s set-aside tokens.
 
-Products of float32 rows are taken in float32, at full precision, and summed in float64. So that a direction
-which holds nearly all of the energy does not drown the others in its rounding, it never enters them: a row is
-x = aQ + r, a = xQᵀ its coordinates in a frame Q of the layer's leading directions, found in the first block,
-and Σxxᵀ = Qᵀ(Σaaᵀ)Q + Qᵀ(Σarᵀ) + (Σraᵀ)Q + Σrrᵀ, exactly, whatever Q is. (Chan, Golub & LeVeque 1983 do this
-with the mean.) A token whose state is far longer than the median may be a sink: its row is set aside, since
-which tokens are sinks is known only when all have passed. All functions must be traced with 64-bit types on.
+Products of float32 rows are computed in float32, at full precision, and summed in float64. A direction with
+nearly all of the energy would drown the others in its rounding error, so it is split off first. A row is
+x = aQ + r, a = xQᵀ its coordinates in a frame Q of the layer's leading directions in the first block. Then
+Σxxᵀ = Qᵀ(Σaaᵀ)Q + Qᵀ(Σarᵀ) + (Σraᵀ)Q + Σrrᵀ exactly, for every Q. (Chan, Golub & LeVeque 1983 do this with
+the mean.) A token whose state's norm is far above the median may be a sink: its row is set aside, since the
+sinks are known only after the last token. All functions must be traced with 64-bit types on.
 """
 
 from functools import partial
@@ -27,14 +27,22 @@ from jaxdelta.utils.arrays import AnyArray
 
 FRAME = 8
 _FRAME_STEPS, _FRAME_ROWS = 4, 2048
-_BLOCK, _BLOCKS = 256, 8  # Σrrᵀ is taken by square blocks: their size, at least; how many to a side, at most
-_SQUARE = 128  # Σxxᵀ is put together by such squares
-_CHUNK = 32  # set-aside rows that are added at once, all of one group
+_BLOCK, _BLOCKS = 256, 8  # square blocks of Σrrᵀ: smallest size, largest number along a side
+_SQUARE = 128  # size of the squares by which Σxxᵀ is assembled
+_CHUNK = 32  # number of set-aside rows, all of one group, added at once
 
 
 class Moments(NamedTuple):
-    """Of each part and group: the sums of rrᵀ (of which only what is on and below the diagonal counts), arᵀ,
-    aaᵀ and x; of each group the number of tokens; of all tokens the energies by channel."""
+    """Sums over the counted tokens.
+
+    Attributes:
+        rest: Σrrᵀ of each part and group; only the lower triangle is valid.
+        cross: Σarᵀ of each part and group.
+        lead: Σaaᵀ of each part and group.
+        sums: Σx of each part and group.
+        counts: number of tokens of each group.
+        channels: energies by channel.
+    """
 
     rest: Float64[AnyArray, "P G d d"]
     cross: Float64[AnyArray, "P G p d"]
@@ -45,18 +53,15 @@ class Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, parts: int, groups: int, hidden: int) -> "Moments":
-        """Of no token."""
-
-        def zeros(*shape: int) -> Array:
-            return jnp.zeros((parts, groups, *shape), jnp.float64)
-
-        squares = zeros(hidden, hidden), zeros(FRAME, hidden), zeros(FRAME, FRAME)
+        """The sums over no tokens."""
+        shapes = (hidden, hidden), (FRAME, hidden), (FRAME, FRAME), (hidden,)
+        rest, cross, lead, sums = (jnp.zeros((parts, groups, *shape), jnp.float64) for shape in shapes)
         channels = ChannelTable(*(jnp.zeros(hidden, jnp.float64) for _ in range(3)))
-        return cls(*squares, zeros(hidden), jnp.zeros(groups, jnp.float64), channels)
+        return cls(rest, cross, lead, sums, jnp.zeros(groups, jnp.float64), channels)
 
 
 def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
-    """What of an update is looked at."""
+    """The named parts of an update."""
     every = {"update": update.delta, "attention": update.attention, "mlp": update.mlp}
     return jnp.stack([jnp.asarray(every[part]) for part in parts])
 
@@ -64,15 +69,17 @@ def parts_of(update: Update, parts: tuple[str, ...]) -> Float32[Array, "P n d"]:
 def find_frame(
     update: Update, counted: Bool[AnyArray, " n"], parts: tuple[str, ...]
 ) -> Float64[Array, "P p d"]:
-    """The leading directions of each part's rows, orthonormal, by subspace iteration: good enough that no
-    direction outside of them dominates; they need not be exact, so of many rows some are looked at."""
+    """The leading directions of each part's rows, orthonormal, by subspace iteration on a sample of rows.
+
+    They need not be exact, only leave no dominant direction outside.
+    """
     some = slice(None, None, max(1, len(counted) // _FRAME_ROWS))
     rows = parts_of(jax.tree.map(lambda rows: rows[some], update), parts)
     x = jnp.where(jnp.asarray(counted)[some, None], rows, 0)
     start = jax.random.normal(jax.random.key(0), (FRAME, x.shape[-1]), jnp.float32)
 
     def step(_: Any, frame: Array) -> Array:
-        # Barriers, since XLA takes transposes out of products, and on a CPU then transposes x for each.
+        # Without barriers XLA moves transposes out of products and, on a CPU, transposes x for each of them.
         coordinates = jax.lax.optimization_barrier(product(x, jnp.swapaxes(frame, 1, 2)))
         image = jax.lax.optimization_barrier(product(jnp.swapaxes(coordinates, 1, 2), x))
         return _orthonormal(image)
@@ -86,8 +93,8 @@ def _orthonormal(rows: Float[Array, "P p d"]) -> Float[Array, "P p d"]:
 
 
 class BlockTokens(NamedTuple):
-    """The tokens of a block of windows: which of them count, the group of each, and the groups that each
-    window has tokens of, -1 where it has fewer."""
+    """The tokens of a block of windows: mask of the counted ones, group of each token, and the groups in each
+    window, padded with -1."""
 
     counted: Bool[AnyArray, "B T"]
     owners: Int[AnyArray, "B T"]
@@ -101,13 +108,14 @@ def add_block(
     tokens: BlockTokens,
     parts: tuple[str, ...],
 ) -> tuple[Moments, Float32[Array, "P n p"]]:
-    """Adds the tokens of a block that count; also returns the coordinates of all tokens in the frame."""
+    """Adds the counted tokens of a block; also returns the coordinates of all its tokens in the frame."""
     windows = jax.tree.map(lambda rows: rows.reshape(*tokens.counted.shape, -1), update)
 
     def add(moments: Moments, window: tuple[Update, BlockTokens]) -> tuple[Moments, Array]:
         update, tokens = window
         x = parts_of(update, parts)
-        coordinates = _coordinates(x, frame)
+        # Rounding does no harm: r is computed from the rounded coordinates.
+        coordinates = product(x, jnp.swapaxes(frame, 1, 2).astype(jnp.float32))
         counted = jnp.asarray(tokens.counted)[:, None]
         delta, h = (jnp.where(counted, part, 0) for part in (update.delta, update.h))
         moments = moments._replace(channels=moments.channels.plus(delta, h))
@@ -125,11 +133,6 @@ def add_block(
     return moments, jnp.swapaxes(coordinates, 0, 1).reshape(len(parts), -1, frame.shape[1])
 
 
-def _coordinates(x: Float32[Array, "P T d"], frame: Float64[AnyArray, "P p d"]) -> Float32[Array, "P T p"]:
-    """Rounded: the rest is what they leave."""
-    return product(x, jnp.swapaxes(frame, 1, 2).astype(jnp.float32))
-
-
 def _add_group(
     moments: Moments,
     frame: Float64[AnyArray, "P p d"],
@@ -138,9 +141,9 @@ def _add_group(
     weight: Float32[Array, "T 1"],
     group: Int[Array, ""],
 ) -> Moments:
-    """Adds the tokens of a window that are in one group (`weight` 1, else 0), a their coordinates or 0."""
+    """Adds a window's tokens of one group: `weight` is 1 for them, else 0; a, their coordinates, else 0."""
     rest = _rest(x, weight, a, frame)
-    # Σr with Σar, and Σx of them: of x itself, XLA would make a copy in float64.
+    # Σr is computed along with Σar, and Σx from both: a sum over x itself would copy it in float64.
     counted = jnp.concatenate([a, jnp.broadcast_to(weight, (*a.shape[:2], 1))], axis=2)
     summed = [product(jnp.swapaxes(counted, 1, 2), block) for block in rest]
     sums_of_rest = jnp.concatenate(summed, axis=2).astype(jnp.float64)
@@ -164,14 +167,16 @@ def _rest(
     a: Float32[Array, "P T p"],
     frame: Float64[AnyArray, "P p d"],
 ) -> list[Float32[Array, "P T _"]]:
-    """r = x - aQ, found in float64, in blocks of columns, each an array of its own: of an array's columns XLA
-    on a CPU makes a copy before it multiplies them, which takes half as long as the product."""
+    """r = x - aQ, computed in float64, as one array per block of columns.
+
+    XLA on a CPU would copy the columns of one array before each product, at half the cost of the product.
+    """
     hidden = x.shape[2]
     size = max(_BLOCK, -(-hidden // _BLOCKS))
     blocks = [slice(start, min(start + size, hidden)) for start in range(0, hidden, size)]
 
     def block(columns: slice) -> Array:
-        # Term by term, so that it is one pass over x: of a product XLA would make float64 copies.
+        # Term by term, in one pass over x: for a product XLA would make float64 copies.
         q = jnp.asarray(frame)[:, :, None, columns]
         along = sum(a[:, :, i, None].astype(jnp.float64) * q[:, i] for i in range(a.shape[2]))
         return ((x[:, :, columns] * weight).astype(jnp.float64) - along).astype(jnp.float32)
@@ -179,17 +184,17 @@ def _rest(
     def nothing(columns: slice) -> Array:
         return jnp.zeros((*x.shape[:2], columns.stop - columns.start), jnp.float32)
 
-    # A choice, so that it is written out: XLA would find it anew for its transposes.
+    # `cond` makes XLA materialise r; otherwise it recomputes r for each transpose.
     return jax.lax.cond(jnp.any(weight > 0), lambda: [*map(block, blocks)], lambda: [*map(nothing, blocks)])
 
 
 def _add_squares(
     squares: Float64[Array, "P G d d"], rest: list[Float32[Array, "P T _"]], group: Int[Array, ""]
 ) -> Float64[Array, "P G d d"]:
-    """Adds Σrrᵀ, of the blocks on and below the diagonal."""
+    """Adds Σrrᵀ to the blocks on and below the diagonal."""
     size = rest[0].shape[2]
     for i, rows in enumerate(rest):
-        # Once for all products: XLA on a CPU would transpose it in each.
+        # Transposed once; XLA on a CPU would do so in every product.
         transposed = jax.lax.optimization_barrier(jnp.swapaxes(rows, 1, 2))
         for j, columns in enumerate(rest[: i + 1]):
             square = product(transposed, columns).astype(jnp.float64)
@@ -205,7 +210,7 @@ def assembled(
     lead: Float64[Array, "P G p p"],
     frame: Float64[AnyArray, "P p d"],
 ) -> Float64[Array, "P G d d"]:
-    """Σ xxᵀ of each part and group, in the memory of `rest`, square by square."""
+    """Σxxᵀ of each part and group, in the memory of `rest`, square by square."""
     frames = jnp.broadcast_to(jnp.asarray(frame)[:, None], cross.shape)
     mixed = product(lead / 2, frames) + cross
     left = jnp.swapaxes(jnp.concatenate([frames, mixed], axis=2), 2, 3)
@@ -227,12 +232,12 @@ def assembled(
 
     def mirror(k: Array, rest: Array) -> Array:
         i, j, square = at(k, rest)
-        # Written out: XLA on a CPU takes three times as long for a transpose among other things.
+        # Materialised: XLA on a CPU takes three times as long for a fused transpose.
         across = jax.lax.optimization_barrier(jnp.swapaxes(square, 2, 3))
         across = jnp.where((i == j) & jnp.tri(size, dtype=bool), square, across)
         return jax.lax.dynamic_update_slice(rest, across, (0, 0, j, i))
 
-    # In turn: where a step writes both, XLA copies all of `rest`.
+    # Two loops: XLA would copy `rest` in every step that writes both squares.
     return jax.lax.fori_loop(0, len(below), mirror, jax.lax.fori_loop(0, len(below), add, rest))
 
 
@@ -252,7 +257,7 @@ def add_rows(
     rows: Float32[np.ndarray, "P s d"],
     groups: Int[np.ndarray, " s"],
 ) -> Float64[Array, "P G d d"]:
-    """Adds xxᵀ of rows that were set aside, in float64: they may be longer than all others together."""
+    """Adds xxᵀ of the rows set aside, in float64: their energy may exceed that of all other rows."""
     chunks, owners = [], []
     for group in np.unique(groups):
         mine = rows[:, groups == group]
@@ -262,7 +267,7 @@ def add_rows(
         owners += [group] * (filled.shape[1] // _CHUNK)
     if not chunks:
         return squares
-    # As many as a power of two: few programs serve all layers.
+    # Padded to a power of two, so that few programs serve all layers.
     missing = (1 << (len(chunks) - 1).bit_length()) - len(chunks)
     chunks += [np.zeros_like(chunks[0])] * missing
     return _add_chunks(squares, np.stack(chunks), np.array([*owners, *[0] * missing], np.int32))

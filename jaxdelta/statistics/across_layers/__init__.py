@@ -1,4 +1,4 @@
-"""How the directions of the layers relate: overlaps, subspaces, nulls, phases."""
+"""Comparison of the layers' directions: overlaps, subspaces, nulls, phases."""
 
 from jaxdelta._faces import face
 

@@ -1,11 +1,11 @@
-"""What overlaps are by chance: the same figures of random directions.
+"""Null distributions of overlaps: the same statistics of random directions.
 
-Axes: N layers, P phases, m draws of each figure, k directions a layer, d hidden size, Q rows of a pool.
+Axes: N layers, P phases, m draws of each statistic, k directions per layer, d hidden size, Q rows of a pool.
 
-Directions are drawn uniformly, or, since any two anisotropic layers overlap, from the layers' own covariance:
-a standard normal row times F is a draw from FᵀF, and a sum of the layers' draws is one from their sum. All
-figures follow from the inner products of a pool of such draws. All of it is NumPy's, a thread for each core:
-there is nothing to compile.
+Directions are uniform or, since any two anisotropic layers overlap, have the layers' own covariance: a
+standard normal row times F is a draw from FᵀF, and a sum of the layers' draws is one from the sum of their
+covariances. All statistics follow from the inner products of a pool of such draws. NumPy on the host, with
+one thread per core, so nothing compiles.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from jaxtyping import Bool, Float, Float32, Float64
 from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.statistics.across_layers.subspaces import SHARED_RANK, inner_products, orthonormalised, unit
 
-_POOL = 384  # draws that a phase's replicates are picked from, at least
-_EACH = 8  # captures counted by each replicate's B: they vary with the direction captured, hardly with B
-_ISOTROPIC_DRAWS = 4  # of which only the mean is kept
-_AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates that are solved together
+_POOL = 384  # smallest number of draws from which a phase's replicates are picked
+_EACH = 8  # captures per replicate's B: they vary with the captured direction far more than with B
+_ISOTROPIC_DRAWS = 4  # draws of which the mean is returned
+_AT_ONCE = 2**22  # numbers in the Gram matrices of the replicates solved together
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseNulls:
-    """m draws of a phase's figures, had its N_p layers nothing in common but the covariance drawn from.
+    """m draws of a phase's statistics if its layers have only their covariance in common.
 
     Each layer gets k orthonormalised random directions, v the first of them. `intra`: mean |cos| of v over
     all pairs of layers. `capture`: ‖B v‖² of one layer, B the top right singular vectors (at most 8) of all
-    their directions. `leave_one_out`: the same with B of the others' directions. Rows of phases of fewer than
-    two layers are NaN: nothing is compared there.
+    their directions. `leave_one_out`: the same with B of the other layers' directions. Rows of phases of
+    fewer than two layers are NaN.
     """
 
     intra: Float64[np.ndarray, "P m"]
@@ -43,7 +43,7 @@ class PhaseNulls:
     leave_one_out: Float64[np.ndarray, "P m"]
 
 
-@one_blas_thread
+@one_blas_thread()
 def layer_draws(
     factors: Sequence[Float32[np.ndarray, "_ d"]],
     members: Bool[np.ndarray, "P N"],
@@ -51,7 +51,7 @@ def layer_draws(
     draws: int,
     seed: int,
 ) -> list[Float32[np.ndarray, "Q d"]]:
-    """As many independent draws from each layer's FᵀF/‖F‖² as its nulls need; zeros where F is."""
+    """Independent draws from each layer's FᵀF/‖F‖², as many as its nulls need; zeros for F = 0."""
     rows = max(2 * draws, _pool_size(members, k))
 
     def drawn(layer: int, factor: np.ndarray) -> np.ndarray:
@@ -61,27 +61,23 @@ def layer_draws(
     return _in_parallel(drawn, enumerate(factors))
 
 
-@one_blas_thread
+@one_blas_thread()
 def adjacent_null(layers: Sequence[Float32[np.ndarray, "Q d"]], draws: int) -> Float64[np.ndarray, "pairs m"]:
     """|cos| of `draws` pairs of random directions for each two adjacent layers, from their pooled covariance.
 
-    That of layers L and L+1 is F_LᵀF_L/‖F_L‖² + F_{L+1}ᵀF_{L+1}/‖F_{L+1}‖². A zero layer adds nothing to it;
-    two of them have no directions, and |cos| 0.
-
-    Args:
-        layers: every layer's `layer_draws`.
-        draws: half as many as they are, or fewer.
+    For layers L and L+1 that is F_LᵀF_L/‖F_L‖² + F_{L+1}ᵀF_{L+1}/‖F_{L+1}‖². A zero layer adds nothing; two
+    zero layers give |cos| 0. `layers` are `layer_draws`, at least twice as many as `draws`.
     """
 
     def cosines(*pair: np.ndarray) -> np.ndarray:
         first, second = np.split(unit(np.sum([part[: 2 * draws] for part in pair], axis=0)), 2)
         return np.minimum(np.abs(np.sum(first * second, axis=1)), 1)
 
-    found = _in_parallel(cosines, itertools.pairwise(layers))
-    return np.reshape(found, (-1, draws)).astype(np.float64)
+    pairs = _in_parallel(cosines, itertools.pairwise(layers))
+    return np.reshape(pairs, (-1, draws)).astype(np.float64)
 
 
-@one_blas_thread
+@one_blas_thread()
 def phase_nulls(
     layers: Sequence[Float32[np.ndarray, "Q d"]],
     members: Bool[np.ndarray, "P N"],
@@ -91,52 +87,51 @@ def phase_nulls(
 ) -> PhaseNulls:
     """PhaseNulls of random directions from the pooled covariance Σ_L F_LᵀF_L/‖F_L‖² of the phase's layers.
 
-    `layers`: every layer's `layer_draws`.
+    `layers` are `layer_draws`.
     """
-    found = np.full((3, len(members), draws), np.nan)
+    nulls = np.full((3, len(members), draws), np.nan)
     compared, size = np.flatnonzero(members.sum(axis=1) >= 2), _pool_size(members, k)
 
-    def figures(phase: int) -> np.ndarray:
+    def of_phase(phase: int) -> np.ndarray:
         inside = np.flatnonzero(members[phase]).tolist()
-        pool = _cosines(np.sum([layers[layer][:size] for layer in inside], axis=0))
-        return _figures(pool, len(inside), k, draws, (seed, phase))
+        rows = unit(np.sum([layers[layer][:size] for layer in inside], axis=0).astype(np.float64))
+        return _replicates(rows @ rows.T, len(inside), k, draws, (seed, phase))
 
-    for phase, of_phase in zip(compared, _in_parallel(figures, compared[:, None].tolist()), strict=True):
-        found[:, phase] = of_phase
-    return PhaseNulls(*found)
+    for phase, drawn in zip(compared, _in_parallel(of_phase, compared[:, None].tolist()), strict=True):
+        nulls[:, phase] = drawn
+    return PhaseNulls(*nulls)
 
 
-@one_blas_thread
+@one_blas_thread()
 def isotropic_means(
     members: Bool[np.ndarray, "P N"], k: int, d: int, seed: int
 ) -> dict[str, Float64[np.ndarray, " P"]]:
     """Mean `capture` and `leave_one_out` of directions uniform on the sphere in d dimensions.
 
-    A v that B knows nothing of leaves r/d, r the dimensions of B. A v that B does know is like any other of
-    its layer's directions: capture is Σ_{i≤8} λ_i/m of the m stacked ones S, SSᵀ = U diag(λ) Uᵀ, which
-    hardly varies: the mean of a few draws.
+    If B (r, d) is independent of v, the mean is r/d. Otherwise v is like every other of the m stacked
+    directions S, so capture is Σ_{i≤8} λ_i/m, SSᵀ = U diag(λ) Uᵀ. It hardly varies, so a few draws suffice.
     """
-    rng, found = np.random.default_rng((seed, len(members))), np.full((2, len(members)), np.nan)
+    rng, means = np.random.default_rng((seed, len(members))), np.full((2, len(members)), np.nan)
     for p, layers in enumerate(members.sum(axis=1)):
         if layers < 2:
             continue
         drawn = (rng.standard_normal((layers, k, d), np.float32) for _ in range(_ISOTROPIC_DRAWS))
         stack = orthonormalised(np.stack([inner_products(rows) for rows in drawn]) / d, k)
         held = np.linalg.eigvalsh(stack)[:, -SHARED_RANK:].sum(axis=1)
-        found[:, p] = held.mean() / (layers * k), min(SHARED_RANK, k * (layers - 1), d) / d
-    return dict(zip(("capture", "leave_one_out"), found, strict=True))
+        means[:, p] = held.mean() / (layers * k), min(SHARED_RANK, k * (layers - 1), d) / d
+    return dict(zip(("capture", "leave_one_out"), means, strict=True))
 
 
 def _in_parallel(work: Callable[..., np.ndarray], each: Iterable[Iterable[Any]]) -> list[np.ndarray]:
-    """Of BLAS on one thread: where several threads call one of several threads, it takes 20 times as long."""
+    """Results of one task per thread; BLAS must be on one thread, or it takes 20 times as long."""
     with ThreadPoolExecutor(os.cpu_count(), "nulls") as pool:
         return [done.result() for done in [pool.submit(work, *arguments) for arguments in each]]
 
 
-def _figures(
+def _replicates(
     pool: Float64[np.ndarray, "Q Q"], layers: int, k: int, draws: int, seed: tuple[int, ...]
 ) -> Float64[np.ndarray, "3 m"]:
-    """The figures of replicates of so many layers, whose rows are picked from the pool, each once."""
+    """The statistics of replicates of a phase, whose rows are picked from the pool without replacement."""
     each = min(_EACH, layers)
     size, stacks = k * layers + each, -(-draws // each)
     rows = np.tile(np.arange(len(pool)), (draws, 1))
@@ -144,13 +139,13 @@ def _figures(
     above = np.triu_indices(layers, 1)
     intra = np.abs(pool[rows[:, above[0]], rows[:, above[1]]]).mean(axis=1)
     parts = np.array_split(rows[:stacks], min(-(-stacks * size**2 // _AT_ONCE), stacks))
-    found = [_captures(pool[p[:, :, None], p[:, None, :]], layers, k) for p in parts]
-    return np.stack([intra, *np.concatenate(found, axis=1).reshape(2, -1)[:, :draws]])
+    captures = [_captures(pool[p[:, :, None], p[:, None, :]], layers, k) for p in parts]
+    return np.stack([intra, *np.concatenate(captures, axis=1).reshape(2, -1)[:, :draws]])
 
 
 def _captures(products: Float64[np.ndarray, "b M M"], layers: int, k: int) -> Float64[np.ndarray, "2 b e"]:
-    """`capture` and `leave_one_out` of layers of k unit vectors each, from the inner products of these and of
-    e more: each of the e is the v of a layer left out, in the place of the last."""
+    """`capture` and `leave_one_out` of layers of k unit vectors each, from the inner products of these and e
+    more, each of which is the v of a left-out layer in place of the last one."""
     size, stack = layers * k, orthonormalised(products, k, layers)
     each = products.shape[1] - size
     inside = stack[:, :size, :size]
@@ -162,7 +157,7 @@ def _captures(products: Float64[np.ndarray, "b M M"], layers: int, k: int) -> Fl
 def _capture(
     products: Float64[np.ndarray, "m M M"], along: Float64[np.ndarray, "m M v"]
 ) -> Float64[np.ndarray, "m v"]:
-    """‖B v‖², B v = diag(λ)^-1/2 Uᵀ S v, of the v whose S v is `along`; S Sᵀ = U diag(λ) Uᵀ = `products`."""
+    """‖B v‖², B v = diag(λ)^-1/2 Uᵀ S v, from S v = `along` and S Sᵀ = U diag(λ) Uᵀ = `products`."""
     energies, vectors = np.linalg.eigh(products)
     energies, vectors = energies[:, -SHARED_RANK:], vectors[:, :, -SHARED_RANK:]
     present = energies > 1e-8 * energies[:, -1:]
@@ -174,13 +169,8 @@ def _pool_size(members: np.ndarray, k: int) -> int:
     return max(_POOL, 4 * k * int(members.sum(axis=1).max(initial=0)))
 
 
-def _cosines(pool: Float32[np.ndarray, "Q d"]) -> Float64[np.ndarray, "Q Q"]:
-    rows = unit(pool.astype(np.float64))
-    return rows @ rows.T
-
-
 def isotropic_cos_mean(d: int) -> float:
-    """E|cos| of two random directions in d dimensions, Γ(d/2)/(√π Γ((d+1)/2)): about √(2/(πd)).
+    """E|cos| of two random directions in d dimensions, Γ(d/2)/(√π Γ((d+1)/2)) ≈ √(2/(πd)).
 
     Cai, Fan & Jiang, JMLR 2013.
     """

@@ -1,7 +1,7 @@
-"""How the layers' directions relate: pairwise cosines and angles, phases, shared subspaces.
+"""Overlaps of the layers' directions: pairwise cosines and angles, means over phases, shared subspaces.
 
-Axes: N layers, k directions a layer, d hidden size, P phases. All from one matrix: the inner products of
-all N·k directions.
+All are computed from the inner products of all M = N·k directions. Axes: N layers, k directions per layer,
+d hidden size, P phases.
 """
 
 import dataclasses
@@ -12,30 +12,30 @@ from jaxtyping import Bool, Float, Float64, Int
 from jaxdelta.spectra.linalg import one_blas_thread
 from jaxdelta.statistics.across_layers.subspaces import Shared, inner_products, shared_subspaces
 from jaxdelta.statistics.per_layer.ranks import effective_rank, energy_shares
-from jaxdelta.utils.arrays import AnyArray
 
-HELD = 0.9  # share of the energy that `dimensions_90` dimensions hold
+HELD = 0.9  # share of the energy in `dimensions_90` dimensions
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlaps:
-    """Relations between layers; signs of cosines follow the directions' and mean nothing by themselves."""
+    """Overlaps of layers, see `overlaps`; the signs of cosines are those of the directions and arbitrary."""
 
-    top1_cos: Float64[AnyArray, "N N"]
-    intra_cos_mean: Float64[AnyArray, " P"]
-    cross_cos_mean: Float64[AnyArray, " P"]
-    capture: Float64[AnyArray, "P N"]
-    leave_one_out: Float64[AnyArray, "P N"]
-    stacked_rank: Float64[AnyArray, " P"]
-    dimensions_90: Int[AnyArray, " P"]
+    top1_cos: Float64[np.ndarray, "N N"]
+    intra_cos_mean: Float64[np.ndarray, " P"]
+    cross_cos_mean: Float64[np.ndarray, " P"]
+    capture: Float64[np.ndarray, "P N"]
+    leave_one_out: Float64[np.ndarray, "P N"]
+    stacked_rank: Float64[np.ndarray, " P"]
+    dimensions_90: Int[np.ndarray, " P"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalAngles:
-    """Between the spans of every two layers' directions (Björck & Golub 1973; Edelman, Arias, Smith 1998).
+    """Principal angles θ between the spans of two layers' directions, for all pairs of layers.
 
-    cosines: of the angles θ, descending. projection_distance √Σ sin²θ; grassmann_distance √Σ θ². A cosine
-    near 1 holds half of θ's digits: angles below 1e-8, a layer's with itself among them, are rounding.
+    `cosines` are cos θ, descending; `projection_distance` √Σ sin²θ; `grassmann_distance` √Σ θ². A cosine near
+    1 has half of θ's digits: angles below 1e-8, such as a layer's with itself, are rounding. (Björck & Golub
+    1973; Edelman, Arias, Smith 1998.)
     """
 
     cosines: Float64[np.ndarray, "N N k"]
@@ -43,22 +43,22 @@ class PrincipalAngles:
     grassmann_distance: Float64[np.ndarray, "N N"]
 
 
-@one_blas_thread
+@one_blas_thread()
 def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "P N"]) -> Overlaps:
     """All overlaps of the layers' directions, in float64.
 
-    top1_cos = <v_L, v_M>, v_L the first of layer L. Per phase: mean |cos| over the pairs within (1 for a
-    single layer) and between its layers and all others (0 where there are none); capture_L = ‖B v_L‖², B the
-    top right singular vectors (at most 8) of the stacked directions of the phase's layers. That B knows the
-    layers it is asked about, and captures them the better the fewer they are; leave_one_out_L is the same
-    with B of the phase's other layers: NaN where there are none, capture_L where L is not of the phase.
+    top1_cos = <v_L, v_M>, v_L the first direction of layer L. Per phase:
 
-    stacked_rank is the effective rank of the phase's stacked v_L, and dimensions_90 the least number of
-    dimensions that holds 90 % of their energy.
+    intra_cos_mean, cross_cos_mean: mean |cos| over the pairs within (1 for a single layer) and between its
+    layers and all others (0 if there are none). capture_L = ‖B v_L‖², B the top right singular vectors (at
+    most 8) of the stacked directions of its layers. B is fitted to these layers, more closely the fewer they
+    are, so leave_one_out_L uses the phase's other layers: NaN if there are none, capture_L for a layer
+    outside the phase. stacked_rank: effective rank of its stacked v_L. dimensions_90: the smallest number of
+    dimensions with 90 % of their energy.
 
     Args:
         directions: orthonormal within each layer.
-        members: which layers belong to which phase.
+        members: mask of the layers of each phase.
     """
     k = directions.shape[1]
     products = inner_products(directions)
@@ -75,12 +75,11 @@ def overlaps(directions: Float[np.ndarray, "N k d"], members: Bool[np.ndarray, "
     )
 
 
-@one_blas_thread
+@one_blas_thread()
 def principal_angles(directions: Float[np.ndarray, "N k d"]) -> PrincipalAngles:
     """The angles between every two layers' spans, from the singular values of U_i U_jᵀ.
 
-    Args:
-        directions: U_i, orthonormal within each layer; a zero direction is at a right angle to all.
+    U_i are layer i's directions, orthonormal; a zero direction is orthogonal to all others.
     """
     layers, k, _ = directions.shape
     blocks = inner_products(directions).reshape(layers, k, layers, k).swapaxes(1, 2)
@@ -95,7 +94,7 @@ def principal_angles(directions: Float[np.ndarray, "N k d"]) -> PrincipalAngles:
 def phase_means(
     overlap: Float64[np.ndarray, "*draws N N"], members: Bool[np.ndarray, "P N"]
 ) -> tuple[Float64[np.ndarray, "*draws P"], Float64[np.ndarray, "*draws P"]]:
-    """Mean |cos| over the pairs inside each phase, and between it and the rest."""
+    """Mean |cos| over the pairs within each phase, and between the phase and the rest."""
     pairs = ~np.eye(members.shape[1], dtype=bool)
 
     def mean(chosen: np.ndarray, of_none: float) -> np.ndarray:
@@ -111,7 +110,7 @@ def phase_means(
 def _captures(
     products: Float64[np.ndarray, "M M"], k: int, phase: Shared
 ) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
-    """‖B v‖² of every layer's v; the same, for the phase's layers with the B of its other layers."""
+    """‖B v‖² of each layer's v; the same, for the phase's layers with B of its other layers."""
     along = products[phase.rows][:, ::k]
     capture = np.square(phase.whole.T @ along).sum(0)
     alone = capture.copy()
@@ -121,7 +120,7 @@ def _captures(
 
 
 def singular_values(products: Float64[np.ndarray, "*draws n n"]) -> Float64[np.ndarray, "*draws n"]:
-    """Of stacked vectors with these inner products, descending."""
+    """Singular values, descending, of stacked vectors with these inner products."""
     return np.sqrt(np.maximum(np.linalg.eigvalsh(products)[..., ::-1], 0))
 
 

@@ -9,20 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Shaped
 
-from jaxdelta.statistics.intervals import _ROUNDING
+from jaxdelta.statistics.intervals import ROUNDING
 
-Segment = tuple[str, int]  # a run of layers: its phase, how many
+Segment = tuple[str, int]  # a run of layers: its phase and its length
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentTest:
-    """Are layers of one phase closer than layers of different phases at the same distance?
+    """Test of whether layers of one phase are closer than layers of different phases at the same distance.
 
-    `gap` is the mean over pairs within a phase of |cos_ij| minus the mean |cos| of the pairs across phases
-    at the same lag |i - j|; `phase_gap` is `lag_matched_gap`. `p_value` is the share of the `orders` of the
-    segments whose gap is as large; it cannot go below 1/orders (1/(orders + 1) where not `exact`). A phase's
-    p-value is the share of the places to which these orders move it where its gap is as large. Where nothing
-    can be compared, gap and p-value are NaN.
+    A gap or p-value is NaN if no layers can be compared.
+
+    Attributes:
+        gap: mean over pairs within a phase of |cos_ij| minus the mean |cos| of the pairs across phases at
+            the same lag |i - j|.
+        p_value: share of the orders with a gap as large; at least 1/orders (1/(orders + 1) if not `exact`).
+        orders: number of orders of the segments.
+        exact: whether these are all distinct orders.
+        phase_gap: `lag_matched_gap`.
+        phase_p_value: share of a phase's positions in these orders with a gap as large.
     """
 
     gap: float
@@ -36,11 +41,11 @@ class SegmentTest:
 def lag_matched_gap(
     overlap: Float64[np.ndarray, "N N"], members: Bool[np.ndarray, "P N"]
 ) -> Float64[np.ndarray, " P"]:
-    """How much closer a phase's layers are to each other than to others equally far away.
+    """Mean |cos| of a phase's layers with each other minus that with other layers equally far away.
 
     Mean over pairs within the phase of |cos_ij| - (mean |cos| of the pairs with one layer in the phase at the
-    same lag |i - j|); pairs without such partners are left out, and it is NaN where none remain. Overlap
-    that only decays with distance leaves no gap.
+    same lag |i - j|). Pairs without such partners are left out; NaN if none remain. Overlap that only decays
+    with distance gives no gap.
     """
     return _gap(overlap, lambda a, b: (a & b, a ^ b), members)
 
@@ -50,13 +55,13 @@ def segment_test(
 ) -> SegmentTest:
     """SegmentTest of |cos| between layers, by reordering the phases' segments.
 
-    A segment is a run of layers of one phase; a phase may have several. Reordered, segments keep their
-    sizes: smooth drift over the layers looks alike in every order (shuffled layers would look rougher than
-    it is, and be rejected always). All orders that differ are tried if there are at most `orders`, the
-    observed one among them; else that many random ones. p cannot go below one over their number.
+    A segment is a run of layers of one phase; a phase may have several. Segments keep their sizes when
+    reordered, so that smooth drift over the layers looks alike in every order (shuffled single layers would
+    look rougher and always be rejected). All distinct orders are tried if there are at most `orders`,
+    including the observed one; otherwise `orders` random ones.
 
-    Of 2000 random walks on the sphere over 28 layers, in the default phases, 5 % have p ≤ .05 whatever
-    their step. A phase at either end has fewer pairs to compare with: up to 9 % of its p-values are ≤ .05.
+    Of 2000 random walks on the sphere over 28 layers, in the default phases, 5 % have p ≤ .05 for any step
+    size. A phase at either end has fewer pairs to compare with: up to 9 % of its p-values are ≤ .05.
     """
     segments = [(name, len(list(run))) for name, run in itertools.groupby(phases)]
     names = list(dict.fromkeys(phases))
@@ -76,42 +81,43 @@ def _gap(
     compared: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
     labels: Shaped[np.ndarray, "R N"],
 ) -> Float64[np.ndarray, " R"]:
-    """Σ_lag n (mean |cos| within - mean |cos| crossing) / Σ_lag n, n pairs within; for each row of labels.
+    """Σ_lag n (mean |cos| within - mean |cos| across) / Σ_lag n, n pairs within; for each row of labels.
 
-    `compared` tells from two layers' labels whether they are a pair within, and whether one crossing. Lags
-    without both kinds are left out.
+    `compared` maps the labels of pairs of layers to masks of the pairs within and across. Lags without both
+    kinds are left out.
     """
     total, weight = np.zeros((2, len(labels)))
     for lag in range(1, len(overlap)):
         values = np.abs(overlap.diagonal(lag))
-        within, crossing = compared(labels[:, :-lag], labels[:, lag:])
-        n, m = within.sum(axis=1), crossing.sum(axis=1)
+        within, across = compared(labels[:, :-lag], labels[:, lag:])
+        n, m = within.sum(axis=1), across.sum(axis=1)
         matched = (n > 0) & (m > 0)
-        difference = within @ values - crossing @ values * n / np.maximum(m, 1)
+        difference = within @ values - across @ values * n / np.maximum(m, 1)
         total, weight = total + matched * difference, weight + matched * n
     return np.where(weight > 0, total / np.maximum(weight, 1), np.nan)
 
 
 def _moved(
-    overlap: Float64[np.ndarray, "N N"], places: Bool[np.ndarray, "R N"], observed: Bool[np.ndarray, " N"]
+    overlap: Float64[np.ndarray, "N N"], positions: Bool[np.ndarray, "R N"], observed: Bool[np.ndarray, " N"]
 ) -> tuple[float, float]:
-    """The gap of the phase `observed`, and its p-value among all its distinct places.
+    """The gap of the phase at `observed`, and its p-value among all its distinct positions.
 
-    Each place counts once: weighed by how many orders have it, a phase at an end could never be significant.
+    Each position counts once: weighted by the number of its orders, a phase at an end could never be
+    significant.
     """
     gap = lag_matched_gap(overlap, observed[None])[0]
-    return float(gap), _share(gap, lag_matched_gap(overlap, places), added=False)
+    return float(gap), _share(gap, lag_matched_gap(overlap, positions), added=False)
 
 
 def _share(observed: float, gaps: Float64[np.ndarray, " R"], added: bool) -> float:
-    """The share of the gaps that reach the observed one, itself `added` where it is not among them."""
+    """The share of the gaps that reach the observed one, which is `added` if it is not among them."""
     gaps = gaps[np.isfinite(gaps)]
-    reached = np.sum(gaps >= observed - _ROUNDING)
+    reached = np.sum(gaps >= observed - ROUNDING)
     return float((reached + added) / (len(gaps) + added)) if np.isfinite(observed) else math.nan
 
 
 def _distinct(segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
-    """All orders that differ."""
+    """All distinct orders."""
     if not segments:
         yield ()
     for first in dict.fromkeys(segments):
@@ -126,5 +132,5 @@ def _shuffled(segments: Sequence[Segment], orders: int, seed: int) -> Iterator[l
 
 
 def _labels(order: Sequence[Segment], names: Sequence[str]) -> np.ndarray:
-    """Each layer's phase, as its place among the names."""
+    """Each layer's phase, as an index into the names."""
     return np.repeat([names.index(name) for name, _ in order], [size for _, size in order])

@@ -1,4 +1,4 @@
-"""Phases: the blocks of layers, named A to E and tail, over which overlaps are compared."""
+"""Phases: blocks of layers, named A to E and tail, over which overlaps are compared."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from jaxtyping import Bool
 
 from jaxdelta.errors import UsageError
 
-# The reference's phases: their last layers in a model of 64 layers, else their ends as shares of depth.
+# The reference's phases: their last layers in a model of 64 layers; otherwise their ends as shares of depth.
 _ENDS_64 = (("A", 6), ("B", 9), ("C", 31), ("D", 46), ("E", 58))
 _ENDS = (("A", 0.11), ("B", 0.15), ("C", 0.5), ("D", 0.75), ("E", 0.92))
 _LAST = "tail"
@@ -21,10 +21,10 @@ def default_phases(num_layers: int) -> tuple[str, ...]:
 
 
 def parse_phases(text: str, num_layers: int) -> tuple[str, ...]:
-    """Reads a map such as `A:0-6,B:7-9,C:10`: the phase of each of the layers 0..num_layers-1.
+    """The phase of each of the layers 0..num_layers-1, from a map such as `A:0-6,B:7-9,C:10`.
 
     Raises:
-        UsageError: the map cannot be read, leaves layers out, names one twice, or names unknown ones.
+        UsageError: the map cannot be read, leaves layers out, or names a layer twice or an unknown layer.
     """
     phases: dict[int, str] = {}
     for item in text.split(","):
@@ -57,7 +57,7 @@ def _default_phase(layer: int, num_layers: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """The phase of each layer, the phases' names in order, and which layers each has."""
+    """The phase of each layer."""
 
     of_layer: tuple[str, ...]
 
@@ -68,5 +68,5 @@ class Phases:
 
     @property
     def members(self) -> Bool[np.ndarray, "P N"]:
-        """Which layers belong to which phase."""
+        """Mask of the layers of each phase."""
         return np.array([[phase == name for phase in self.of_layer] for name in self.names])

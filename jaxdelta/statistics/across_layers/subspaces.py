@@ -1,10 +1,10 @@
-"""What the layers of a phase share: leading subspaces of their stacked directions, with and without a layer.
+"""Shared subspaces of a phase: leading subspaces of its layers' stacked directions, and without each layer.
 
-Axes: N layers, k directions a layer, d hidden size, P phases; a phase of n layers stacks m = n·k directions.
+Axes: N layers, k directions per layer, d hidden size, P phases; a phase of n layers stacks m = n·k
+directions; b stacks.
 
 A basis of the stack S (m, d) is kept as its coefficients A (m, r): B = AᵀS. Then ‖B v‖² of a stacked v needs
-only the inner products SSᵀ, and nothing of size d. It is NumPy's, on the host: it takes less time than
-compiling it did.
+only the inner products SSᵀ, and no array of size d. NumPy on the host: compiling would take longer.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float, Float32, Float64, Int
 from jaxdelta.spectra.linalg import one_blas_thread
 
 SHARED_RANK = 8  # dimensions of a phase's shared subspace, as in the reference
-_RIDGE = 1e-10  # share of a unit vector's energy below which it adds no direction to those before it
+_RIDGE = 1e-10  # A unit vector with less energy outside the span of its predecessors adds no direction.
 
 
 class Shared(NamedTuple):
     """A phase's layers, their rows among all N·k directions, and coefficients of its leading subspaces.
 
-    `whole` stacks all its layers; `without[i]` all but the i-th, whose rows are zero. Columns are zero
-    where a stack has fewer than r dimensions.
+    `whole` stacks all its layers, `without[i]` all but the i-th, whose rows are zero. Columns beyond the
+    dimension of a stack are zero.
     """
 
     layers: Int[np.ndarray, " n"]
@@ -33,13 +33,13 @@ class Shared(NamedTuple):
 
 
 def inner_products(directions: Float[np.ndarray, "N k d"]) -> Float64[np.ndarray, "M M"]:
-    """Of all M = N·k directions, in float64."""
+    """Inner products of all M = N·k directions, in float64."""
     rows = directions.astype(np.float64).reshape(-1, directions.shape[-1])
     return rows @ rows.T
 
 
 def unit(x: Float[np.ndarray, "*sets d"]) -> Float[np.ndarray, "*sets d"]:
-    """Rows of length one; zero rows stay zero."""
+    """Rows scaled to length one; zero rows stay zero."""
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
 
@@ -47,10 +47,15 @@ def unit(x: Float[np.ndarray, "*sets d"]) -> Float[np.ndarray, "*sets d"]:
 def orthonormalised(
     products: Float64[np.ndarray, "b m m"], k: int, layers: int | None = None
 ) -> Float64[np.ndarray, "b m m"]:
-    """The inner products of n·k vectors, from those they had before each layer's k were made orthonormal.
+    """The inner products of vectors after each layer's k have been made orthonormal.
 
-    Gram-Schmidt in the order of a layer's vectors X is L⁻¹X, XXᵀ = L Lᵀ (Cholesky). Vectors that depend on
-    those before them are left near zero. Any others, after those of so many `layers`, stay as they are.
+    Gram-Schmidt of a layer's vectors X is L⁻¹X, XXᵀ = L Lᵀ (Cholesky). Vectors that depend on their
+    predecessors become nearly zero.
+
+    Args:
+        products: inner products of the vectors before.
+        k: number of vectors per layer.
+        layers: number of layers, by default all; vectors after theirs are unchanged.
     """
     draws, m, _ = products.shape
     whole = m if layers is None else layers * k
@@ -96,26 +101,26 @@ def _leading(block: Float64[np.ndarray, "m m"], most: int) -> Float64[np.ndarray
     return vectors * np.where(present, 1 / np.sqrt(np.where(present, energies, 1)), 0)
 
 
-@one_blas_thread
+@one_blas_thread()
 def alignment_index(
     directions: Float[np.ndarray, "N k d"],
     members: Bool[np.ndarray, "P N"],
     factors: Sequence[Float32[np.ndarray, "R d"]],
     singular_values: Float[np.ndarray, "N s"],
 ) -> Float64[np.ndarray, "P N"]:
-    """How much of what r dimensions can hold of a layer's update the phase's other layers' r dimensions hold.
+    """Energy of a layer's update in the subspace of the phase's other layers, over the most in r dimensions.
 
     tr(B C Bᵀ) / Σ_{i≤r} λ_i(C) with C = FᵀF, B (r, d) the leading subspace, r ≤ 8, of the phase without the
-    layer, and λ = σ² (Elsayed et al. 2016). NaN where it is undefined: for layers that are not of the phase,
-    alone in it, zero, or among zero layers only.
+    layer, and λ = σ² (Elsayed et al. 2016). NaN for a layer that is zero, outside the phase, alone in it, or
+    among zero layers only.
 
     Args:
         directions: orthonormal within each layer.
-        members: which layers belong to which phase.
-        factors: every layer's F; its update's rows, or any with the same FᵀF.
-        singular_values: of every F, descending.
+        members: mask of the layers of each phase.
+        factors: F of each layer: its update's rows, or others with the same FᵀF.
+        singular_values: of each F, descending.
     """
-    found = np.full(members.shape, np.nan)
+    index = np.full(members.shape, np.nan)
     energies = np.square(np.asarray(singular_values, np.float64))
     stack = directions.astype(np.float64).reshape(-1, directions.shape[-1])
     for p, phase in enumerate(shared_subspaces(inner_products(directions), members)):
@@ -123,5 +128,5 @@ def alignment_index(
             basis = coefficients.T @ stack[phase.rows]
             held = np.square(factors[layer].astype(np.float64) @ basis.T).sum()
             most = energies[layer, : np.count_nonzero(coefficients.any(axis=0))].sum()
-            found[p, layer] = held / most if most > 0 else np.nan
-    return found
+            index[p, layer] = held / most if most > 0 else np.nan
+    return index

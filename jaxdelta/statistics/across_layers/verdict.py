@@ -1,15 +1,15 @@
-"""What the figures say of the hypothesis h_{L+1} = h_L + T_shared(h_L) + γ_L·v_L·f(…), phase by phase.
+"""Verdicts on the hypothesis h_{L+1} = h_L + T_shared(h_L) + γ_L·v_L·f(…), phase by phase.
 
 It predicts for phase C that the v_L share few dimensions, and for phase E that each layer has its own
 direction, so that the stacked v_L have a rank close to their number. The rules (docs/definitions.md):
 
-    shared   supported: more |cos| within the phase than the layers' covariance gives (p ≤ 0.05, and its
-             interval above that chance's mean), more than with layers equally far away (p ≤ 0.05), and at
+    shared   supported: more |cos| within the phase than the layers' covariance gives by chance (p ≤ 0.05,
+             and interval above the null's mean), more than with layers equally far away (p ≤ 0.05), and at
              most half as many dimensions as layers (interval below N/2).
-             contradicted: its interval of |cos| below chance's mean, or that of the rank above 0.8 N.
-    own      supported: a rank of 0.8 N or more (interval above it), and no more |cos| than chance (p > 0.05).
-             contradicted: a rank below 0.8 N (interval below it).
-    undecided in every other case, and where a figure or its interval is missing.
+             contradicted: interval of |cos| below the null's mean, or interval of the rank above 0.8 N.
+    own      supported: rank at least 0.8 N (interval above it), and no more |cos| than chance (p > 0.05).
+             contradicted: rank below 0.8 N (interval below it).
+    undecided otherwise, and if a statistic or its interval is missing.
 """
 
 from typing import Any
@@ -21,10 +21,9 @@ SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 
 
 def verdicts(relations: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a phase: what is predicted, the figures with intervals and chance, and the verdict.
+    """One row per phase: the prediction, the statistics with intervals and nulls, and the verdict.
 
-    Args:
-        relations: of one view, see `relations.relate`. `verdict` is None where nothing is predicted.
+    `relations` is the result of `compare_layers`. `verdict` is None for a phase without a prediction.
     """
     tests = {row["phase"]: row for row in relations["phase_test"]["phases"]}
     return [_verdict(row, tests[row["phase"]]["p_value"]) for row in relations["phases"]]
@@ -32,13 +31,13 @@ def verdicts(relations: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _verdict(row: dict[str, Any], gap_p: float | None) -> dict[str, Any]:
     prediction = PREDICTIONS.get(row["phase"])
-    figures = {key: row[key] for key in ("phase", "layers", "intra", "stacked_rank", "dimensions_90")}
+    copied = {key: row[key] for key in ("phase", "layers", "intra", "stacked_rank", "dimensions_90")}
     decided: dict[str, str | None] = {"verdict": None, "why": None}
     if prediction:
         missing = _missing(row, gap_p)
         verdict, why = (UNDECIDED, missing) if missing else _RULES[prediction](row, gap_p)
         decided = {"verdict": verdict, "why": why}
-    return {"prediction": prediction} | figures | {"gap_p": gap_p} | decided
+    return {"prediction": prediction} | copied | {"gap_p": gap_p} | decided
 
 
 def _missing(row: dict[str, Any], gap_p: float | None) -> str | None:
@@ -81,9 +80,9 @@ _RULES = {"shared": _shared, "own": _own}
 
 
 def relative_rank(row: dict[str, Any]) -> dict[str, Any]:
-    """The effective rank of a phase's stacked v_L over their number, with its interval if it has one.
+    """The effective rank of a phase's stacked v_L divided by their number, with its interval if it has one.
 
-    The value is None for a phase of one layer, and for a row without `stacked_rank`.
+    The value is None for a phase of one layer and for a row without `stacked_rank`.
     """
     rank, layers = row.get("stacked_rank"), row["layers"]
     if rank is None or layers < 2:

@@ -1,4 +1,4 @@
-"""How fast a spectrum falls."""
+"""The decay exponent of a spectrum."""
 
 import numpy as np
 from jaxtyping import Float, Float64

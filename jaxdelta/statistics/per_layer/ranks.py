@@ -1,6 +1,6 @@
-"""Effective ranks of a spectrum, by several definitions: p = λ/Σλ, λ = σ².
+"""Effective ranks of a spectrum, by several definitions, with p = λ/Σλ, λ = σ².
 
-On one spectrum stable rank ≤ participation ratio ≤ eff_rank ≤ Roy & Vetterli's ≤ number of values above 0.
+For every spectrum stable rank ≤ participation ratio ≤ eff_rank ≤ Roy & Vetterli's ≤ number of nonzero values.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def effective_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.
 def roy_vetterli_rank(singular_values: Float[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets"]:
     """exp(−Σ p ln p), p = σ/Σσ.
 
-    Over the `resolved` σ: a thousand values of rounding error would change the fourth digit.
+    Only over the `resolved` σ: a thousand values of rounding error would change the fourth digit.
     """
     values = np.asarray(singular_values, np.float64)
     return _perplexity(_shares(np.where(resolved(values), values, 0)), floor=0.0)
@@ -84,7 +84,7 @@ def _shares(parts: Float64[np.ndarray, "*sets r"]) -> Float64[np.ndarray, "*sets
 
 
 def _perplexity(p: Float64[np.ndarray, "*sets r"], floor: float = 1e-12) -> Any:
-    """exp of the entropy of all p above the floor; 0 where all are 0."""
+    """exp of the entropy of the p above the floor; 0 if all are 0."""
     counted = np.where(p > floor, p, 1)
     return np.where(p.any(axis=-1), np.exp(-np.sum(counted * np.log(counted), axis=-1)), 0.0)
 
@@ -94,5 +94,5 @@ def _inverse(x: Any) -> Any:
 
 
 def numerical_rank(singular_values: Float[np.ndarray, " r"]) -> int:
-    """How many singular values stand above float32's resolution, σ > ε σ_1."""
+    """Number of singular values above float32's resolution, σ > ε σ_1."""
     return int(np.sum(resolved(np.asarray(singular_values))))

@@ -9,14 +9,10 @@ from jaxdelta.statistics.per_layer.inputs import TokenTable, ViewData
 from jaxdelta.statistics.per_layer.registry import statistic
 
 ByWeighting = Float64[np.ndarray, " B"]
-_NORM: dict[str, Any] = {
-    "needs": "tokens",
-    "interval": "log",
-    "unit": "norm (activation units)",
-    "log": True,
-    "range": (0, None),
-    "panel": "Norms",
-}
+_SIZE: dict[str, Any] = {"needs": "tokens", "range": (0, None)}
+_MEAN = _SIZE | {"interval": "log", "log": True}
+_NORM = _MEAN | {"unit": "norm (activation units)", "panel": "Norms"}
+_DEVIATION = _SIZE | {"figure": None}
 _CSORDAS = "Csordás et al. 2025"
 
 
@@ -38,7 +34,7 @@ def token_norm_mean(tokens: TokenTable) -> ByWeighting:
     return tokens.mean(tokens.norm)
 
 
-@statistic("token_norm_std", needs="tokens", label="deviation of ‖δ‖", range=(0, None), figure=None)
+@statistic("token_norm_std", label="deviation of ‖δ‖", **_DEVIATION)
 def token_norm_std(tokens: TokenTable) -> ByWeighting:
     """Population deviation of ‖δ_i‖."""
     return tokens.deviation(tokens.norm)
@@ -46,28 +42,18 @@ def token_norm_std(tokens: TokenTable) -> ByWeighting:
 
 @statistic(
     "rel_step_mean",
-    needs="tokens",
-    interval="log",
     label="relative step",
     unit="mean ‖δ‖ / ‖h‖ (ratio)",
-    log=True,
-    range=(0, None),
     source=_CSORDAS,
     column="‖δ‖/‖h‖",
+    **_MEAN,
 )
 def rel_step_mean(tokens: TokenTable) -> ByWeighting:
     """Mean ‖δ_i‖ / max(‖h_i‖, 1e-8)."""
     return tokens.mean(tokens.step)
 
 
-@statistic(
-    "rel_step_std",
-    needs="tokens",
-    label="deviation of the relative step",
-    range=(0, None),
-    source=_CSORDAS,
-    figure=None,
-)
+@statistic("rel_step_std", label="deviation of the relative step", source=_CSORDAS, **_DEVIATION)
 def rel_step_std(tokens: TokenTable) -> ByWeighting:
     """Population deviation of ‖δ_i‖ / max(‖h_i‖, 1e-8)."""
     return tokens.deviation(tokens.step)

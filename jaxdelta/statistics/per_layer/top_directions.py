@@ -1,4 +1,4 @@
-"""The leading singular values, and whether the first direction v_1 is more than noise."""
+"""The leading singular values, and the stability of the first direction v_1."""
 
 from typing import Any
 

@@ -1,11 +1,14 @@
-"""Updates the table of statistics: `python -m jaxdelta.statistics.definitions docs/definitions.md`."""
+"""Writes the table of statistics in docs/definitions.md, from their registrations.
 
-import sys
+python docs/definitions.py
+"""
+
 from pathlib import Path
 
 from jaxdelta.statistics.per_layer.registry import Statistic, registered
 
-BEGIN = "<!-- statistics: written by python -m jaxdelta.statistics.definitions docs/definitions.md -->"
+PAGE = Path(__file__).with_suffix(".md")
+BEGIN = "<!-- statistics: written by python docs/definitions.py -->"
 END = "<!-- end of statistics -->"
 HEAD = ("JSON", "definition", "range", "interval", "read it with care because", "source")
 
@@ -40,5 +43,4 @@ def _range(statistic: Statistic) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
