@@ -20,17 +20,24 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.adapter import Adapter, adapter_beside, open_adapter
 from jaxdelta.checkpoint.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
-from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSpec, aligned
+from jaxdelta.checkpoint.source import (
+    EMBEDDING,
+    HEAD,
+    Shape,
+    TensorPart,
+    TensorSource,
+    TensorSpec,
+    aligned,
+)
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
 from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
 
@@ -47,6 +54,7 @@ class Checkpoint:
     source: TensorSource
     float8: Float8 | None = None  # the float8 tensors that `source` lists dequantised
     notes: tuple[str, ...] = ()  # what a user should know of how it was read, a sentence each
+    adapter: Adapter | None = None  # the adapter that `source` applies
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
@@ -150,7 +158,9 @@ class Checkpoint:
         return jax.device_put(rows[inverse.reshape(ids.shape)])
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "auto") -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, loader: str = "auto", adapter: str | None = None
+) -> Checkpoint:
     """Opens a checkpoint and checks its tensors against its configuration.
 
     Args:
@@ -158,6 +168,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         revision: branch, tag or commit of a hub id.
         loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
             formats); or `auto`, the first that fits of safetensors, Orbax and torch.
+        adapter: a LoRA adapter of PEFT that is added to the weights: a local directory, or a hub id.
 
     Raises:
         JaxDeltaError: anything wrong with the directory, its files or their tensors, all of them named.
@@ -166,6 +177,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     if loader not in LOADERS:
         raise UsageError(f"loader must be one of {', '.join(LOADERS)}, not {loader!r}")
     directory = hub.resolve(model, revision)
+    notes = adapter_beside(model, directory)
     files = safetensors_files(directory)
     if loader == "safetensors" and not files:
         raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS} and no {hub.INDEX}; try --loader=auto")
@@ -185,10 +197,28 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         config = dataclasses.replace(config, tie_embeddings=False)
     _check_dtypes(config, source.specs, directory)
     _check_names(config, source.specs, directory)
-    if config.weight_block is None:
-        return Checkpoint(directory, config, source)
-    float8 = Float8(source, config.weight_block)
-    return Checkpoint(directory, dataclasses.replace(config, weight_block=None), float8.plain(), float8)
+    checkpoint = Checkpoint(directory, config, source, notes=notes)
+    if config.weight_block is not None:
+        float8 = Float8(source, config.weight_block)
+        config = dataclasses.replace(config, weight_block=None)
+        checkpoint = Checkpoint(directory, config, float8.plain(), float8, notes)
+    if adapter is None:
+        return checkpoint
+    opened = open_adapter(adapter)
+    return _adapted(checkpoint, opened, (*opened.cautions(model, revision, directory), *notes))
+
+
+def _adapted(checkpoint: Checkpoint, adapter: Adapter, notes: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint with an adapter applied."""
+    config = checkpoint.config
+    source, applied = adapter.applied(checkpoint.source, config)
+    if config.tie_embeddings and _has_own_head(source):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    if checkpoint.float8:
+        applied += ("the float8 weights were dequantised before the adapter was added to them",)
+    return dataclasses.replace(
+        checkpoint, config=config, source=source, float8=None, notes=(*applied, *notes), adapter=adapter
+    )
 
 
 def load_model(
@@ -196,6 +226,7 @@ def load_model(
     *,
     revision: str | None = None,
     loader: str = "auto",
+    adapter: str | Path | None = None,
     sharding: Placement | None = None,
 ) -> Decoder:
     """Loads a whole checkpoint; the weights keep their dtype.
@@ -206,7 +237,8 @@ def load_model(
 
     Arguments and errors are those of `open_checkpoint`, `sharding` that of `Checkpoint.load`.
     """
-    return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
+    applied = None if adapter is None else str(adapter)
+    return open_checkpoint(str(model), revision=revision, loader=loader, adapter=applied).load(sharding)
 
 
 def save_model(model: Decoder, directory: Path) -> None:

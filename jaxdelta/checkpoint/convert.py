@@ -25,10 +25,12 @@ def convert(
     dtype: str = STORED,
     revision: str | None = None,
     loader: str = "auto",
-) -> None:
+    adapter: str | None = None,
+) -> tuple[str, ...]:
     """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
-    One portion of the parameters is in memory at a time; `out` appears whole or not at all.
+    One portion of the parameters is in memory at a time; `out` appears whole or not at all. Returns the
+    checkpoint's notes.
 
     Args:
         model: hub id, directory, or `demo`.
@@ -36,6 +38,7 @@ def convert(
         dtype: `stored` keeps the dtype of each parameter; any other rounds to the nearest number.
         revision: branch, tag or commit of a hub id.
         loader: as in `open_checkpoint`.
+        adapter: as in `open_checkpoint`; the parameters written have it applied.
 
     Raises:
         JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for `dtype`.
@@ -44,7 +47,7 @@ def convert(
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     with new_directory(Path(out).expanduser()) as directory:
-        checkpoint = open_checkpoint(model, revision=revision, loader=loader)
+        checkpoint = open_checkpoint(model, revision=revision, loader=loader, adapter=adapter)
         config = checkpoint.config
         if dtype != STORED:
             config = dataclasses.replace(config, dtype=dtype)
@@ -54,3 +57,4 @@ def convert(
                 shutil.copyfile(checkpoint.directory / name, directory / name)
         numbers = None if dtype == STORED else jnp.dtype(dtype)
         write_orbax(checkpoint.source, checkpoint.names, directory / hub.ORBAX, numbers)
+    return checkpoint.notes

@@ -98,3 +98,10 @@ def _file_slices(file: Path) -> Iterator[tuple[str, _FileSlice]]:
 def _causal_name(stored: str) -> str:
     """Checkpoints of the bare model (embedding models) lack the prefix `model.`."""
     return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
+
+
+def open_file(file: Path) -> TensorSource:
+    """The tensors of one file, under the names that they have there."""
+    slices = dict(_file_slices(file))
+    specs = {name: TensorSpec(part.shape, part.dtype) for name, part in slices.items()}
+    return TensorSource(specs, lambda name, start=0, stop=None: slices[name].read(start, stop))

@@ -13,6 +13,8 @@ DTYPES = {
     "F32": np.float32,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
 }
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
 TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and its index in a parameter
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy

@@ -10,7 +10,7 @@ OUT_JSON = "the JSON file to write, e.g. --out=demo.json"
 
 
 def define_checkpoint() -> None:
-    """Defines --model, --revision and --loader."""
+    """Defines --model, --revision, --loader and --adapter."""
     # Imported here because it imports JAX, which some commands do not need.
     from jaxdelta.checkpoint.checkpoint import LOADERS
 
@@ -21,6 +21,9 @@ def define_checkpoint() -> None:
         "auto",
         LOADERS,
         "how the weights are read; torch opens more formats (.bin, GGUF, quantised)",
+    )
+    flags.DEFINE_string(
+        "adapter", None, "LoRA adapter of PEFT that is added to the weights: hub id or local directory"
     )
 
 

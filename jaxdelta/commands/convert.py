@@ -24,7 +24,15 @@ def act() -> None:
     """Reads the checkpoint and writes the directory."""
     given = flags.FLAGS
     print(f"Converting {given.model} ...", flush=True)
-    convert.convert(given.model, given.out, dtype=given.dtype, revision=given.revision, loader=given.loader)
+    for note in convert.convert(
+        given.model,
+        given.out,
+        dtype=given.dtype,
+        revision=given.revision,
+        loader=given.loader,
+        adapter=given.adapter,
+    ):
+        print(f" note: {note}")
     print(f"Saved: {given.out}")
 
 

@@ -52,6 +52,7 @@ class Options:
     phases: str | None = None
     revision: str | None = None
     loader: str = "auto"
+    adapter: str | None = None
     memory: str = "auto"
     device_memory_gb: float | None = None
     views: str = DEFAULT_VIEWS
