@@ -20,7 +20,7 @@ from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.adapter_config import LoraConfig, base_of, read_adapter_config
 from jaxdelta.checkpoint.safetensors_files import open_file
 from jaxdelta.checkpoint.source import EMBEDDING, HEAD, Shape, TensorSource, TensorSpec, aligned, expert_parts
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import JaxDeltaError, extra, plain_errors
 from jaxdelta.model.config import ModelConfig
 
 # (start, stop) -> what is added to rows of a tensor, in float32.
@@ -156,11 +156,18 @@ def _tensors(file: Path) -> TensorSource:
             raise JaxDeltaError(
                 f"{file}: is a git-lfs pointer, not the adapter; fetch it with `git lfs pull`"
             )
-    if file.suffix == ".safetensors":
-        return open_file(file)
-    from jaxdelta.checkpoint import torch_files
+    return open_file(file) if file.suffix == ".safetensors" else _torch_tensors(file)
 
-    return torch_files.open_file(file)
+
+def _torch_tensors(file: Path) -> TensorSource:
+    """The tensors of a file that torch.save wrote, all in memory in float32."""
+    with extra("torch", str(file)):
+        import torch
+    with plain_errors(file, {Exception: "{}: is damaged, or holds other objects than tensors"}):
+        held = torch.load(file, map_location="cpu", weights_only=True)
+        arrays = {str(name): tensor.float().numpy() for name, tensor in held.items()}
+    specs = {name: TensorSpec(array.shape, array.dtype) for name, array in arrays.items()}
+    return TensorSource(specs, lambda name, start=0, stop=None: arrays[name][start:stop])
 
 
 class _Fitted:
@@ -244,7 +251,7 @@ class _Fitted:
             self._update_experts(module, name, factors["A"], factors["B"])
         elif weight not in self._specs or len(self._specs[weight].shape) != 2:
             self._problems["fit no tensor of the model"] += sorted(factors.values())
-        elif not self._lora.is_target(module):
+        elif not (self._lora.is_target(module) or self._lora.is_target(name)):
             self._problems[f"are of modules that {hub.ADAPTER_CONFIG} does not target"] += factors.values()
         elif "A" in factors:
             self._update_linear(module, name, factors)
@@ -255,7 +262,7 @@ class _Fitted:
         rows, columns = self._specs[f"{name}.weight"].shape
         rank, scale = self._lora.rank(module), self._lora.scale(module)
         a, b, bias = factors["A"], factors["B"], factors.get("bias")
-        if self._has_shape(a, (rank, columns)) and self._has_shape(b, (rows, rank)):
+        if all([self._has_shape(a, (rank, columns)), self._has_shape(b, (rows, rank))]):
             self._add(f"{name}.weight", rank, scale, lambda i, j: self._rows(b, i, j) @ self._whole(a))
         if bias and f"{name}.bias" not in self._specs:
             self._problems["fit no tensor of the model"].append(bias)
@@ -265,7 +272,7 @@ class _Fitted:
     def _update_embedding(self, module: str, weight: str, a: str, b: str) -> None:
         rows, columns = self._specs[weight].shape
         rank, scale = self._lora.rank(module), self._lora.scale(module)
-        if self._has_shape(a, (rank, rows)) and self._has_shape(b, (columns, rank)):
+        if all([self._has_shape(a, (rank, rows)), self._has_shape(b, (columns, rank))]):
             self._add(weight, rank, scale, lambda i, j: self._whole(a)[:, i:j].T @ self._whole(b).T)
 
     def _update_experts(self, module: str, name: str, a: str, b: str) -> None:
@@ -284,7 +291,7 @@ class _Fitted:
         parameter, (outer, inner) = kinds[product], product
         named = f"{module}.{parameter}"
         rank, scale = self._lora.rank(named), self._lora.scale(named)
-        if self._has_shape(a, (count * rank, inner)) and self._has_shape(b, (outer, count * rank)):
+        if all([self._has_shape(a, (count * rank, inner)), self._has_shape(b, (outer, count * rank))]):
             for part, first, _ in expert_parts(f"{name}.{parameter}", (count, outer, inner)):
                 expert, row = divmod(first, outer)
                 self._add(part, rank, scale, self._expert(a, b, (expert, row, rank, count)))

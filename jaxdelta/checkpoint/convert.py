@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,15 +19,7 @@ STORED = "stored"
 DTYPES = (STORED, *DTYPE_BYTES)
 
 
-def convert(
-    model: str,
-    out: str | Path,
-    *,
-    dtype: str = STORED,
-    revision: str | None = None,
-    loader: str = "auto",
-    adapter: str | None = None,
-) -> tuple[str, ...]:
+def convert(model: str, out: str | Path, *, dtype: str = STORED, **opening: Any) -> tuple[str, ...]:
     """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
     One portion of the parameters is in memory at a time; `out` appears whole or not at all. Returns the
@@ -36,9 +29,7 @@ def convert(
         model: hub id, directory, or `demo`.
         out: the new directory; an existing one must be empty.
         dtype: `stored` keeps the dtype of each parameter; any other rounds to the nearest number.
-        revision: branch, tag or commit of a hub id.
-        loader: as in `open_checkpoint`.
-        adapter: as in `open_checkpoint`; the parameters written have it applied.
+        **opening: how the model is opened, as for `open_checkpoint`.
 
     Raises:
         JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for `dtype`.
@@ -47,7 +38,7 @@ def convert(
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     with new_directory(Path(out).expanduser()) as directory:
-        checkpoint = open_checkpoint(model, revision=revision, loader=loader, adapter=adapter)
+        checkpoint = open_checkpoint(model, **opening)
         config = checkpoint.config
         if dtype != STORED:
             config = dataclasses.replace(config, dtype=dtype)

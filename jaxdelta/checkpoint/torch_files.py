@@ -9,7 +9,7 @@ import numpy as np
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
-from jaxdelta.errors import JaxDeltaError, extra, first_line, plain_errors
+from jaxdelta.errors import JaxDeltaError, first_line
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.families.registry import config_from_dict
 
@@ -123,24 +123,3 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def open_file(file: Path) -> TensorSource:
-    """The tensors of one file that torch.save wrote, under the names that they have there.
-
-    Raises:
-        JaxDeltaError: PyTorch is not installed, or the file holds anything but tensors.
-    """
-    with extra("torch", str(file)):
-        import torch
-    with plain_errors(file, {Exception: "{}: holds no tensors that PyTorch can open safely"}):
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
-    ):
-        raise JaxDeltaError(f"{file}: holds no tensors by name")
-    tensors = {name: tensor if _dtype(tensor) else tensor.float() for name, tensor in tensors.items()}
-    specs = {
-        name: TensorSpec(tuple(tensor.shape), np.dtype(_dtype(tensor))) for name, tensor in tensors.items()
-    }
-    return TensorSource(specs, lambda name, start=0, stop=None: _to_numpy(tensors[name][start:stop]))
