@@ -439,7 +439,7 @@ def test_values_of_every_type(own: tuple[Path, Path]) -> None:
                 assert (
                     lora.rank(QUERY) > 0 and lora.scale(QUERY) > 0 and lora.is_target(QUERY) in (True, False)
                 )
-                dataclasses.replace(adapter, lora=lora).applied(model.source, model.config)
+                dataclasses.replace(adapter, lora=lora).applied(model.source, tied=False)
             except JaxDeltaError as error:
                 assert len(str(error)) < 800 and "\n" not in str(error)
     for text in ("", "[]", "nul", "{" * 100_000, "\x00"):
@@ -494,6 +494,30 @@ def test_tensors_that_the_configuration_does_not_target(own: tuple[Path, Path]) 
     change(own[1], target_modules=names, layers_to_transform=[1])
     message = one_line(open_checkpoint, str(own[0]), adapter=str(own[1]))
     assert "14 are of modules that adapter_config.json does not target (model.layers.0." in message
+
+
+def test_targets_without_tensors_are_said(own: tuple[Path, Path]) -> None:
+    """PEFT warns of them: a model of more layers than the one that the adapter was trained on has such."""
+    whole = stored(own[1])
+    change(own[1], target_modules=["q_proj", "v_proj"])
+    store(own[1], {name: x for name, x in whole.items() if "layers.0.self_attn.q_proj" in name})
+    applied, unchanged = open_checkpoint(str(own[0]), adapter=str(own[1])).notes
+    assert "on 1 tensors" in applied
+    assert unchanged.startswith("3 targets") and "model.layers.0.self_attn.v_proj.weight" in unchanged
+
+
+def test_modules_to_save(own: tuple[Path, Path]) -> None:
+    """A classifier's head is left out, as no layer needs it; a module of the model must be there."""
+    base, adapter = own
+    change(adapter, modules_to_save=["classifier", "score"], task_type="SEQ_CLS")
+    store(adapter, stored(adapter) | {"base_model.model.score.weight": torch.zeros(2, 48)})
+    assert (
+        "left out, as no layer needs it: score.weight"
+        in open_checkpoint(str(base), adapter=str(adapter)).notes[1]
+    )
+    change(adapter, modules_to_save=["lm_head", "score"])
+    message = one_line(open_checkpoint, str(base), adapter=str(adapter))
+    assert "1 are missing, though modules_to_save names them (lm_head.weight)" in message
 
 
 def test_an_adapter_is_no_model(own: tuple[Path, Path]) -> None:

@@ -27,7 +27,8 @@ _READ = {
 # Initialisations that change the model's own weights, too.
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _MERGE = "merge it with PEFT's merge_and_unload() and give the merged directory as --model"
-_TIED = ("embed_tokens", "lm_head")
+ALL_LINEAR = "all-linear"
+EMBEDDINGS = ("embed_tokens", "lm_head")
 _SHOWN = 3  # of many names
 _INDEX = r".*?\.[^.]*\.(\d+)\."  # the first number in a module's name, which is its layer
 
@@ -63,20 +64,24 @@ class LoraConfig:
     def is_target(self, name: str) -> bool:
         """Whether PEFT would load a module's adapter: it leaves out those that the configuration lacks."""
         targets = self.target_modules
-        if targets is None or targets == "all-linear" or self._named(name) != name:
+        if targets is None or targets == ALL_LINEAR or self._named(name) != name:
             return True
         if _ends_with(name, self.target_parameters):
             return True
-        if self.ensure_weight_tying and _ends_with(name, _TIED):
-            return True
+        if self.ensure_weight_tying and _ends_with(name, EMBEDDINGS):
+            return any(_matches(f"model.{tied}", targets) for tied in EMBEDDINGS)
         if _matches(name, self.exclude_modules) or not _matches(name, targets):
             return False
         everywhere = isinstance(targets, str) or name in targets or not self.layers_to_transform
         return everywhere or self._layer(name) in self.layers_to_transform
 
+    def names(self, name: str) -> bool:
+        """Whether a module is a target that the configuration names, not one of all."""
+        return self.target_modules not in (None, ALL_LINEAR) and self.is_target(name)
+
     def is_saved(self, name: str) -> bool:
         """Whether a module was trained and saved as a whole."""
-        return _ends_with(name, self.modules_to_save)
+        return name.endswith(self.modules_to_save)
 
     def _named(self, name: str) -> str:
         """The name that PEFT matches with patterns: a parameter's, where parameters are targets."""
@@ -197,7 +202,9 @@ def _pattern(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 def _names(raw: Mapping[str, Any], key: str) -> str | tuple[str, ...]:
     """A regular expression, or a list of names."""
     given = () if raw.get(key) is None else raw[key]
-    return given if isinstance(given, str) and given else _list(raw, key)
+    if isinstance(given, str) and given:
+        return ALL_LINEAR if given.lower() == ALL_LINEAR else given
+    return _list(raw, key)
 
 
 def _list(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:

@@ -211,7 +211,7 @@ def open_checkpoint(
 def _adapted(checkpoint: Checkpoint, adapter: Adapter, notes: tuple[str, ...]) -> Checkpoint:
     """The checkpoint with an adapter applied."""
     config = checkpoint.config
-    source, applied = adapter.applied(checkpoint.source, config)
+    source, applied = adapter.applied(checkpoint.source, config.tie_embeddings)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
     if checkpoint.float8:
