@@ -25,6 +25,8 @@ from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoi
 from jaxdelta.checkpoint.convert import convert
 from jaxdelta.checkpoint.source import TensorSource, expert_parts
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.report.methods import methods
+from jaxdelta.report.page import page
 from jaxdelta.run.analyze import analyze
 
 QUERY, EMBEDDING, HEAD = "model.layers.1.self_attn.q_proj", "model.embed_tokens", "lm_head"
@@ -314,7 +316,7 @@ def pairs(adapter: Path) -> dict[str, dict[str, np.ndarray]]:
     """A weight's name -> its factors in float64."""
     found: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in stored(adapter).items():
-        module, factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name).groups()  # type: ignore[union-attr]
+        module, factor = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name).groups()
         found.setdefault(f"{module}.weight", {})[factor] = tensor.double().numpy()
     return found
 
@@ -352,6 +354,7 @@ def test_a_run(plain: tuple[Path, Path], tmp_path: Path) -> None:
                 assert math.isclose(row[key], other[key], rel_tol=1e-4, abs_tol=1e-5), key
         assert math.isclose(run.run["calibration_loss"], wanted.run["calibration_loss"], rel_tol=1e-6)
         assert run.run["flags"]["adapter"] == adapter and "LoRA of rank 4" in run.run["notes"][0]
+    assert f"{base} with the adapter {adapter}" in methods(run) and f">{adapter}<" in page(run)
 
 
 def test_a_run_resumes_with_the_same_adapter_only(own: tuple[Path, Path], tmp_path: Path) -> None:
