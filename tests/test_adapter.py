@@ -403,8 +403,13 @@ def test_other_kinds_are_refused_by_their_key(changes: dict[str, Any], own: tupl
         ({"r": 0}, "r must be a positive integer"),
         ({"r": "8"}, "r must be a positive integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),
-        ({"rank_pattern": {"q_proj": None, "v_proj": 1.5}}, "q_proj must be a positive integer"),
+        (
+            {"rank_pattern": {"q_proj": None, "v_proj": 1.5}},
+            'rank_pattern "q_proj" must be a positive integer',
+        ),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern must be an object"),
+        ({"rank_pattern": {"q" * 9000: 0}}, "must be a positive integer"),
+        ({"\n" * 9000: 1}, "not plain LoRA"),
         ({"rank_pattern": {"q_proj(": 4}}, "is no regular expression"),
         ({"target_modules": "(" * 200}, "is no regular expression"),
         ({"target_modules": {"q_proj": 1}}, "target_modules must be a list of names"),
@@ -413,7 +418,7 @@ def test_other_kinds_are_refused_by_their_key(changes: dict[str, Any], own: tupl
         ({"use_rslora": "yes"}, "use_rslora must be true or false"),
         ({"base_model_name_or_path": 3}, "must be a string"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_impossible_configurations(changes: dict[str, Any], said: str, own: tuple[Path, Path]) -> None:
     change(own[1], **changes)

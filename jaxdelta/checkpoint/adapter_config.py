@@ -138,7 +138,7 @@ def _check_kind(raw: Mapping[str, Any]) -> None:
     if others := [
         key for key in sorted(raw.keys() - _INERT - _READ) if raw[key] not in (None, False, "", [], {})
     ]:
-        shown = ", ".join(f"{key[:40]}={_short(raw[key])}" for key in others[:_SHOWN])
+        shown = ", ".join(f"{' '.join(key[:40].split())}={_short(raw[key])}" for key in others[:_SHOWN])
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         raise JaxDeltaError(f"{shown}{more}: not plain LoRA, the only kind that jaxdelta applies; {_MERGE}")
     start = raw.get("init_lora_weights")
@@ -196,7 +196,8 @@ def _pattern(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     given = {} if raw.get(key) is None else raw[key]
     if not isinstance(given, dict):
         raise JaxDeltaError(f"{key} must be an object, not {_short(given)}")
-    return {name: value(given, name) for name in given}
+    labels = {name: f"{key} {_short(name)}" for name in given}  # for messages
+    return {name: value({label: given[name]}, label) for name, label in labels.items()}
 
 
 def _names(raw: Mapping[str, Any], key: str) -> str | tuple[str, ...]:
