@@ -1,4 +1,4 @@
-"""Where weights come from: the hub, safetensors, PyTorch, Orbax, float8, controls."""
+"""Where weights come from: the hub, safetensors, PyTorch, Orbax, float8, adapters, controls."""
 
 from jaxdelta._faces import face
 

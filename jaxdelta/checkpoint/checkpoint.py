@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from jaxdelta.checkpoint import hub
+from jaxdelta.checkpoint.adapter import Adapter, adapter_beside, open_adapter
 from jaxdelta.checkpoint.directory import check_readable
 from jaxdelta.checkpoint.float8 import Float8
 from jaxdelta.checkpoint.mismatch import check_dtypes, check_names, natural
-from jaxdelta.checkpoint.names import EMBEDDING, HEAD, causal, refuse_quantised, with_embedding
+from jaxdelta.checkpoint.names import causal, refuse_quantised, with_embedding
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
-from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, aligned
+from jaxdelta.checkpoint.source import EMBEDDING, HEAD, Shape, TensorPart, TensorSource, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
@@ -45,6 +46,7 @@ class Checkpoint:
     source: TensorSource
     float8: Float8 | None = None  # the float8 tensors that `source` lists dequantised
     notes: tuple[str, ...] = ()  # what a user should know of how it was read, a sentence each
+    adapter: Adapter | None = None  # the adapter that `source` applies
 
     def layer(self, index: int) -> nnx.State:
         """One layer's parameters, on the device."""
@@ -154,6 +156,7 @@ def open_checkpoint(
     revision: str | None = None,
     loader: str = "auto",
     ignore_config_keys: str | None = None,
+    adapter: str | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and checks its tensors against its configuration.
 
@@ -163,6 +166,7 @@ def open_checkpoint(
         loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
             formats); or `auto`, the first that fits of safetensors, Orbax and torch.
         ignore_config_keys: keys of config.json, such as `a,b`, that are unknown and have no influence.
+        adapter: a LoRA adapter of PEFT that is added to the weights: a local directory, or a hub id.
 
     Raises:
         JaxDeltaError: anything wrong with the directory, its files or their tensors, all of them named.
@@ -172,6 +176,7 @@ def open_checkpoint(
         raise UsageError(f"loader must be one of {', '.join(LOADERS)}, not {loader!r}")
     ignored = key_names(ignore_config_keys)
     directory = hub.resolve(model, revision)
+    beside = adapter_beside(model, directory)
     config, source = _opened(directory, loader, ignored)
     wanted = _shapes(dataclasses.replace(config, tie_embeddings=False))
     source = causal(directory, source, wanted, config.num_layers)
@@ -179,12 +184,16 @@ def open_checkpoint(
     check_dtypes(directory, config, source.specs, wanted)
     check_names(directory, config, source, _shapes)
     config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
-    notes = (*config.notes, *source.notes)
-    if config.weight_block is None:
-        return Checkpoint(directory, config, source, notes=notes)
-    float8 = Float8(source, config.weight_block)
-    config = dataclasses.replace(config, weight_block=None)
-    return Checkpoint(directory, config, float8.plain(), float8, notes)
+    notes = (*beside, *config.notes, *source.notes)
+    checkpoint = Checkpoint(directory, config, source, notes=notes)
+    if config.weight_block is not None:
+        float8 = Float8(source, config.weight_block)
+        config = dataclasses.replace(config, weight_block=None)
+        checkpoint = Checkpoint(directory, config, float8.plain(), float8, notes)
+    if adapter is None:
+        return checkpoint
+    opened = open_adapter(adapter)
+    return _adapted(checkpoint, opened, tuple(opened.cautions(model, revision, directory)))
 
 
 def _opened(directory: Path, loader: str, ignored: Collection[str]) -> tuple[ModelConfig, TensorSource]:
@@ -223,12 +232,27 @@ def _with_head(config: ModelConfig, source: TensorSource) -> tuple[ModelConfig, 
     return config, source
 
 
+def _adapted(checkpoint: Checkpoint, adapter: Adapter, cautions: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint with an adapter applied."""
+    config = checkpoint.config
+    source, applied = adapter.applied(checkpoint.source, config.tie_embeddings)
+    if config.tie_embeddings and _has_own_head(source):
+        config = dataclasses.replace(config, tie_embeddings=False)
+    if checkpoint.float8:
+        applied += ("the float8 weights were dequantised before the adapter was added to them",)
+    notes = (*applied, *cautions, *checkpoint.notes)
+    return dataclasses.replace(
+        checkpoint, config=config, source=source, float8=None, notes=notes, adapter=adapter
+    )
+
+
 def load_model(
     model: str | Path,
     *,
     revision: str | None = None,
     loader: str = "auto",
     ignore_config_keys: str | None = None,
+    adapter: str | Path | None = None,
     sharding: Placement | None = None,
 ) -> Decoder:
     """Loads a whole checkpoint; the weights keep their dtype.
@@ -240,7 +264,11 @@ def load_model(
     Arguments and errors are those of `open_checkpoint`, `sharding` that of `Checkpoint.load`.
     """
     checkpoint = open_checkpoint(
-        str(model), revision=revision, loader=loader, ignore_config_keys=ignore_config_keys
+        str(model),
+        revision=revision,
+        loader=loader,
+        ignore_config_keys=ignore_config_keys,
+        adapter=None if adapter is None else str(adapter),
     )
     return checkpoint.load(sharding)
 

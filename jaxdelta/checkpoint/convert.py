@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,26 +19,17 @@ STORED = "stored"
 DTYPES = (STORED, *DTYPE_BYTES)
 
 
-def convert(
-    model: str,
-    out: str | Path,
-    *,
-    dtype: str = STORED,
-    revision: str | None = None,
-    loader: str = "auto",
-    ignore_config_keys: str | None = None,
-) -> None:
+def convert(model: str, out: str | Path, *, dtype: str = STORED, **opening: Any) -> tuple[str, ...]:
     """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
-    One portion of the parameters is in memory at a time; `out` appears whole or not at all.
+    One portion of the parameters is in memory at a time; `out` appears whole or not at all. Returns the
+    checkpoint's notes.
 
     Args:
         model: hub id, directory, or `demo`.
         out: the new directory; an existing one must be empty.
         dtype: `stored` keeps the dtype of each parameter; any other rounds to the nearest number.
-        revision: branch, tag or commit of a hub id.
-        loader: as in `open_checkpoint`.
-        ignore_config_keys: as in `open_checkpoint`.
+        **opening: how the model is opened, as for `open_checkpoint`.
 
     Raises:
         JaxDeltaError: the model cannot be read, `out` cannot be written, a number is too large for `dtype`.
@@ -46,9 +38,7 @@ def convert(
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     with new_directory(Path(out).expanduser()) as directory:
-        checkpoint = open_checkpoint(
-            model, revision=revision, loader=loader, ignore_config_keys=ignore_config_keys
-        )
+        checkpoint = open_checkpoint(model, **opening)
         config = checkpoint.config
         if dtype != STORED:
             config = dataclasses.replace(config, dtype=dtype)
@@ -58,3 +48,4 @@ def convert(
                 shutil.copyfile(checkpoint.directory / name, directory / name)
         numbers = None if dtype == STORED else jnp.dtype(dtype)
         write_orbax(checkpoint.source, checkpoint.names, directory / hub.ORBAX, numbers)
+    return checkpoint.notes

@@ -5,6 +5,8 @@ Of a hub repository only the configuration, the tokenizer and one set of weights
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ INDEX = "model.safetensors.index.json"
 ORBAX = "orbax"  # a directory
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ARCHIVES = (".gz", ".tar", ".tgz", ".xz", ".zip", ".zst", ".7z")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model")
@@ -49,11 +53,30 @@ def resolve(model: str, revision: str | None = None) -> Path:
         )
     if not HUB_ID.fullmatch(model):
         raise JaxDeltaError(f"{model}: no such directory")
-    return _fetch(model, revision)
+    return _fetch(model, revision, partial(_fetch_files, model, revision), CONFIG)
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
-    """Fetches a repository; the hub's errors become one line each."""
+def resolve_adapter(adapter: str) -> Path:
+    """The local directory of an adapter's files, fetched first where `adapter` is a hub id.
+
+    Raises:
+        JaxDeltaError: no such directory; the hub has no such adapter, refuses it, or cannot be reached.
+        UsageError: the name is empty.
+    """
+    if not adapter:
+        raise UsageError("adapter is empty; give a directory, or a hub id")
+    path = Path(os.path.expanduser(adapter))
+    if os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        raise JaxDeltaError(f"{adapter}: is a file; give the directory that holds {ADAPTER_CONFIG} and it")
+    if not HUB_ID.fullmatch(adapter):
+        raise JaxDeltaError(f"{adapter}: no such directory")
+    return _fetch(adapter, None, partial(_fetch_adapter, adapter), ADAPTER_CONFIG)
+
+
+def _fetch(repo: str, revision: str | None, fetch: Callable[[], Path], config: str) -> Path:
+    """Fetches a repository, whose first file is `config`; the hub's errors become one line each."""
     from huggingface_hub import errors
     from huggingface_hub.utils import logging
 
@@ -63,7 +86,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         errors.RevisionNotFoundError: "{}: has no revision {revision!r} on the hub",
         errors.RepositoryNotFoundError: "{}: no such directory here and no such model on the hub (if it is "
         "private: `hf auth login`)",
-        errors.RemoteEntryNotFoundError: "{}: the hub's repository{at} has no config.json, or a shard is "
+        errors.RemoteEntryNotFoundError: "{}: the hub's repository{at} has no {config}, or a shard is "
         "missing",
         unreachable: "{}: no such directory here, not in the hub's local cache{at}, and the hub cannot be "
         "reached; check the network, or give a local directory",
@@ -71,8 +94,20 @@ def _fetch(repo: str, revision: str | None) -> Path:
         (OSError, errors.HTTPError): "{}: cannot be fetched from the hub ({})",
     }
     at = f" at revision {revision}" if revision else ""
-    with silent(logging), plain_errors(repo, messages, revision=revision, at=at):
-        return _fetch_files(repo, revision)
+    with silent(logging), plain_errors(repo, messages, revision=revision, at=at, config=config):
+        return fetch()
+
+
+def _fetch_adapter(repo: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    directory = Path(huggingface_hub.hf_hub_download(repo, ADAPTER_CONFIG)).parent
+    try:
+        huggingface_hub.hf_hub_download(repo, ADAPTER_WEIGHTS[0])
+    except EntryNotFoundError:
+        huggingface_hub.hf_hub_download(repo, ADAPTER_WEIGHTS[1])
+    return directory
 
 
 def _fetch_files(repo: str, revision: str | None) -> Path:
@@ -94,7 +129,12 @@ def _fetch_files(repo: str, revision: str | None) -> Path:
             pass
         return None
 
-    directory = get(CONFIG).parent
+    try:
+        directory = get(CONFIG).parent
+    except EntryNotFoundError:
+        if adapter := try_get(ADAPTER_CONFIG):
+            return adapter.parent  # an adapter alone, which open_checkpoint refuses
+        raise
     tokenizer = [try_get(name) for name in TOKENIZER_FILES]
     if tokenizer[0] is None:
         for name in SLOW_TOKENIZER_FILES:

@@ -13,11 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdelta.checkpoint.source import TensorSource, TensorSpec, held_twice
+from jaxdelta.checkpoint.source import EMBEDDING, HEAD, TensorSource, TensorSpec, held_twice
 from jaxdelta.errors import JaxDeltaError, listed, short
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 # Segments that wrappers insert, in front of a name or inside it.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

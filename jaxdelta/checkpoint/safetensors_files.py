@@ -157,3 +157,10 @@ def _file_slices(file: Path) -> Iterator[tuple[str, _FileSlice]]:
     for name, entry in header.items():
         offset = 8 + length + entry["data_offsets"][0]
         yield name, _FileSlice(file, name, offset, tuple(entry["shape"]), np.dtype(STORED[entry["dtype"]]))
+
+
+def open_file(file: Path) -> TensorSource:
+    """The tensors of one file, under the names that they have there."""
+    slices = dict(_file_slices(file))
+    specs = {name: TensorSpec(part.shape, part.dtype) for name, part in slices.items()}
+    return TensorSource(specs, lambda name, start=0, stop=None: slices[name].read(start, stop))

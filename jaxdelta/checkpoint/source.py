@@ -36,6 +36,8 @@ STORED = DTYPES | {
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
 TensorPart = tuple[str, tuple[int, ...]]  # a tensor's name, and its index in a parameter
 ALIGNMENT = 64  # of host buffers that XLA's CPU client does not copy

@@ -109,7 +109,14 @@ def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dic
     import transformers
 
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        directory,
+        dtype="auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        adapter_kwargs={
+            "subfolder": "none"
+        },  # or transformers applies an adapter that lies beside the weights
+        **options,
     )
     tensors = model.state_dict()
     if any(_dtype(tensor) is None for tensor in tensors.values()):

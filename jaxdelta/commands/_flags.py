@@ -10,7 +10,7 @@ OUT_JSON = "the JSON file to write, e.g. --out=demo.json"
 
 
 def define_checkpoint() -> None:
-    """Defines --model, --revision, --loader and --ignore_config_keys."""
+    """Defines --model, --revision, --loader, --ignore_config_keys and --adapter."""
     # Imported here because it imports JAX, which some commands do not need.
     from jaxdelta.checkpoint.checkpoint import LOADERS
 
@@ -24,6 +24,9 @@ def define_checkpoint() -> None:
     )
     flags.DEFINE_string(
         "ignore_config_keys", None, "unknown keys of config.json that change nothing, such as a,b"
+    )
+    flags.DEFINE_string(
+        "adapter", None, "LoRA adapter of PEFT that is added to the weights: hub id or local directory"
     )
 
 

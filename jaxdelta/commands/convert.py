@@ -24,14 +24,16 @@ def act() -> None:
     """Reads the checkpoint and writes the directory."""
     given = flags.FLAGS
     print(f"Converting {given.model} ...", flush=True)
-    convert.convert(
+    for note in convert.convert(
         given.model,
         given.out,
         dtype=given.dtype,
         revision=given.revision,
         loader=given.loader,
         ignore_config_keys=given.ignore_config_keys,
-    )
+        adapter=given.adapter,
+    ):
+        print(f" note: {note}")
     print(f"Saved: {given.out}")
 
 

@@ -20,8 +20,10 @@ def methods(analysis: Result) -> str:
 def _subject(analysis: Result) -> Iterator[str]:
     run = analysis.run
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    revision = run.get("flags", {}).get("revision")
+    flags = run.get("flags", {})
+    revision, adapter = flags.get("revision"), flags.get("adapter")
     model = analysis.model + (f" (revision {revision})" if revision else "")
+    model += f" with the adapter {adapter}" if adapter else ""
     yield (
         f"We measured with {versions or 'jaxdelta'} what each of the {analysis.num_layers} layers of {model} "
         f"(hidden size {analysis.hidden}, weights {run.get('weights_dtype', 'of unknown dtype')}) writes "

@@ -80,9 +80,10 @@ def _title(analysis: Result) -> str:
 
 def _facts(analysis: Result) -> dict[str, str]:
     run = analysis.run
-    documents = run.get("documents")
+    documents, adapter = run.get("documents"), run.get("flags", {}).get("adapter")
     return {
         "model": f"{analysis.model}, {counted(analysis.num_layers, 'layer')}, hidden size {analysis.hidden}",
+        **({"adapter": str(adapter)} if adapter else {}),
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
         "tokens": str(analysis.n_calib_tokens)
         + (f" in {counted(documents, 'document')}" if documents else ""),

@@ -126,12 +126,15 @@ def _opened(
                 revision=options.revision,
                 loader=options.loader,
                 ignore_config_keys=options.ignore_config_keys,
+                adapter=options.adapter,
             )
         note(f"{count_parameters(weights.config) / 1e6:,.1f} M parameters")
     if isinstance(weights, InMemoryWeights) and options.memory == "stream":
         raise UsageError("memory=stream needs a model by its name; this one is loaded already")
     if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:
         raise UsageError("checkpoint_dir needs a model by its name; a loaded one cannot be recognised again")
+    if isinstance(weights, InMemoryWeights) and options.adapter is not None:
+        raise UsageError("adapter needs a model by its name; load_model(name, adapter=...) applies it")
     layers, given = weights.config.num_layers, options.phases
     phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:

@@ -24,7 +24,7 @@ from jaxdelta.text.tokens import PADDING, Tokens
 # Flags that must be equal in all runs.
 SAME_FLAGS = (
     *("top_k", "last_state", "compute_dtype", "residual_dtype", "phases", "views", "sink_factor"),
-    *("revision", "control"),
+    *("revision", "adapter", "control"),
 )
 
 
@@ -63,7 +63,7 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
 def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
     def traits(run: Analysis) -> dict[str, Any]:
         sizes = {"model": run.model, "layers": run.num_layers, "hidden": run.hidden}
-        return sizes | {name: run.run["flags"][name] for name in SAME_FLAGS}
+        return sizes | {name: run.run["flags"].get(name) for name in SAME_FLAGS}
 
     for run, directory in zip(runs[1:], directories[1:], strict=True):
         for name, value in traits(run).items():

@@ -55,6 +55,7 @@ class Options:
     revision: str | None = None
     loader: str = "auto"
     ignore_config_keys: str | None = None
+    adapter: str | None = None
     memory: str = "auto"
     device_memory_gb: float | None = None
     views: str = DEFAULT_VIEWS

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
@@ -249,6 +249,8 @@ def manifest(run: RunContext, checkpoint: Checkpoint) -> dict[str, Any]:
         "cores": os.cpu_count() if cpu else None,  # XLA divides matrix products among them
         **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
         "weights": _weights_digest(checkpoint.directory),
+        "adapter": checkpoint.adapter
+        and _files_digest(checkpoint.adapter.files, checkpoint.adapter.directory),
         **{f"--{name}": value for name, value in options.items() if name not in _FREE},
         "text": run.sample.tokens.fingerprint,
         **{f"blocks: {name}": value for name, value in run.plan.blocks._asdict().items()},
@@ -256,10 +258,15 @@ def manifest(run: RunContext, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _weights_digest(directory: Path) -> str:
-    """A digest of the files' sizes and samples of their content; files up to 1 MiB are read whole."""
     others = [*(directory / hub.ORBAX).rglob("*"), *directory.glob("*.bin"), *directory.glob("*.gguf")]
+    files = safetensors_files(directory) or sorted(path for path in others if path.is_file())
+    return _files_digest(files, directory)
+
+
+def _files_digest(files: Sequence[Path], directory: Path) -> str:
+    """A digest of files' sizes and samples of their content; files up to 1 MiB are read whole."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in safetensors_files(directory) or sorted(path for path in others if path.is_file()):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory)} {size} ".encode())
         with open(path, "rb") as file:
