@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape
+from jaxdelta.checkpoint.float8 import FLOAT8, Float8, may_be_float8, scale_name, scale_shape, with_scales
+from jaxdelta.checkpoint.gguf_files import is_gguf, open_gguf
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
 from jaxdelta.checkpoint.source import Shape, TensorPart, TensorSource, TensorSpec, aligned
 from jaxdelta.errors import JaxDeltaError, UsageError
@@ -174,6 +175,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
 
         config = read_config(directory / hub.CONFIG)
         source = open_orbax(directory / hub.ORBAX)
+    elif not files and is_gguf(directory):
+        config, source = open_gguf(directory)
     elif loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
@@ -183,12 +186,15 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
         source = open_safetensors(files)
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
+    if config.weight_block is not None:
+        source = with_scales(source)
     _check_dtypes(config, source.specs, directory)
     _check_names(config, source.specs, directory)
     if config.weight_block is None:
-        return Checkpoint(directory, config, source)
+        return Checkpoint(directory, config, source, notes=source.notes)
     float8 = Float8(source, config.weight_block)
-    return Checkpoint(directory, dataclasses.replace(config, weight_block=None), float8.plain(), float8)
+    config = dataclasses.replace(config, weight_block=None)
+    return Checkpoint(directory, config, float8.plain(), float8, source.notes)
 
 
 def load_model(
@@ -275,7 +281,7 @@ def _check_dtypes(config: ModelConfig, specs: Mapping[str, TensorSpec], director
         if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
             raise JaxDeltaError(
                 f"{directory}: {name} has dtype F8_E4M3, which jaxdelta reads only in the projections of a "
-                f"checkpoint whose {hub.CONFIG} says how they are quantised; try --loader=torch"
+                f"checkpoint whose {hub.CONFIG} says how they are quantised"
             )
 
 

@@ -35,11 +35,13 @@ class TensorSource:
         read: (name) -> the tensor; (name, start, stop) -> some of its rows.
         fill: (name, array) reads a tensor into an array of its shape and dtype, without another buffer; None
             where the format cannot.
+        notes: what a user should know of how the files were read, a sentence each.
     """
 
     specs: Mapping[str, TensorSpec]
     read: Callable[..., np.ndarray]
     fill: Callable[[str, np.ndarray], None] | None = None
+    notes: tuple[str, ...] = ()
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Reads a tensor into `out`, which has its shape, and casts it where the dtypes differ."""

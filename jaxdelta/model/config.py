@@ -50,7 +50,8 @@ class ModelConfig:
     `qkv_bias`, `o_bias`: biases of attention's projections out of the stream and back into it.
     `mlp_bias`: biases of all projections of a dense MLP.
     `experts`: None if all layers are dense.
-    `weight_block`: rows and columns of the blocks of float8 weights with a common scale; None for plain ones.
+    `weight_block`: rows and columns of the blocks of float8 weights with a common scale, 0 for a whole axis;
+    None for plain weights.
     """
 
     model_type: str

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig, Rope
+from jaxdelta.model.families.quantisation import float8_block
 
 # Keys without influence on a forward pass without cache, dropout and generation.
 INERT_KEYS = frozenset(
@@ -216,7 +217,7 @@ def layer_windows_dict(config: ModelConfig) -> dict[str, Any]:
 def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     """The blocks of float8 weights as published by Qwen; the files tell which tensors are float8."""
     scheme = raw.get("quantization_config")
-    if scheme is None:
+    if scheme is None or scheme == {}:
         return None
     given = {"fmt": "e4m3", **scheme} if isinstance(scheme, Mapping) else {}
     block = given.get("weight_block_size")
@@ -224,9 +225,7 @@ def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     if FLOAT8_SCHEME.items() <= given.items() and all(type(size) is int and size > 0 for size in sizes):
         check_keys("quantization_config", given, FLOAT8_KEYS)
         return sizes[0], sizes[1]
-    raise JaxDeltaError(
-        "the checkpoint is quantised (quantization_config), and not in float8 blocks; try --loader=torch"
-    )
+    return float8_block(given)
 
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:

@@ -58,6 +58,15 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 def read_config(path: Path) -> ModelConfig:
     """Reads a config.json; a JaxDeltaError names the file and the problem."""
+    raw = read_json(path)
+    try:
+        return config_from_dict(raw)
+    except JaxDeltaError as error:
+        raise JaxDeltaError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a JaxDeltaError names the file and the problem."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,10 +75,7 @@ def read_config(path: Path) -> ModelConfig:
         raise JaxDeltaError(f"{path}: is not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise JaxDeltaError(f"{path}: holds no JSON object")
-    try:
-        return config_from_dict(raw)
-    except JaxDeltaError as error:
-        raise JaxDeltaError(f"{path}: {error}") from error
+    return raw
 
 
 def write_config(config: ModelConfig, path: Path) -> None:
