@@ -103,7 +103,7 @@ def test_rows_of_every_type(kind: str, tmp_path: Path, make_checkpoint: Callable
     import gguf
 
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 16}
-    whole = make_checkpoint(tmp_path / "whole", **sizes, model_type="llama")
+    whole = make_checkpoint(tmp_path / "whole", **sizes, model_type="llama", num_attention_heads=16)
     config = json.loads((whole / "config.json").read_text())
     tensors = stored_tensors(on_disk(whole), config)
     if kind == "Q4_K":  # gguf cannot quantise to it: random blocks of finite scales
@@ -169,7 +169,6 @@ def test_analysis(qwen3: Path, tmp_path: Path) -> None:
         ({"head_dim": 16}, "head_dim 32, config.json 16"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-06, config.json 1e-05"),
         ({"attention_bias": True}, "attention_bias False, config.json True"),
-        ({"model_type": "llama"}, "model_type qwen3, config.json llama"),
         ({"num_hidden_layers": 3, "layer_types": None}, "num_hidden_layers 2, config.json 3"),
     ],
 )
@@ -275,7 +274,7 @@ def test_an_attention_factor_without_yarn(tmp_path: Path, make_checkpoint: Calla
 
 
 def test_defaults_of_llama_cpp(qwen3: Path, tmp_path: Path) -> None:
-    """Keys that may be absent: as many key/value heads as heads, hidden / heads as head size, theta 10,000."""
+    """Keys that may be absent: key/value heads, a head's size, theta; a factor of 0 is none."""
     config = json.loads((qwen3 / "config.json").read_text())
     kept = metadata_of(config)
     for key in [*kept]:
@@ -286,10 +285,10 @@ def test_defaults_of_llama_cpp(qwen3: Path, tmp_path: Path) -> None:
         ):
             del kept[key]
     kept["rope.scaling.factor"] = 0.0
-    tensors = {name: np.zeros((256, 64), np.float32) for name in ("token_embd.weight", "output.weight")}
+    tensors = stored_tensors(on_disk(qwen3), config)
     write_gguf(tmp_path / "model.gguf", "qwen3", kept, tensors)
-    # Only the layers' tensors are missing, whose shapes the configuration gives.
-    assert "missing" in one_line(load_model, str(tmp_path))
+    # The tensors show that the head size was another.
+    assert "self_attn.q_proj.weight is (128, 64), not (64, 64)" in one_line(load_model, str(tmp_path))
     for key in ("block_count", "attention.layer_norm_rms_epsilon"):
         write_gguf(tmp_path / "model.gguf", "qwen3", {k: v for k, v in kept.items() if k != key}, tensors)
         assert f"its metadata has no qwen3.{key}" in one_line(load_model, str(tmp_path))
@@ -353,8 +352,9 @@ def test_factors_that_are_no_llama_3s(tmp_path: Path, make_checkpoint: Callable[
     assert "rope_type default, config.json llama3" in one_line(load_model, str(tmp_path))
 
 
-def test_a_mistral_is_a_llama(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+def test_a_mistral_is_a_llama(qwen3: Path, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     """llama.cpp has no architecture for it; the window is in config.json only."""
+    to_gguf(qwen3, tmp_path / "qwen3" / "model.gguf")
     whole = make_checkpoint(tmp_path / "whole", **GGUF_SIZES, model_type="mistral", sliding_window=8)
     to_gguf(whole, tmp_path / "gguf" / "model.gguf")
     assert open_checkpoint(str(tmp_path / "gguf")).config.model_type == "llama"
@@ -362,6 +362,8 @@ def test_a_mistral_is_a_llama(tmp_path: Path, make_checkpoint: Callable[..., Pat
     found = open_checkpoint(str(tmp_path / "gguf"))
     assert found.config == open_checkpoint(str(whole)).config
     assert_close(parameters(found.load()), on_disk(whole))
+    shutil.copy(whole / "config.json", tmp_path / "qwen3")
+    assert "model_type qwen3, config.json mistral" in one_line(load_model, str(tmp_path / "qwen3"))
 
 
 def test_shards(qwen3: Path, tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_mutated_headers(rewritten: Callable[..., Path]) -> None:
     whole = (directory / "model.gguf").read_bytes()
     draw = random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         mutated = bytearray(whole)
         for _ in range(draw.choice([1, 1, 4])):
             mutated[draw.randrange(3000)] = draw.choice([0, 1, 8, 9, 127, 255, draw.randrange(256)])
@@ -437,7 +439,7 @@ def test_mutated_headers(rewritten: Callable[..., Path]) -> None:
             refused += 1
             assert "\n" not in str(error)
             assert len(str(error)) < 3000  # names of missing tensors
-    assert refused > 100
+    assert refused > 30
 
 
 def test_types_that_cannot_be_dequantised(rewritten: Callable[..., Path]) -> None:

@@ -171,6 +171,15 @@ class _Metadata:
 
     def config_dict(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """The contents of a config.json; what only tensors tell is taken from their names and shapes."""
+        layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+        counts = {"block_count": len(layers)}
+        if self.model_type == "qwen3_moe":
+            counts["expert_count"] = shapes.get("blk.0.ffn_up_exps.weight", (0,))[0]
+        for key, count in counts.items():  # Before anything is made for each of them.
+            if self.values[key] != count:
+                raise JaxDeltaError(
+                    f"{key} is {str(self.values[key])[:40]}, and there are tensors of {count}"
+                )
         raw = {ours: self.values[key] for key, ours in self.names.items() if key in self.values}
         raw |= {
             "model_type": self.model_type,
@@ -265,11 +274,10 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, stated: _Metadata) -> I
     if ours.tie_embeddings and not theirs.tie_embeddings:
         yield f"no output.weight, {hub.CONFIG} tie_word_embeddings false"
     if not _same_rotation(ours, theirs):
-        pairs = mine["rope_parameters"], other["rope_parameters"]
-        for key in sorted(set(pairs[0]) | set(pairs[1])):
-            values = [pair.get(key) for pair in pairs]
-            if not _equal(*values):
-                yield f"{key} {values[0]}, {hub.CONFIG} {values[1]}"
+        mine, other = mine["rope_parameters"], other["rope_parameters"]
+        for key in sorted(mine) if ours.rope.kind == theirs.rope.kind else ["rope_type"]:
+            if not _equal(mine[key], other[key]):
+                yield f"{key} {mine[key]}, {hub.CONFIG} {other[key]}"
 
 
 def _same_rotation(ours: ModelConfig, theirs: ModelConfig) -> bool:

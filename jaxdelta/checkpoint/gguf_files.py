@@ -130,8 +130,10 @@ class _Tensor:
             whole = self._rows(0, 1)[0]
             return (whole if self.order is None else whole[self.order])[start:stop]
         rows = np.arange(self.shape[0])[start:stop] if self.order is None else self.order[start:stop]
-        first, last = (int(rows.min()), int(rows.max()) + 1) if rows.size else (0, 0)
-        stored = self._rows(first, last)
+        if not rows.size:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        first = int(rows.min())
+        stored = self._rows(first, int(rows.max()) + 1)
         return stored if self.order is None else stored[rows - first]
 
     def _rows(self, first: int, stop: int) -> np.ndarray:

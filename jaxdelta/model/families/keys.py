@@ -225,7 +225,7 @@ def _weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     if FLOAT8_SCHEME.items() <= given.items() and all(type(size) is int and size > 0 for size in sizes):
         check_keys("quantization_config", given, FLOAT8_KEYS)
         return sizes[0], sizes[1]
-    return float8_block(given)
+    return float8_block(scheme if isinstance(scheme, Mapping) else {})
 
 
 def _rope(raw: Mapping[str, Any], max_positions: int) -> Rope:

@@ -95,7 +95,7 @@ def float8_block(scheme: Mapping[str, Any]) -> tuple[int, int]:
     advice = "give the model that it was made from, before it was quantised"
     if method in TRANSFORMERS:
         advice = "--loader=torch can, with the library of this format"
-    what = f"{method}: {found}" if found else str(method)
+    what = f"{method}: {found}" if found else method or str(dict(scheme))
     raise JaxDeltaError(
         f"the weights are quantised (quantization_config: {what[:120]}), which jaxdelta cannot read; {advice}"
     )
