@@ -1,4 +1,4 @@
-"""Weights on disk -> parameters: safetensors and Orbax read directly, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors, Orbax and GGUF read directly, everything else by PyTorch.
 
 Parameters have Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight` of shape (L, F, D)
 is `model.layers.{0..L-1}.mlp.up_proj.weight`. Layers with experts are a stack of their own, as are a layer's
@@ -157,8 +157,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     Args:
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
-        loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
-            formats); or `auto`, the first that fits of safetensors, Orbax and torch.
+        loader: `safetensors`; `torch` (PyTorch: .bin files, and formats that transformers dequantises); or
+            `auto`, the first that fits of safetensors, Orbax, .bin files and GGUF.
 
     Raises:
         JaxDeltaError: anything wrong with the directory, its files or their tensors, all of them named.

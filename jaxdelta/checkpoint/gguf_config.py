@@ -131,10 +131,11 @@ class _Metadata:
         kind = metadata.get("general.type", "model")
         architecture = metadata.get("general.architecture")
         if kind != "model":
-            raise JaxDeltaError(f"holds no model (general.type is {kind!r})")
+            raise JaxDeltaError(f"holds no model (general.type is {kind!r:.60})")
         if architecture not in _MODEL_TYPES:
             raise JaxDeltaError(
-                f"general.architecture is {architecture!r}; jaxdelta computes {', '.join(_MODEL_TYPES)} only"
+                f"general.architecture is {architecture!r:.60}; "
+                f"jaxdelta computes {', '.join(_MODEL_TYPES)} only"
             )
         self.model_type = _MODEL_TYPES[architecture]
         prefix = f"{architecture}."
@@ -158,7 +159,7 @@ class _Metadata:
             neutral[key] = (self.values.get("attention.key_length"),)
         read = {*self.names, *_ROPE, *_ATTENTION_FACTORS, *_INERT, "expert_weights_norm"}
         wrong = [
-            f"{prefix}{key}={str(value)[:40]}"
+            f"{ascii(prefix + key)[1:-1]:.60}={value!r:.40}"
             for key, value in sorted(self.values.items())
             if key not in read and not (key in neutral and value in neutral[key])
         ]
@@ -177,9 +178,7 @@ class _Metadata:
             counts["expert_count"] = shapes.get("blk.0.ffn_up_exps.weight", (0,))[0]
         for key, count in counts.items():  # Before anything is made for each of them.
             if self.values[key] != count:
-                raise JaxDeltaError(
-                    f"{key} is {str(self.values[key])[:40]}, and there are tensors of {count}"
-                )
+                raise JaxDeltaError(f"{key} is {self.values[key]!r:.40}, and there are tensors of {count}")
         raw = {ours: self.values[key] for key, ours in self.names.items() if key in self.values}
         raw |= {
             "model_type": self.model_type,
@@ -221,7 +220,9 @@ def _same_everywhere(key: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if not value or any(entry != value[0] for entry in value):
-        raise JaxDeltaError(f"{key} differs from layer to layer, which jaxdelta does not support")
+        raise JaxDeltaError(
+            f"{ascii(key)[1:-1]:.60} differs from layer to layer, which jaxdelta does not support"
+        )
     return value[0]
 
 

@@ -80,11 +80,11 @@ def open_gguf(directory: Path) -> tuple[ModelConfig, TensorSource]:
     for name, tensor in tensors.items():
         for part, view in _parts(name, tensor, heads):
             if part in parts:
-                raise JaxDeltaError(f"{tensor.file}: {name} and {parts[part].name} are one tensor ({part})")
+                raise JaxDeltaError(f"{tensor.file}: {name} and {parts[part].name} are one tensor")
             parts[part] = view
     specs = {name: TensorSpec(part.shape, part.dtype) for name, part in parts.items()}
     if embedding := specs.get("model.embed_tokens.weight"):
-        config = dataclasses.replace(config, dtype=str(embedding.dtype))
+        config = dataclasses.replace(config, dtype=str(embedding.dtype), weight_block=None)
     quantised = sorted({tensor.type for tensor in tensors.values()} - _PLAIN.keys())
     note = f"{files[0].name}: {', '.join(quantised)} dequantised to float32"
 
@@ -211,7 +211,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """A file's metadata and tensors, all of which lie within the file."""
     damaged = (struct.error, ValueError, OverflowError, OSError)
     with (
-        plain_errors(path, {damaged: "{}: is not a whole GGUF file ({})"}),
+        plain_errors(path, {damaged: "{}: is not a whole GGUF file ({:.200})"}),
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
@@ -296,8 +296,8 @@ class _Cursor:
         except (ValueError, KeyError, NotImplementedError) as error:
             label = kind.name if isinstance(kind, gguf.GGMLQuantizationType) else f"number {kind}"
             raise JaxDeltaError(
-                f"{path}: {name} has type {label}, which the installed gguf cannot dequantise; try pip "
-                "install --upgrade gguf, or another quantisation of the model"
+                f"{path}: {ascii(name)[1:-1]:.60} has type {label}, which the installed gguf cannot "
+                "dequantise; try pip install --upgrade gguf, or another quantisation of the model"
             ) from error
         if not shape or 0 in shape or shape[-1] % per_block:
             raise ValueError(f"{name} has the impossible shape {shape}")

@@ -20,7 +20,7 @@ def define_checkpoint() -> None:
         "loader",
         "auto",
         LOADERS,
-        "how the weights are read; torch opens more formats (.bin, GGUF, quantised)",
+        "how the weights are read; torch has transformers dequantise what jaxdelta cannot",
     )
 
 
