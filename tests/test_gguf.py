@@ -478,6 +478,14 @@ def test_without_gguf(rewritten: Callable[..., Path], monkeypatch: pytest.Monkey
     assert found == ("a GGUF checkpoint needs gguf, which is not installed (pip install 'jaxdelta[gguf]')")
 
 
+def test_conversion_to_orbax(rewritten: Callable[..., Path], tmp_path: Path, qwen3: Path) -> None:
+    from jaxdelta.checkpoint.convert import convert
+
+    convert(str(rewritten()), tmp_path / "orbax")
+    assert open_checkpoint(str(tmp_path / "orbax")).config == open_checkpoint(str(qwen3)).config
+    assert_close(parameters(load_model(str(tmp_path / "orbax"))), on_disk(qwen3))
+
+
 def test_other_weights_count_first(rewritten: Callable[..., Path], qwen3: Path) -> None:
     directory = rewritten()
     (directory / "model.gguf").write_bytes(b"is not even opened")

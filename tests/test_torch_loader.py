@@ -123,7 +123,7 @@ def test_settings_that_transformers_rewrites(loader: str, small: Path) -> None:
     [
         (
             {"quant_method": "gptq", "bits": 4},
-            "quantization_config: gptq), which jaxdelta cannot read; give the",
+            "quantization_config: gptq), which jaxdelta does not read; give the",
         ),
         ({"quant_method": "awq", "bits": 4}, "quantization_config: awq), which"),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quantization_config: modelopt), which"),
@@ -148,7 +148,7 @@ def test_formats_that_nobody_dequantises(
 def test_a_format_whose_library_is_missing(scheme: dict[str, Any], small: Path) -> None:
     change_config(small, quantization_config=scheme)
     message = one_line(load_model, str(small))
-    assert "bitsandbytes), which jaxdelta cannot read; --loader=torch can, with the library" in message
+    assert "bitsandbytes), which jaxdelta does not read; --loader=torch does, where" in message
     message = one_line(load_model, str(small), loader="torch")
     assert message.startswith(f"{small}: transformers cannot open it (") and "bitsandbytes" in message
 

@@ -157,7 +157,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     Args:
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
-        loader: `safetensors`; `torch` (PyTorch: .bin files, and formats that transformers dequantises); or
+        loader: `safetensors`; `torch` (PyTorch: .bin files, and bitsandbytes, dequantised to float32); or
             `auto`, the first that fits of safetensors, Orbax, .bin files and GGUF.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checkpoints that only PyTorch opens: .bin files, and formats that transformers dequantises.
+"""Checkpoints that only PyTorch opens: .bin files, and bitsandbytes' formats.
 
 Imported on demand. Values are those on disk: transformers' PyTorch model, which may cast them, draw absent
 ones at random or rewrite settings, is only used to dequantise.
@@ -16,7 +16,7 @@ from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_
 from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
 from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
-from jaxdelta.model.families.quantisation import TRANSFORMERS, quantisation
+from jaxdelta.model.families.quantisation import BITSANDBYTES, quantisation
 from jaxdelta.model.families.registry import config_from_dict, read_config, read_json
 
 
@@ -35,7 +35,7 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
     if not safetensors and not files:
         raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS}, nor any other weights")
     method = quantisation(read_json(directory / hub.CONFIG))
-    if safetensors and method not in TRANSFORMERS:
+    if safetensors and method != BITSANDBYTES:
         return read_config(directory / hub.CONFIG), open_safetensors(safetensors)
     try:
         import torch  # noqa: F401
@@ -43,8 +43,8 @@ def torch_source(directory: Path) -> tuple[ModelConfig, TensorSource]:
         raise JaxDeltaError(
             f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
         ) from error
-    if method in TRANSFORMERS:
-        return _dequantised(directory, str(method))
+    if method == BITSANDBYTES:
+        return _dequantised(directory)
     config = read_config(directory / hub.CONFIG)  # Before the weights: it may be another architecture.
     return config, _source(_load(files))
 
@@ -121,7 +121,7 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def _dequantised(directory: Path, method: str) -> tuple[ModelConfig, TensorSource]:
+def _dequantised(directory: Path) -> tuple[ModelConfig, TensorSource]:
     """The tensors of transformers' PyTorch model, dequantised to float32."""
     import transformers
 
@@ -136,8 +136,7 @@ def _dequantised(directory: Path, method: str) -> tuple[ModelConfig, TensorSourc
         raise JaxDeltaError(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
         raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
-    note = f"dequantised by transformers from {method}, whose library may round weights to 16 bits"
-    return config, _source(tensors, (note,))
+    return config, _source(tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
 
 
 def _transformers_tensors(directory: Path) -> dict[str, Any]:
@@ -152,6 +151,9 @@ def _transformers_tensors(directory: Path) -> dict[str, Any]:
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
     )
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):  # in 4 bits, which are dequantised to the dtype they once had
+            parameter.quant_state.dtype = torch.float32
     tensors = model.dequantize().state_dict()
     for name, shape, _ in report["mismatched_keys"]:
         tensors[name] = torch.empty(shape, device="meta")

@@ -20,7 +20,7 @@ def define_checkpoint() -> None:
         "loader",
         "auto",
         LOADERS,
-        "how the weights are read; torch has transformers dequantise what jaxdelta cannot",
+        "how the weights are read; torch dequantises bitsandbytes, too",
     )
 
 

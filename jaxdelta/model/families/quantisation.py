@@ -10,8 +10,7 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 
-# The methods that transformers turns into plain weights.
-TRANSFORMERS = ("bitsandbytes", "higgs")
+BITSANDBYTES = "bitsandbytes"  # the method that transformers turns into plain weights
 PER_TENSOR, PER_ROW = (0, 0), (1, 0)  # blocks, 0 for a whole axis
 
 # The keys of a format and their supported values; None for any value.
@@ -74,7 +73,7 @@ def quantisation(raw: Mapping[str, Any]) -> str | None:
         return None
     if scheme.get("quant_method") is not None:
         return str(scheme["quant_method"])
-    return "bitsandbytes" if scheme.get("load_in_8bit") or scheme.get("load_in_4bit") else None
+    return BITSANDBYTES if scheme.get("load_in_8bit") or scheme.get("load_in_4bit") else None
 
 
 def float8_block(scheme: Mapping[str, Any]) -> tuple[int, int]:
@@ -93,11 +92,12 @@ def float8_block(scheme: Mapping[str, Any]) -> tuple[int, int]:
     if not isinstance(found, str):
         return found
     advice = "give the model that it was made from, before it was quantised"
-    if method in TRANSFORMERS:
-        advice = "--loader=torch can, with the library of this format"
+    if method == BITSANDBYTES:
+        advice = "--loader=torch does, where bitsandbytes is installed"
     what = f"{method}: {found}" if found else method or str(dict(scheme))
     raise JaxDeltaError(
-        f"the weights are quantised (quantization_config: {what[:120]}), which jaxdelta cannot read; {advice}"
+        f"the weights are quantised (quantization_config: {what[:120]}), which jaxdelta does not read; "
+        f"{advice}"
     )
 
 
