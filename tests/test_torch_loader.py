@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import assert_same, change_config, on_disk, one_line, parameters, to_torch_file
+from checkpoints import assert_same, change_config, fuse_experts, on_disk, one_line, parameters, to_torch_file
 from conftest import EXPERTS
 
 from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
@@ -54,13 +54,23 @@ def test_a_damaged_torch_file(content: bytes, small: Path) -> None:
     assert one_line(load_model, str(small)) == f"{small / 'pytorch_model.bin'}: {message}"
 
 
-@pytest.mark.parametrize("held", [[1], {"state_dict": {}}, {"step": 3}])
+@pytest.mark.parametrize("held", [[1], {"state_dict": {}}, {"step": 3}, {1: None}])
 def test_a_torch_file_of_something_else(held: Any, small: Path) -> None:
     import torch
 
     to_torch_file(small)
     torch.save(held, small / "pytorch_model.bin")
     assert "pytorch_model.bin: holds no tensors by name" in one_line(load_model, str(small))
+
+
+def test_experts_fused_and_one_by_one(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    import torch
+
+    make_checkpoint(tmp_path, num_hidden_layers=1, **EXPERTS)
+    tensors = to_torch_file(tmp_path)
+    fused = {name: t for name, t in fuse_experts(tensors).items() if name.endswith("experts.down_proj")}
+    torch.save(tensors | fused, tmp_path / "pytorch_model.bin")
+    assert "experts.0.down_proj.weight is stored twice" in one_line(load_model, str(tmp_path))
 
 
 def test_one_tensor_in_two_torch_files(small: Path) -> None:

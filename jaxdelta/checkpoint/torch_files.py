@@ -70,7 +70,8 @@ def _load(files: list[Path]) -> dict[str, Any]:
     for file in files:
         with plain_errors(file, messages):
             held = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-        if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        entries = held.items() if isinstance(held, dict) else [(None, held)]
+        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
             raise JaxDeltaError(f"{file}: holds no tensors by name")
         if twice := tensors.keys() & held.keys():
             raise JaxDeltaError(f"{file}: {min(twice)} is in another shard, too")
@@ -87,6 +88,8 @@ def _source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSourc
     views, specs = {}, {}
     for name, tensor in tensors.items():
         for part, first, shape in expert_parts(name, tuple(tensor.shape)):
+            if part in views:
+                raise JaxDeltaError(f"{name}: {part} is stored twice")
             views[part] = tensor if part == name else tensor.flatten(0, 1)[first : first + shape[0]]
             specs[part] = TensorSpec(shape, _dtype(name, tensor))
 
