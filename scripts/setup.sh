@@ -3,8 +3,8 @@
 #
 #   scripts/setup.sh            what a run needs, with CUDA where there is an NVIDIA driver
 #   scripts/setup.sh test       and what the tests need
-#   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, train, figures, frames,
-#                               steering, corpora, docs
+#   scripts/setup.sh EXTRA...   and other extras of pyproject.toml: cuda12, cuda13, tpu, torch, gguf, train, figures,
+#                               frames, steering, corpora, docs
 #
 # PYTHON=/path/to/python3 chooses the Python. VENV=NAME makes another environment than .venv, at the root, too.
 # What was once asked for stays: a run does not undo `test`.
@@ -131,9 +131,9 @@ install() {
 
 for extra in "$@"; do
   case $extra in
-    cuda12 | cuda13 | tpu | torch | train | figures | frames | steering | corpora | docs | test) ;;
-    *) die "no extra is called '$extra'; there are cuda12, cuda13, tpu, torch, train, figures, frames, steering," \
-      "corpora, docs and test" ;;
+    cuda12 | cuda13 | tpu | torch | gguf | train | figures | frames | steering | corpora | docs | test) ;;
+    *) die "no extra is called '$extra'; there are cuda12, cuda13, tpu, torch, gguf, train, figures, frames," \
+      "steering, corpora, docs and test" ;;
   esac
 done
 extras=$(wanted_extras "$@")

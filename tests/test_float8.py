@@ -139,6 +139,120 @@ def test_shards_and_orbax_hold_the_same(
     assert open_checkpoint(str(tmp_path / "orbax")).config == open_checkpoint(str(tmp_path / "float8")).config
 
 
+WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "observer": "minmax"}
+ROUNDED = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+def compressed(strategy: str, **changes: Any) -> dict[str, Any]:
+    """A quantization_config as llm-compressor writes it."""
+    group = {
+        "weights": WEIGHTS | {"strategy": strategy} | changes,
+        "input_activations": ROUNDED,
+        "targets": ["Linear"],
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+
+
+@pytest.mark.parametrize("loader", ["safetensors", "torch"])
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    ("scheme", "name", "axes"),
+    [
+        (compressed("channel"), "weight_scale", lambda rows: (rows, 1)),
+        (compressed("tensor"), "weight_scale", lambda rows: (1,)),
+        (PER_TENSOR, "weight_scale", lambda rows: ()),
+        (PER_TENSOR | {"weight_block_size": None}, "weight_scale_inv", lambda rows: ()),
+    ],
+    ids=["channel", "tensor", "AutoFP8", "transformers"],
+)
+def test_one_scale_a_row_or_a_tensor(
+    scheme: dict[str, Any],
+    name: str,
+    axes: Callable[[int], tuple[int, ...]],
+    experts: dict[str, Any],
+    loader: str,
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    """Float64 by hand, 1e-6; both loaders; scales of activations are left out, and said."""
+    import torch
+
+    make_checkpoint(tmp_path, **UNEVEN, **experts)
+    stored, wanted = {}, {}
+    for key, tensor in on_disk(tmp_path).items():
+        stored[key] = wanted[key] = tensor.bfloat16()
+        if "_proj.weight" in key:
+            scale = torch.rand(axes(tensor.shape[0])).add(0.5).div(300)
+            scale = scale.bfloat16() if name == "weight_scale" else scale
+            stored[key] = (tensor / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[key.removesuffix("weight") + name] = scale
+            wanted[key] = stored[key].double() * scale.double()
+            if scheme is PER_TENSOR:
+                stored[key.removesuffix("weight") + "input_scale"] = torch.tensor([0.5])
+    write(tmp_path, stored)
+    change_config(tmp_path, quantization_config=scheme, dtype="bfloat16")
+    checkpoint = open_checkpoint(str(tmp_path), loader=loader)
+    found = parameters(checkpoint.load())
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_allclose(found[key].astype(float), value.double().numpy(), rtol=1e-6, err_msg=key)
+        np.testing.assert_array_equal(checkpoint.source.read(key, 1, 3), found[key][1:3])
+    left_out = sum(key.endswith("input_scale") for key in stored)
+    said = f"{left_out} scales of activations left out: activations are not rounded to float8"
+    assert checkpoint.notes == ((said,) if left_out else ())
+    assert checkpoint.first_bad_tensor() is None
+
+
+def test_blocks_of_compressed_tensors(float8: Path) -> None:
+    """Qwen's blocks under the other names."""
+    tensors = on_disk(float8)
+    wanted = dequantised(tensors)
+    write(float8, {name.replace("_scale_inv", "_scale"): tensor for name, tensor in tensors.items()})
+    change_config(float8, quantization_config=compressed("block", block_structure=[128, 128]))
+    assert_same(parameters(load_model(str(float8), loader="torch")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (compressed("group", group_size=128), "group_size=128"),
+        (compressed("tensor", num_bits=4), "num_bits=4"),
+        (compressed("tensor", type="int"), "type='int'"),
+        (compressed("tensor", symmetric=False), "symmetric=False"),
+        (compressed("tensor", odd=1), "unknown key odd"),
+        (compressed("tensor") | {"config_groups": {}}, "config_groups of several kinds, or none"),
+        (compressed("tensor") | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme={'num_bits': 8}"),
+        (compressed("block"), "no size of blocks"),
+        (PER_TENSOR | {"weight_block_size": [128, 0]}, "a block of [128, 0]"),
+        (PER_TENSOR | {"scale_fmt": "ue8m0"}, "scale_fmt='ue8m0'"),
+        (PER_TENSOR | {"odd": 1}, "unknown key odd"),
+    ],
+)
+def test_float8_that_is_refused(scheme: dict[str, Any], message: str, float8: Path) -> None:
+    change_config(float8, quantization_config=scheme)
+    found = one_line(load_model, str(float8))
+    assert f"{scheme['quant_method']}: {message}" in found and len(found) < 500
+
+
+def test_scales_of_another_shape_are_named(float8: Path) -> None:
+    """Blocks where the configuration says one scale a tensor; and two scales of one weight."""
+    change_config(float8, quantization_config=PER_TENSOR)
+    assert f"{UP}_scale_inv is (3, 2), not (1, 1)" in one_line(load_model, str(float8))
+    tensors = on_disk(float8)
+    write(float8, tensors | {f"{UP}_scale": tensors[f"{UP}_scale_inv"]})
+    assert "are the scales of one weight" in one_line(load_model, str(float8))
+
+
 def test_wrong_scales_are_named(float8: Path) -> None:
     tensors = on_disk(float8)
     down = "model.layers.0.mlp.down_proj.weight"

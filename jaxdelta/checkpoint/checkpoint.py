@@ -1,4 +1,4 @@
-"""Weights on disk -> parameters: safetensors and Orbax read directly, everything else through PyTorch.
+"""Weights on disk -> parameters: safetensors, Orbax and GGUF read directly, everything else by PyTorch.
 
 Parameters have Hugging Face's names, with all layers stacked: `layers.mlp.up_proj.weight` of shape (L, F, D)
 is `model.layers.{0..L-1}.mlp.up_proj.weight`. Layers with experts are a stack of their own, as are a layer's
@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.adapter import Adapter, adapter_beside, open_adapter
 from jaxdelta.checkpoint.directory import check_readable
-from jaxdelta.checkpoint.float8 import Float8
+from jaxdelta.checkpoint.float8 import Float8, with_scales
+from jaxdelta.checkpoint.gguf_files import is_gguf, open_gguf
 from jaxdelta.checkpoint.mismatch import check_dtypes, check_names, natural
 from jaxdelta.checkpoint.names import causal, refuse_quantised, with_embedding
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files
@@ -30,7 +31,8 @@ from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
 from jaxdelta.model.families.inert_keys import key_names
-from jaxdelta.model.families.registry import read_config, write_config
+from jaxdelta.model.families.quantisation import FLOAT8_METHODS, quantisation
+from jaxdelta.model.families.registry import read_config, read_json, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -163,8 +165,8 @@ def open_checkpoint(
     Args:
         model: `demo`, a local directory, or a hub id.
         revision: branch, tag or commit of a hub id.
-        loader: `safetensors`; `torch` (transformers' PyTorch model: .bin files, GGUF, other quantised
-            formats); or `auto`, the first that fits of safetensors, Orbax and torch.
+        loader: `safetensors`; `torch` (PyTorch: .bin files, and bitsandbytes, dequantised to float32); or
+            `auto`, the first that fits of safetensors, Orbax, .bin files and GGUF.
         ignore_config_keys: keys of config.json, such as `a,b`, that are unknown and have no influence.
         adapter: a LoRA adapter of PEFT that is added to the weights: a local directory, or a hub id.
 
@@ -181,6 +183,8 @@ def open_checkpoint(
     wanted = _shapes(dataclasses.replace(config, tie_embeddings=False))
     source = causal(directory, source, wanted, config.num_layers)
     config, source = _with_head(config, source)
+    if config.weight_block is not None:
+        source = with_scales(source)
     check_dtypes(directory, config, source.specs, wanted)
     check_names(directory, config, source, _shapes)
     config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
@@ -206,13 +210,16 @@ def _opened(directory: Path, loader: str, ignored: Collection[str]) -> tuple[Mod
         from jaxdelta.checkpoint.orbax_files import open_orbax
 
         return read_config(directory / hub.CONFIG, ignored), open_orbax(directory / hub.ORBAX)
+    if not files and is_gguf(directory):
+        return open_gguf(directory, ignored)
     if loader == "torch" or not files:
         from jaxdelta.checkpoint.torch_files import torch_source
 
         check_readable(directory)
         return torch_source(directory, ignored)
     source = open_safetensors(directory, files)
-    refuse_quantised(directory, source.specs)
+    if quantisation(read_json(directory / hub.CONFIG)) not in FLOAT8_METHODS:
+        refuse_quantised(directory, source.specs)
     return read_config(directory / hub.CONFIG, ignored), source
 
 

@@ -1,4 +1,8 @@
-"""Checkpoints that only PyTorch opens: .bin files, GGUF, quantised formats. Imported on demand."""
+"""Checkpoints that only PyTorch opens: .bin files, and bitsandbytes' formats.
+
+Imported on demand. Values are those on disk: transformers' PyTorch model, which may cast them, draw absent
+ones at random or rewrite settings, is only used to dequantise.
+"""
 
 import zipfile
 from collections.abc import Collection
@@ -7,152 +11,109 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 
 from jaxdelta.checkpoint import hub
-from jaxdelta.checkpoint.names import causal
-from jaxdelta.checkpoint.safetensors_files import safetensors_files, shard_files
-from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts, held_twice
-from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files, shard_files
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
+from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
-from jaxdelta.model.families.registry import config_from_dict, read_json
+from jaxdelta.model.families.quantisation import BITSANDBYTES, quantisation
+from jaxdelta.model.families.registry import config_from_dict, read_config, read_json
+from jaxdelta.utils.files import check_whole
 
 
 def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelConfig, TensorSource]:
-    """Opens a directory as transformers' PyTorch model, whose state dict holds the tensors.
+    """Opens a directory: its safetensors or .bin files as they are, or through transformers where quantised.
+
+    Returns:
+        The configuration and the tensors, with notes of what was rounded.
 
     Raises:
-        JaxDeltaError: there are no weights, PyTorch is not installed, or transformers cannot open them.
+        JaxDeltaError: there are no weights, PyTorch is not installed, or the files cannot be read.
     """
-    options = _options(directory)
+    if not (directory / hub.CONFIG).exists():
+        raise JaxDeltaError(f"{directory}: has no {hub.CONFIG}; is it a model's directory?")
+    safetensors, files = safetensors_files(directory), _torch_files(directory)
+    if not safetensors and not files:
+        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS}, nor any other weights")
+    method = quantisation(read_json(directory / hub.CONFIG))
+    if safetensors and method != BITSANDBYTES:
+        return read_config(directory / hub.CONFIG, ignored), open_safetensors(directory, safetensors)
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise JaxDeltaError(
             f"{directory}: only PyTorch can open this checkpoint, and it is not installed (pip install torch)"
         ) from error
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        theirs = transformers.AutoConfig.from_pretrained(directory, **options)
-        # transformers decides silently between statements that disagree: the file itself is read.
-        raw = theirs.to_dict() if "gguf_file" in options else read_json(directory / hub.CONFIG)
-        quantization = raw.pop("quantization_config", None) or {}
-        config = config_from_dict(raw, ignored)  # Before the weights: it may be another architecture.
-        if hasattr(theirs, "quantization_config") and not quantization:
-            del theirs.quantization_config  # transformers refuses an empty one
-        if quantization.get("quant_method") == "fp8":
-            theirs.quantization_config = quantization | {"dequantize": True}
-        if "gguf_file" not in options:
-            _refuse_doubles(directory)
-        tensors, specs = _load(directory, {"config": theirs, **options})
-    except JaxDeltaError as error:
-        raise type(error)(f"{directory}: {error}") from error
-    except Exception as error:  # transformers and the formats behind it raise errors of any type.
-        raise JaxDeltaError(f"{directory}: transformers cannot open it ({_reason(error)})") from error
-
-    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return _to_numpy(tensors[name][start:stop])
-
-    return config, TensorSource(specs, read)
+    if method == BITSANDBYTES:
+        return _dequantised(directory, ignored)
+    config = read_config(
+        directory / hub.CONFIG, ignored
+    )  # Before the weights: it may be another architecture.
+    return config, _source(_load(files))
 
 
-def _reason(error: Exception) -> str:
-    """Without PyTorch's advice to load files that may run programs."""
-    if "weights_only" in str(error) or "Weights only load failed" in str(error):
-        return "a file holds no plain tensors, or is damaged"
-    return first_line(error)
-
-
-def _options(directory: Path) -> dict[str, Any]:
-    """The file that transformers opens; a GGUF file only where there is nothing else."""
-    gguf = sorted(path.name for path in directory.glob("*.gguf"))
-    others = safetensors_files(directory) or any((directory / name).exists() for name in hub.TORCH_WEIGHTS)
-    if (others or not gguf) and not (directory / hub.CONFIG).exists():
-        raise JaxDeltaError(f"{directory}: has no {hub.CONFIG}; is it a model's directory?")
-    if others:
-        return {"trust_remote_code": False}
-    if not gguf:
-        raise JaxDeltaError(f"{directory}: has no {hub.WEIGHTS}, nor any other weights")
-    if len(gguf) > 1:
-        raise JaxDeltaError(f"{directory}: has several GGUF files ({', '.join(gguf)}); leave one of them")
-    return {"trust_remote_code": False, "gguf_file": gguf[0]}
-
-
-def _refuse_doubles(directory: Path) -> None:
-    """Refuses files with one tensor twice, of which transformers takes the last."""
+def _torch_files(directory: Path) -> list[Path]:
+    """The .bin files: the one, or those in the index."""
     single, index = (directory / name for name in hub.TORCH_WEIGHTS)
-    files = safetensors_files(directory) or ([single] if single.exists() else shard_files(index))
-    found: dict[str, TensorSpec] = {}
-    for file in files:
-        for name in _stored_names(file):
-            if name in found:
-                raise held_twice(file.name, name, name)
-            found[name] = TensorSpec((), np.dtype(np.float32))
-    causal(files[0].name, TensorSource(found, lambda name: name), (), layers=10**9)
+    if single.exists():
+        return [single]
+    return shard_files(index) if index.exists() else []
 
 
-def _stored_names(file: Path) -> list[str]:
+def _load(files: list[Path]) -> dict[str, Any]:
+    """All tensors of the files, mapped rather than read where the format allows it, and no other objects."""
     import torch
 
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="np") as opened:
-            return list(opened.keys())
-    # Only the first of PyTorch's formats is no zip file, and cannot be mapped.
-    return list(torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file)))
+    # torch.load raises errors of any type, and some of their messages advise to load the file unsafely.
+    messages = {
+        OSError: "{}: cannot be read ({})",
+        Exception: "{}: is damaged, or holds other objects than tensors; save the tensors as safetensors",
+    }
+    tensors: dict[str, Any] = {}
+    for file in files:
+        check_whole(file)
+        with plain_errors(file, messages):
+            held = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        entries = held.items() if isinstance(held, dict) else [(None, held)]
+        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
+            raise JaxDeltaError(f"{file}: holds no tensors by name")
+        if twice := tensors.keys() & held.keys():
+            raise JaxDeltaError(f"{file}: {min(twice)} is in another shard, too")
+        tensors |= held
+    return tensors
 
 
-def _load(directory: Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
-    """The model's tensors, and the specs of the stored ones: transformers draws the others at random."""
-    import transformers
+def _source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSource:
+    """Tensors by the names of a causal language model, float64 rounded to float32."""
+    import torch
 
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype="auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        adapter_kwargs={
-            "subfolder": "none"
-        },  # or transformers applies an adapter that lies beside the weights
-        **options,
-    )
-    tensors = model.state_dict()
-    if any(_dtype(tensor) is None for tensor in tensors.values()):
-        tensors = model.dequantize().state_dict()
-    specs = {}
+    if wide := sum(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        notes += (f"{wide} tensors rounded from float64 to float32",)
+    views, specs = {}, {}
     for name, tensor in tensors.items():
-        if (dtype := _dtype(tensor)) is None:
-            raise JaxDeltaError(f"transformers cannot dequantise {name} ({tensor.dtype})")
-        specs[name] = TensorSpec(tuple(tensor.shape), dtype)
-    for name, shape, _ in report["mismatched_keys"]:
-        specs[name] = TensorSpec(tuple(shape), specs[name].dtype)
-    for name in report["unexpected_keys"]:
-        specs[name] = TensorSpec((), np.dtype(np.float32))
-    for name in report["missing_keys"]:
-        specs.pop(name, None)
-    return _by_expert(tensors, specs)
+        for part, first, shape in expert_parts(name, tuple(tensor.shape)):
+            if part in views:
+                raise JaxDeltaError(f"{name}: {part} is stored twice")
+            views[part] = tensor if part == name else tensor.flatten(0, 1)[first : first + shape[0]]
+            specs[part] = TensorSpec(shape, _dtype(name, tensor))
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        view = views[name]
+        return _to_numpy(view[start:stop] if view.ndim else view)
+
+    return TensorSource(specs, read, notes=notes)
 
 
-def _by_expert(
-    tensors: dict[str, Any], specs: dict[str, TensorSpec]
-) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
-    """Splits fused experts into views under their published names."""
-    views, parts = {}, {}
-    for name, spec in specs.items():
-        for part, first, shape in expert_parts(name, spec.shape):
-            parts[part] = TensorSpec(shape, spec.dtype)
-            if part != name:
-                views[part] = tensors[name].flatten(0, 1)[first : first + shape[0]]
-            elif name in tensors:
-                views[part] = tensors[name]
-    return views, parts
-
-
-def _dtype(tensor: Any) -> np.dtype | None:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return np.dtype(name) if name in DTYPE_BYTES else None
+def _dtype(name: str, tensor: Any) -> np.dtype:
+    """The dtype that `_to_numpy` gives."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype == "float64":
+        return np.dtype(np.float32)
+    try:
+        return np.dtype(getattr(ml_dtypes, dtype, dtype))
+    except TypeError as error:
+        raise JaxDeltaError(f"{name} has dtype {dtype}, which jaxdelta does not read") from error
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -161,4 +122,55 @@ def _to_numpy(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
     return tensor.numpy()
+
+
+def _dequantised(directory: Path, ignored: Collection[str]) -> tuple[ModelConfig, TensorSource]:
+    """The tensors of transformers' PyTorch model, dequantised to float32."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    raw = read_json(directory / hub.CONFIG)
+    del raw["quantization_config"]
+    try:
+        config = config_from_dict(raw, ignored)
+        tensors = _transformers_tensors(directory)
+    except JaxDeltaError as error:
+        raise type(error)(f"{directory}: {error}") from error
+    except Exception as error:  # transformers and the formats behind it raise errors of any type.
+        raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
+    return config, _source(tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
+
+
+def _transformers_tensors(directory: Path) -> dict[str, Any]:
+    """The stored tensors by name: transformers draws absent ones at random, and drops unexpected ones."""
+    import torch
+    import transformers
+
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        adapter_kwargs={"subfolder": "none"},  # or it applies an adapter that lies beside the weights
+        trust_remote_code=False,
+    )
+    for parameter in model.parameters():
+        if hasattr(parameter, "quant_state"):  # in 4 bits, which are dequantised to the dtype they once had
+            parameter.quant_state.dtype = torch.float32
+    tensors = model.dequantize().state_dict()
+    for name, shape, _ in report["mismatched_keys"]:
+        tensors[name] = torch.empty(shape, device="meta")
+    for name in report["unexpected_keys"]:
+        tensors[name] = torch.empty((), device="meta")
+    for name in report["missing_keys"]:
+        tensors.pop(name, None)
+    for name, tensor in tensors.items():
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPE_BYTES:
+            raise JaxDeltaError(f"transformers cannot dequantise {name} ({tensor.dtype})")
+    return tensors

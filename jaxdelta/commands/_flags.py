@@ -20,7 +20,7 @@ def define_checkpoint() -> None:
         "loader",
         "auto",
         LOADERS,
-        "how the weights are read; torch opens more formats (.bin, GGUF, quantised)",
+        "how the weights are read; torch dequantises bitsandbytes, too",
     )
     flags.DEFINE_string(
         "ignore_config_keys", None, "unknown keys of config.json that change nothing, such as a,b"

@@ -52,7 +52,8 @@ class ModelConfig:
     `mlp_bias`: biases of all projections of a dense MLP.
     `has_head`: false for an embedding model, whose layers can be measured, but which predicts no token.
     `experts`: None if all layers are dense.
-    `weight_block`: rows and columns of the blocks of float8 weights with a common scale; None for plain ones.
+    `weight_block`: rows and columns of the blocks of float8 weights with a common scale, 0 for a whole axis;
+    None for plain weights.
     """
 
     model_type: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
-from jaxdelta.model.families.float8_keys import weight_block
+from jaxdelta.model.families.quantisation import weight_block
 from jaxdelta.model.families.rope_keys import ROPE_KEYS, read_rope, rope_dict
 from jaxdelta.model.families.values import agreed, count, flag, listed, number, positive, shown
 
