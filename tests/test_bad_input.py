@@ -249,7 +249,10 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "impossible size": (edit_config(hidden_size=-1), "hidden_size must be a positive integer, not -1"),
     "text for a number": (edit_config(rms_norm_eps="small"), "rms_norm_eps"),
     "other sizes": (edit_config(hidden_size=64), "wrong shape: "),
-    "more layers": (edit_config(num_hidden_layers=5, layer_types=None), "missing: model.layers.4."),
+    "more layers": (
+        edit_config(num_hidden_layers=5, layer_types=None),
+        "(model.layers.4.input_layernorm.weight, ",
+    ),
     "no weights": (remove(WEIGHTS), f"has no {WEIGHTS}"),
     "empty weights": (write(WEIGHTS, ""), f"{WEIGHTS}: is not a whole safetensors file"),
     "truncated weights": (truncate(WEIGHTS, 0.7), f"{WEIGHTS}: is not a whole safetensors file"),
