@@ -54,11 +54,6 @@ def _empty(directory: Path, names: list[str]) -> Iterator[str]:
         yield "is empty; give the directory that holds config.json and the weights"
 
 
-def _adapter(directory: Path, names: list[str]) -> Iterator[str]:
-    if "adapter_config.json" in names:
-        yield "holds an adapter, not a model; give the base model, and this directory as --adapter"
-
-
 def _hub_cache(directory: Path, names: list[str]) -> Iterator[str]:
     """`models--owner--name`, or a folder of a cache."""
     if "snapshots" in names:
@@ -177,7 +172,6 @@ def _command(command: str, target: str, path: Path) -> str:
 
 _KINDS: tuple[Callable[[Path, list[str]], Iterator[str]], ...] = (
     _empty,
-    _adapter,
     _hub_cache,
     _deepspeed,
     _fsdp,

@@ -47,14 +47,14 @@ def check_dtypes(
         stored = next((stored for stored, dtype in STORED.items() if spec.dtype == dtype), str(spec.dtype))
         if stored not in DTYPES:
             known = ", ".join(DTYPES)
-            advice = "cast it to float32" if stored == "F64" else "if quantised, try --loader=torch"
+            advice = "cast it to float32" if stored == "F64" else "if it is quantised, give the plain weights"
             raise JaxDeltaError(
                 f"{directory}: {short(name)} has dtype {stored}; jaxdelta reads {known} ({advice})"
             )
         if spec.dtype == FLOAT8 and not (config.weight_block and may_be_float8(name)):
             raise JaxDeltaError(
                 f"{directory}: {short(name)} has dtype F8_E4M3, which jaxdelta reads only in the projections "
-                f"of a checkpoint whose {hub.CONFIG} says how they are quantised; try --loader=torch"
+                f"of a checkpoint whose {hub.CONFIG} says how they are quantised"
             )
 
 

@@ -83,7 +83,7 @@ def quantisation(raw: Mapping[str, Any]) -> str | None:
 
 
 def weight_block(raw: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a config.json's blocks with a common scale, 0 for a whole axis; None for plain weights.
+    """Rows and columns of the blocks with a common scale, 0 for a whole axis; None for plain weights.
 
     Raises:
         JaxDeltaError: another quantisation, an unknown key, or a value of the wrong type.
@@ -161,10 +161,7 @@ def _block(group: Any) -> tuple[int, int] | str:
 def _sizes(block: Any, default: tuple[int, int] | str = "no size of blocks") -> tuple[int, int] | str:
     if block is None:
         return default
-    if (
-        isinstance(block, list | tuple)
-        and len(block) == 2
-        and all(type(n) is int and 0 < n <= LARGEST for n in block)
-    ):
-        return block[0], block[1]
+    sizes = block if isinstance(block, list | tuple) and len(block) == 2 else [0, 0]
+    if all(type(size) is int and 0 < size <= LARGEST for size in sizes):
+        return sizes[0], sizes[1]
     return f"a block of {block!r}"
