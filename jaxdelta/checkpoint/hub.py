@@ -17,8 +17,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ORBAX = "orbax"  # a directory
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model")
 
 

@@ -116,7 +116,7 @@ def define_text() -> None:
         "set, saved on disk or by its hub id (default: 25 short prompts)",
     )
     define_options(
-        text_key="field of a .jsonl file, or column of a table, that holds the text",
+        text_key="field of a .jsonl file, or column of a table, that holds the text, or a chat's messages",
         split="which split of a data set",
         dataset_config="which configuration of a data set",
         max_tokens="maximum number of tokens; only as many documents are read as needed",
@@ -124,6 +124,9 @@ def define_text() -> None:
         "keeps them separate, several in a window",
         seq_len="tokens in a window",
         shuffle="take the documents in random order, see --seed",
+        chat="auto writes chats (lists of messages) with the model's chat template; off refuses them",
+        measure="tokens that statistics count, while all pass the model: all, a role's (assistant, user, "
+        "...), or positions in each document (10:, 5:100, :-1)",
     )
 
 

@@ -43,8 +43,10 @@ from jaxdelta.sweep.mesh import DeviceMesh, Devices, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
+from jaxdelta.text.chat import ChatTemplate, rendered
 from jaxdelta.text.documents import read_documents, shuffled
 from jaxdelta.text.groups import ResamplingGroups
+from jaxdelta.text.measure import measured, measured_role
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
@@ -55,7 +57,7 @@ Listener = Callable[[str], None]
 
 def analyze(
     model: str | Path | Decoder,
-    calibration: str | Path | Iterable[str] | Tokens | None = None,
+    calibration: str | Path | Iterable[Any] | Tokens | None = None,
     *,
     listener: Listener | None = None,
     progress: bool = False,
@@ -72,7 +74,8 @@ def analyze(
 
     Args:
         model: `demo`, a directory, a hub id, or a loaded model, which needs `calibration` as Tokens.
-        calibration: a file, directory or data set as for --calibration, an iterable of documents, or Tokens;
+        calibration: a file, directory or data set as for --calibration, an iterable of documents or of chats,
+            each a list of messages, or Tokens;
             default: the prompts in the package.
         listener: called with a line of text after each stage.
         progress: show a progress bar with tokens per second, if standard error is a terminal.
@@ -102,7 +105,7 @@ def analyze(
 
 def _opened(
     model: str | Path | Decoder,
-    calibration: str | Path | Iterable[str] | Tokens | None,
+    calibration: str | Path | Iterable[Any] | Tokens | None,
     options: Options,
     stages: Stages,
 ) -> RunContext:
@@ -122,17 +125,18 @@ def _opened(
     layers, given = weights.config.num_layers, options.phases
     phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
-        tokens = _tokens(calibration, weights, options)
+        tokens, said = _tokens(calibration, weights, options)
+        tokens = measured(tokens, options.measure)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
-    check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
+    check_rank(options, int(tokens.counted.sum()), weights.config.hidden_size)
     sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
     with stages("plan") as note:
         plan = _plan(weights, sample, options, devices)
         note(str(plan))
     if plan.groups:
         sample = sample.coarser(plan.groups, options.seed)
-    notes = weights.notes if isinstance(weights, Checkpoint) else ()
+    notes = (weights.notes if isinstance(weights, Checkpoint) else ()) + said
     for sentence in notes:
         stages.listener(f" note: {sentence}")
     return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, notes)
@@ -182,26 +186,31 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
 
 
 def _tokens(
-    calibration: str | Path | Iterable[str] | Tokens | None, weights: Weights, options: Options
-) -> Tokens:
+    calibration: str | Path | Iterable[Any] | Tokens | None, weights: Weights, options: Options
+) -> tuple[Tokens, tuple[str, ...]]:
+    """The text's tokens, and notes on how they were read."""
     if isinstance(calibration, Tokens):
-        return calibration
+        return calibration, ()
     if not isinstance(weights, Checkpoint):
         raise UsageError("calibration must be Tokens where the model is given as an object")
     if calibration is None or isinstance(calibration, str | Path):
-        documents: Iterable[str] = read_documents(
+        documents: Iterable[Any] = read_documents(
             calibration, text_key=options.text_key, split=options.split, config=options.dataset_config
         )
     else:
         documents = calibration
-    return tokenize(
-        shuffled(documents, options.seed) if options.shuffle else documents,
-        load_encoder(weights.directory),
+    encode = load_encoder(weights.directory)
+    template = ChatTemplate(weights.directory, measured_role(options.measure))
+    ordered = shuffled(documents, options.seed) if options.shuffle else documents
+    tokens = tokenize(
+        rendered(ordered, template if options.chat == "auto" else None),
+        encode,
         max_tokens=options.max_tokens,
         vocab_size=weights.config.vocab_size,
         layout=options.layout,
         seq_len=options.seq_len,
     )
+    return tokens, encode.notes + template.notes
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:

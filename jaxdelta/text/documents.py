@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxdelta.errors import JaxDeltaError, extra, plain_errors
+from jaxdelta.text.messages import COMPANIONS, Conversation, chat_key, conversation, is_chat
 from jaxdelta.utils.hub import GATED, HUB_ID, silent
 
 DEFAULT_TEXT_KEY, DEFAULT_SPLIT = "text", "train"
@@ -36,17 +37,18 @@ def read_documents(
     text_key: str = DEFAULT_TEXT_KEY,
     split: str = DEFAULT_SPLIT,
     config: str | None = None,
-) -> Iterator[str]:
+) -> Iterator[str | Conversation]:
     """The documents of a source, one after the other, read as they are taken.
 
-    A .json holds a list of strings; each line of a .jsonl an object with the text under `text_key`; a
+    A .json holds a list of strings or chats; a line of a .jsonl an object with the text under `text_key`; a
     .parquet a column of that name; any other file is one document. A directory is a data set as
     `Dataset.save_to_disk` writes it, or else all .txt, .json, .jsonl and .parquet files under it, by name.
     A name like `owner/name` that does not exist here is streamed from the Hugging Face hub.
 
     Args:
         source: a file, a directory or a data set; None for the package's prompts.
-        text_key: the field or column that holds the text.
+        text_key: the field or column that holds the text or a chat's messages; where the default one is
+            missing, `messages` or `conversations`.
         split: of a data set that has several.
         config: of a data set on the hub that has several configurations.
 
@@ -67,10 +69,10 @@ def read_documents(
     return _not_empty(documents, source)
 
 
-def shuffled(documents: Iterable[str], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[str]:
+def shuffled(documents: Iterable[Any], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Any]:
     """The documents in random order, drawn from a buffer; uniformly random if it holds them all."""
     rng = np.random.default_rng(seed)
-    waiting: list[str] = []
+    waiting: list[Any] = []
     for document in documents:
         if len(waiting) < buffer:
             waiting.append(document)
@@ -94,10 +96,10 @@ def _is_hub_id(source: str) -> bool:
     return "/" in source and bool(HUB_ID.fullmatch(source)) and not is_file
 
 
-def _not_empty(documents: Iterable[str], source: str | Path) -> Iterator[str]:
+def _not_empty(documents: Iterable[Any], source: str | Path) -> Iterator[Any]:
     empty = True
     for document in documents:
-        empty = empty and not document.strip()
+        empty = empty and isinstance(document, str) and not document.strip()
         yield document
     if empty:
         raise JaxDeltaError(f"{source}: is empty; a calibration text needs at least a few hundred tokens")
@@ -111,7 +113,7 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
+def _read_file(path: Path, text_key: str) -> Iterator[Any]:
     return _READERS.get(path.suffix.lower(), _text_file)(path, text_key)
 
 
@@ -119,15 +121,22 @@ def _text_file(path: Path, text_key: str) -> Iterator[str]:
     yield _whole(path)
 
 
-def _json_file(path: Path, text_key: str) -> Iterator[str]:
+def _json_file(path: Path, text_key: str) -> Iterator[Any]:
     text = _whole(path)
     documents = _parsed(text, str(path)) if text.strip() else []
-    if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise JaxDeltaError(f"{path}: must hold a JSON list of strings, one a document")
-    yield from documents
+    refusal = f"{path}: must hold a JSON list of strings or chats, one a document"
+    if not isinstance(documents, list):
+        raise JaxDeltaError(refusal)
+    for number, document in enumerate(documents, 1):
+        where, row = f"{path}, item {number}", document if isinstance(document, dict) else None
+        if row is not None and is_chat(row.get(key := chat_key(row, text_key, DEFAULT_TEXT_KEY))):
+            document = row[key]
+        if not isinstance(document, str) and not is_chat(document):
+            raise JaxDeltaError(refusal)
+        yield document if isinstance(document, str) else conversation(document, where, row)
 
 
-def _jsonl_file(path: Path, text_key: str) -> Iterator[str]:
+def _jsonl_file(path: Path, text_key: str) -> Iterator[Any]:
     with _readable(path, OSError), path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -136,22 +145,23 @@ def _jsonl_file(path: Path, text_key: str) -> Iterator[str]:
             fields = _parsed(_decoded(line, where), where)
             if not isinstance(fields, dict):
                 raise JaxDeltaError(f"{where}: must be a JSON object with the text under {text_key!r}")
-            if text_key not in fields:
+            key = chat_key(fields, text_key, DEFAULT_TEXT_KEY)
+            if key not in fields:
                 raise JaxDeltaError(
                     f"{where}: has no {text_key!r}, only {_names(fields)}; choose with --text_key"
                 )
-            yield _string(fields[text_key], text_key, where)
+            yield _text_or_chat(fields, key, where)
 
 
-def _parquet_file(path: Path, text_key: str) -> Iterator[str]:
+def _parquet_file(path: Path, text_key: str) -> Iterator[Any]:
     lib, parquet = (_library(name, path) for name in ("pyarrow.lib", "pyarrow.parquet"))
     with _readable(path, OSError, ValueError, lib.ArrowException), parquet.ParquetFile(path) as file:
-        _check_column(file.schema_arrow.names, text_key, path)
-        batches = file.iter_batches(BATCH_ROWS, columns=[text_key])
-        yield from _strings((batch.column(0).to_pylist() for batch in batches), text_key, path)
+        columns = _columns(file.schema_arrow.names, text_key, path)
+        batches = file.iter_batches(BATCH_ROWS, columns=columns)
+        yield from _rows((batch.to_pylist() for batch in batches), columns[0], path)
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Any]]] = {
     ".json": _json_file,
     ".jsonl": _jsonl_file,
     ".parquet": _parquet_file,
@@ -179,7 +189,7 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
 
 
-def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[str]:
+def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[Any]:
     """The rows of a data set on disk, which is mapped into memory, not read at once."""
     datasets = _library("datasets", path)
     directory = path
@@ -192,7 +202,7 @@ def _saved_rows(path: Path, text_key: str, split: str) -> Iterator[str]:
         yield from _dataset_rows(datasets.load_from_disk(str(directory)), text_key, path)
 
 
-def _hub_rows(repo: str, text_key: str, split: str, config: str | None) -> Iterator[str]:
+def _hub_rows(repo: str, text_key: str, split: str, config: str | None) -> Iterator[Any]:
     datasets = _library("datasets", repo)
     from huggingface_hub import errors, utils
 
@@ -220,37 +230,42 @@ def _shortened(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
-def _dataset_rows(dataset: Any, text_key: str, where: str | Path) -> Iterator[str]:
+def _dataset_rows(dataset: Any, text_key: str, where: str | Path) -> Iterator[Any]:
     if dataset.column_names is not None:  # A stream may not know them before its first row.
-        _check_column(dataset.column_names, text_key, where)
-        dataset = dataset.select_columns([text_key])
+        dataset = dataset.select_columns(_columns(dataset.column_names, text_key, where))
 
-    def batches() -> Iterator[list[Any]]:
+    def batches() -> Iterator[list[dict[str, Any]]]:
         for batch in dataset.iter(BATCH_ROWS):
-            _check_column(list(batch), text_key, where)
-            yield batch[text_key]
+            _columns(list(batch), text_key, where)
+            yield [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
-    yield from _strings(batches(), text_key, where)
-
-
-def _strings(batches: Iterable[list[Any]], text_key: str, where: str | Path) -> Iterator[str]:
-    for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
-        yield _string(value, text_key, f"{where}, row {number}")
+    yield from _rows(batches(), text_key, where)
 
 
-def _string(value: Any, text_key: str, where: str) -> str:
+def _rows(batches: Iterable[list[dict[str, Any]]], text_key: str, where: str | Path) -> Iterator[Any]:
+    for number, row in enumerate(itertools.chain.from_iterable(batches), 1):
+        yield _text_or_chat(row, chat_key(row, text_key, DEFAULT_TEXT_KEY), f"{where}, row {number}")
+
+
+def _text_or_chat(row: dict[str, Any], key: str, where: str) -> str | Conversation:
+    value = row[key]
+    if is_chat(value):
+        return conversation(value, where, row)
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise JaxDeltaError(f"{where}: {text_key!r} must be a string, not {kind}")
+        raise JaxDeltaError(f"{where}: {key!r} must be a string, not {kind}")
     check_unicode(value, f"{where}:")
     return value
 
 
-def _check_column(names: list[str], text_key: str, where: str | Path) -> None:
-    if text_key not in names:
+def _columns(names: list[str], text_key: str, where: str | Path) -> list[str]:
+    """The columns to read: of the text or chat, and of what a chat's template is given with it."""
+    key = chat_key(names, text_key, DEFAULT_TEXT_KEY)
+    if key not in names:
         raise JaxDeltaError(
             f"{where}: has no column {text_key!r}, only {_names(names)}; choose with --text_key"
         )
+    return [key, *(name for name in COMPANIONS if name in names)]
 
 
 def _names(names: Iterable[str]) -> str:
