@@ -19,10 +19,10 @@ ORBAX = "orbax"  # a directory
 TORCH_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
+    *("chat_template.jinja", "chat_template.json"),
 )
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
-ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model")
+ALL_TOKENIZER_FILES = (*TOKENIZER_FILES, *SLOW_TOKENIZER_FILES, "tokenizer.model", "tekken.json")
 
 
 def resolve(model: str, revision: str | None = None) -> Path:

@@ -184,8 +184,9 @@ class ChatTemplate:
     def _start(self, given: Conversation, place: "_Place", literal: str) -> int:
         """How many characters of the literal before a message's first placeholder are the message's."""
         header = self._ends.header
-        if place.inner and given.messages[place.message]["role"] == ASSISTANT and header in literal:
-            return len(literal.rpartition(header)[2]) if header else 0
+        answer = place.inner and given.messages[place.message]["role"] == ASSISTANT
+        if answer and header and header in literal:
+            return len(literal.rpartition(header)[2])
         return len(place.before) if literal.endswith(place.before) else 0
 
     def _end(self, given: Conversation, place: "_Place", literal: str) -> int:
