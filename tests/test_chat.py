@@ -13,6 +13,7 @@ from test_tokenizer import qwen
 
 from jaxdelta import analyze
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.report.methods import methods
 from jaxdelta.run.merge import merge_runs
 from jaxdelta.text.chat import ChatTemplate, rendered
 from jaxdelta.text.documents import read_documents
@@ -207,6 +208,18 @@ def test_tool_calls_and_reasoning_are_the_assistants(tmp_path: Path) -> None:
     assert asked.startswith("<think>\n\n</think>\n\n\n<call>{") and asked.endswith("}</call><|im_end|>")
     assert answered == "<think>\none\n</think>\n\nOne.<|im_end|>"
     assert words(tokens, "tool") == ['{"seen": 1}<|im_end|>']
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_of_a_row(as_json: bool, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    template = "{% if tools %}{{ tools | tojson }}<|eot|>{% endif %}" + CHATML
+    directory = write_chat_tokenizer(tmp_path, template)
+    tokens = tokens_of(directory, [{"messages": ALL[0], "tools": json.dumps(tools) if as_json else tools}])
+    own = transformers_tokenizer(directory).apply_chat_template(ALL[0], tools=tools)
+    assert tokens.ids[0].tolist() == own["input_ids"]
+    with pytest.raises(JaxDeltaError, match="'tools' must be a list of JSON schemas"):
+        tokens_of(directory, [{"messages": ALL[0], "tools": "5"}])
 
 
 def test_a_role_that_the_template_leaves_out_is_said(tmp_path: Path) -> None:
@@ -414,6 +427,7 @@ def test_statistics_count_the_chosen_tokens(chatting: Path, measure: str) -> Non
         np.testing.assert_allclose(row["frob"], np.linalg.norm(delta), rtol=1e-5)
     assert run.run["text"]["roles"] == tokens.by_role
     assert run.run["flags"]["measure"] == measure
+    assert f"the {tokens.counted.sum()} tokens that --measure={measure} chooses" in methods(run)
     assert any("model's template" in note for note in run.run["notes"])
 
 

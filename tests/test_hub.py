@@ -101,7 +101,13 @@ def test_torch_files(shards: int, server: Hub) -> None:
 
 def test_an_older_tokenizer(server: Hub) -> None:
     (server.directory / "tokenizer.json").unlink()
-    older = ["added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "vocab.json"]
+    older = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "special_tokens_map.json",
+        "vocab.json",
+    ]
     for name in older:
         (server.directory / name).write_text("")
     hub.resolve(REPO)

@@ -119,7 +119,9 @@ def _check_files(directory: Path) -> None:
             raise JaxDeltaError(f"{file}: is a git-lfs pointer, not the file; fetch it with `git lfs pull`")
     if not any((directory / name).is_file() for name in VOCABULARIES):
         alone = f"; {CONFIG} holds no vocabulary" if (directory / CONFIG).is_file() else ""
-        raise JaxDeltaError(f"{directory}: has no tokenizer.json{alone}; copy the model's tokenizer files there")
+        raise JaxDeltaError(
+            f"{directory}: has no tokenizer.json{alone}; copy the model's tokenizer files there"
+        )
     for name in (CONFIG, *SPECIALS):
         _json(directory / name)
 
