@@ -70,7 +70,7 @@ def random_checkpoint(directory: Path, shape: str, layers: int | None = None) ->
         }
         save_file(chosen, directory / f"model-{i:05}.safetensors", metadata={"format": "pt"})
         files |= dict.fromkeys(chosen, f"model-{i:05}.safetensors")
-    for name in hub.TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(hub.resolve(hub.DEMO) / name, directory)
     (directory / hub.CONFIG).write_text(json.dumps(config_to_dict(config)))
     (directory / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))

@@ -268,7 +268,7 @@ def test_damaged_tokenizer(tmp_path: Path, content: str) -> None:
 
 
 def test_damaged_files_for_transformers(tmp_path: Path) -> None:
-    write(tmp_path / "tokenizer_config.json", "{")
+    write(tmp_path / "vocab.json", "{")
     with pytest.raises(JaxDeltaError, match="has no usable tokenizer"):
         load_encoder(tmp_path)
 

@@ -76,7 +76,7 @@ def test_one_file(server: Hub) -> None:
     for name in ("pytorch_model.bin", "vocab.json", "merges.txt", "README.md", "model.gguf", hub.INDEX):
         (server.directory / name).write_text("is not needed")
     assert load_model(REPO, revision="v1").config.num_layers == 2
-    assert server.asked == ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    assert server.asked == ["config.json", *hub.TOKENIZER_FILES, "model.safetensors"]
     assert server.revisions == {"v1"}
 
 
@@ -85,7 +85,7 @@ def test_shards(server: Hub) -> None:
     (server.directory / "pytorch_model.bin").write_text("is not needed")
     assert hub.resolve(REPO) == server.directory
     shards = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]
-    assert server.fetched == ["config.json", *shards, hub.INDEX, "tokenizer.json"]
+    assert server.fetched == ["config.json", *shards, hub.INDEX, "tokenizer.json", "tokenizer_config.json"]
     assert server.revisions == {None}
 
 
@@ -96,15 +96,22 @@ def test_torch_files(shards: int, server: Hub) -> None:
     files = {1: ["pytorch_model.bin"]}.get(
         shards, ["pytorch_model-0.bin", "pytorch_model-1.bin", "pytorch_model.bin.index.json"]
     )
-    assert server.fetched == ["config.json", *files, "tokenizer.json"]
+    assert server.fetched == ["config.json", *files, "tokenizer.json", "tokenizer_config.json"]
 
 
 def test_an_older_tokenizer(server: Hub) -> None:
     (server.directory / "tokenizer.json").unlink()
-    for name in ("vocab.json", "merges.txt"):
+    older = [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "special_tokens_map.json",
+        "vocab.json",
+    ]
+    for name in older:
         (server.directory / name).write_text("")
     hub.resolve(REPO)
-    assert server.fetched == ["config.json", "merges.txt", "model.safetensors", "vocab.json"]
+    assert server.fetched == sorted([*older, "config.json", "model.safetensors", "tokenizer_config.json"])
 
 
 def test_a_sharded_model_in_the_cache_needs_no_network(server: Hub) -> None:

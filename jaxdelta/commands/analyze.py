@@ -117,7 +117,8 @@ def define_text() -> None:
         "(default: 25 short prompts)",
     )
     define_options(
-        text_key="field of an object, or column of a table, that holds the text; meta.text for nested ones",
+        text_key="field of an object, or column of a table, that holds the text or a chat's messages; "
+        "meta.text for nested ones",
         ids_key="field or column that holds token ids, which are used instead of a text",
         split="which split of a data set",
         dataset_config="which configuration of a data set",
@@ -126,6 +127,9 @@ def define_text() -> None:
         "keeps them separate, several in a window",
         seq_len="tokens in a window",
         shuffle="take the documents in random order, see --seed",
+        chat="auto writes chats (lists of messages) with the model's chat template; off refuses them",
+        measure="tokens that statistics count, while all pass the model: all, a role's (assistant, user, "
+        "...), or positions in each document (10:, 5:100, :-1)",
     )
 
 

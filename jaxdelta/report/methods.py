@@ -40,6 +40,9 @@ def _text(analysis: Result) -> Iterator[str]:
     digest = f" (SHA-256 of its tokens, documents and positions {fingerprint})" if fingerprint else ""
     yield f"The text had {counted(analysis.n_calib_tokens, 'token')}{origin}{digest}."
     yield "Its first token, an attention sink, was left out of all statistics."
+    number = analysis.run.get("text", {}).get("counted")
+    if (measure := analysis.run.get("flags", {}).get("measure", "all")) != "all":
+        yield f"Statistics are of the {counted(number, 'token')} that --measure={measure} chooses."
 
 
 def _numbers(analysis: Result) -> Iterator[str]:

@@ -44,9 +44,12 @@ from jaxdelta.sweep.mesh import DeviceMesh, Devices, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
+from jaxdelta.text.chat import ChatTemplate, rendered
 from jaxdelta.text.documents import DEFAULT_TEXT_KEY, ahead, read_documents, read_ids, shuffled
 from jaxdelta.text.from_ids import load_texts, windows_of_ids
 from jaxdelta.text.groups import ResamplingGroups
+from jaxdelta.text.measure import measured, measured_role
+from jaxdelta.text.messages import Conversation
 from jaxdelta.text.rows import Document, Reading, TokenIds
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
@@ -55,7 +58,7 @@ from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
 Calibration = str | Path | Iterable[str] | Tokens | None
-Documents = Iterable[Document] | Iterable[TokenIds]
+Documents = Iterable[Document | Conversation] | Iterable[TokenIds]
 
 
 def analyze(
@@ -77,7 +80,8 @@ def analyze(
 
     Args:
         model: `demo`, a directory, a hub id, or a loaded model, which needs `calibration` as Tokens.
-        calibration: a file, directory or data set as for --calibration, an iterable of documents, or Tokens;
+        calibration: a file, directory or data set as for --calibration, an iterable of documents or of chats,
+            each a list of messages, or Tokens;
             default: the prompts in the package.
         listener: called with a line of text after each stage.
         progress: show a progress bar with tokens per second, if standard error is a terminal.
@@ -138,17 +142,18 @@ def _opened(
     layers, given = weights.config.num_layers, options.phases
     phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
-        tokens = _tokens(documents, weights, options)
+        tokens, said = _tokens(documents, weights, options)
+        tokens = measured(tokens, options.measure)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
-    check_rank(options.top_k, int(tokens.counted.sum()), weights.config.hidden_size)
+    check_rank(options, int(tokens.counted.sum()), weights.config.hidden_size)
     sample = ResamplingGroups.of(tokens, options.bootstrap, options.seed)
     with stages("plan") as note:
         plan = _plan(weights, sample, options, devices)
         note(str(plan))
     if plan.groups:
         sample = sample.coarser(plan.groups, options.seed)
-    notes = (*(weights.notes if isinstance(weights, Checkpoint) else ()), *reading.notes)
+    notes = (*(weights.notes if isinstance(weights, Checkpoint) else ()), *reading.notes, *said)
     for sentence in notes:
         stages.listener(f" note: {sentence}")
     return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, notes)
@@ -212,9 +217,12 @@ def _documents(calibration: Calibration, options: Options, reading: Reading) -> 
     return ahead(read_ids(calibration, options.ids_key, split=split, config=config, reading=reading))
 
 
-def _tokens(documents: Documents | Tokens, weights: Weights, options: Options) -> Tokens:
+def _tokens(
+    documents: Documents | Tokens, weights: Weights, options: Options
+) -> tuple[Tokens, tuple[str, ...]]:
+    """The text's tokens, and notes on how they were read."""
     if isinstance(documents, Tokens):
-        return documents
+        return documents, ()
     if not isinstance(weights, Checkpoint):
         raise UsageError("calibration must be Tokens where the model is given as an object")
     ordered: Any = shuffled(documents, options.seed) if options.shuffle else documents
@@ -225,8 +233,11 @@ def _tokens(documents: Documents | Tokens, weights: Weights, options: Options) -
         "seq_len": options.seq_len,
     }
     if options.ids_key is not None:
-        return windows_of_ids(ordered, text_of=load_texts(weights.directory), **sizes)
-    return tokenize(ordered, load_encoder(weights.directory), **sizes)
+        return windows_of_ids(ordered, text_of=load_texts(weights.directory), **sizes), ()
+    encode = load_encoder(weights.directory)
+    template = ChatTemplate(weights.directory, measured_role(options.measure))
+    tokens = tokenize(rendered(ordered, template if options.chat == "auto" else None), encode, **sizes)
+    return tokens, encode.notes + template.notes
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:

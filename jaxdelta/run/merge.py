@@ -24,7 +24,7 @@ from jaxdelta.text.tokens import PADDING, Tokens
 # Flags that must be equal in all runs.
 SAME_FLAGS = (
     *("top_k", "last_state", "compute_dtype", "residual_dtype", "phases", "views", "sink_factor"),
-    *("revision", "adapter", "control"),
+    *("revision", "adapter", "control", "measure"),
 )
 
 
@@ -63,7 +63,8 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
 def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
     def traits(run: Analysis) -> dict[str, Any]:
         sizes = {"model": run.model, "layers": run.num_layers, "hidden": run.hidden}
-        return sizes | {name: run.run["flags"].get(name) for name in SAME_FLAGS}
+        flags = vars(Options()) | run.run["flags"]  # an older run lacks newer flags
+        return sizes | {name: flags[name] for name in SAME_FLAGS}
 
     for run, directory in zip(runs[1:], directories[1:], strict=True):
         for name, value in traits(run).items():
@@ -88,9 +89,18 @@ def _sample(texts: Sequence[tuple[Tokens, np.ndarray]], options: Options) -> Res
         np.concatenate(_numbered([text.documents for text in tokens]), axis=1),
         word,
         np.concatenate([text.positions for text in tokens], axis=1),
+        measured=_measured(tokens),
     )
     group_of_token = np.concatenate(_numbered(groups))
     return ResamplingGroups.grouped(whole, group_of_token, options.bootstrap, options.seed)
+
+
+def _measured(texts: Sequence[Tokens]) -> np.ndarray | None:
+    """The measured tokens of all texts, or None if all are."""
+    if all(text.measured is None for text in texts):
+        return None
+    chosen = [np.ones_like(x.ids, bool) if x.measured is None else x.measured for x in texts]
+    return np.concatenate(chosen, axis=1)
 
 
 def _numbered(parts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -14,11 +14,14 @@ from jaxdelta.spectra.spectrum import METHODS
 from jaxdelta.spectra.views import DEFAULT_SINK_FACTOR, DEFAULT_VIEWS, parse_views
 from jaxdelta.sweep.mesh import parse_mesh
 from jaxdelta.text.documents import DEFAULT_SPLIT, DEFAULT_TEXT_KEY
+from jaxdelta.text.measure import ALL, check_measure
+from jaxdelta.text.messages import CHATS
 from jaxdelta.text.windows import DEFAULT_MAX_TOKENS, DEFAULT_SEQ_LEN, LAYOUTS
 
 DTYPES = ("float32", "bfloat16")
 CHOICES = {
     "layout": LAYOUTS,
+    "chat": CHATS,
     "last_state": ("residual", "normed"),
     "svd": METHODS,
     "compute_dtype": DTYPES,
@@ -47,6 +50,8 @@ class Options:
     split: str = DEFAULT_SPLIT
     dataset_config: str | None = None
     shuffle: bool = False
+    chat: str = "auto"
+    measure: str = ALL
     last_state: str = "residual"
     svd: str = "gram"
     compute_dtype: str = "float32"
@@ -103,6 +108,7 @@ class Options:
             if (value := getattr(self, name)) != 0 and value < MIN_DRAWS:
                 raise UsageError(f"{name} must be 0 (none) or at least {MIN_DRAWS}, not {value}")
         key_names(self.ignore_config_keys)
+        check_measure(self.measure)
         parse_views(self.views)
         if self.mesh is not None:
             parse_mesh(self.mesh)
@@ -113,7 +119,8 @@ class Options:
         return self.bootstrap > 0 or self.null_draws > 0
 
 
-def check_rank(top_k: int, tokens: int, hidden: int) -> None:
+def check_rank(options: Options, tokens: int, hidden: int) -> None:
     """Refuses more directions than an update of these `tokens` can have."""
-    if top_k > (rank := min(tokens, hidden)):
-        raise UsageError(f"top_k={top_k} is larger than the rank {rank} of a layer's update")
+    if options.top_k > (rank := min(tokens, hidden)):
+        few = f": {tokens} tokens count with measure={options.measure}" if options.measure != ALL else ""
+        raise UsageError(f"top_k={options.top_k} is larger than the rank {rank} of a layer's update{few}")

@@ -25,6 +25,7 @@ def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecor
     NumPy had to recompute.
     """
     options, plan, tokens = run.options, run.plan, run.sample.tokens
+    roles = tokens.roles
     return {
         "versions": versions(),
         "device": device(),
@@ -42,6 +43,8 @@ def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecor
             "windows": len(tokens.ids),
             "window_length": tokens.ids.shape[1],
             "padding": tokens.padding,
+            "counted": int(tokens.counted.sum()),
+            **({"roles": tokens.by_role, "chat_template_sha256": roles.template} if roles else {}),
         },
         "memory": {"mode": plan.mode, **plan.blocks._asdict(), "bytes": plan.parts, "limit": plan.limit},
         "closure_error": outcome.closure_error,

@@ -27,6 +27,7 @@ from jaxdelta.text.file_kinds import (
     readable,
     standard_input,
 )
+from jaxdelta.text.messages import Conversation
 from jaxdelta.text.rows import (
     DEFAULT_TEXT_KEY,
     Document,
@@ -61,7 +62,7 @@ def read_documents(
     split: str = DEFAULT_SPLIT,
     config: str | None = None,
     reading: Reading | None = None,
-) -> Iterator[Document]:
+) -> Iterator[Document | Conversation]:
     """The documents of a source, one after the other, read as they are taken.
 
     A .txt, like prose and programs of other suffixes, is one document, with its own line ends. A .json holds
@@ -76,7 +77,8 @@ def read_documents(
 
     Args:
         source: a file, a directory or a data set; None for the package's prompts.
-        text_key: the field or column that holds the text.
+        text_key: the field or column that holds the text or a chat's messages; where the default one is
+            missing, `messages` or `conversations`.
         split: of a data set that has several.
         config: of a data set on the hub that has several configurations.
         reading: collects what is passed over.

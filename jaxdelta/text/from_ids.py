@@ -81,7 +81,7 @@ def _checked(documents: Iterable[TokenIds], vocab_size: int) -> Iterator[Segment
 def _packed(documents: Iterator[Segment], max_tokens: int, seq_len: int) -> Iterator[Segment]:
     """Pieces of 2 to seq_len tokens, at most max_tokens in all."""
     left = max_tokens
-    for owners, _, tokens in documents:
+    for owners, _, tokens, _ in documents:
         for piece in consecutive(_segment(owners[:left], tokens.ids[:left]), seq_len):
             if len(piece.documents) > 1:
                 left -= len(piece.documents)

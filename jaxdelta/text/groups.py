@@ -122,7 +122,8 @@ def _groups_of(tokens: Tokens, seed: int) -> Int[np.ndarray, " n"]:
     documents = np.unique(tokens.documents[counted], return_inverse=True)[1].reshape(-1)
     count, n = int(documents.max()) + 1, len(documents)
     if n > RUN_TOKENS and len(counted) >= RUNS:
-        return np.repeat(np.arange(len(counted)) * RUNS // len(counted), counted.sum(axis=1))
+        runs = np.repeat(np.arange(len(counted)) * RUNS // len(counted), counted.sum(axis=1))
+        return np.unique(runs, return_inverse=True)[1].reshape(-1)  # not all need have tokens that count
     if n > RUN_TOKENS and count < RUNS:
         return np.arange(n) * RUNS // n
     if count > MAX_GROUPS:

@@ -14,6 +14,7 @@ from jaxtyping import Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
 from jaxdelta.text.file_kinds import BLOCK, LongText, characters, lines, opened, readable
+from jaxdelta.text.messages import COMPANIONS, Conversation, chat_key, conversation, is_chat
 
 Document = str | Iterable[str]  # a text, or its consecutive characters in parts where it is long
 DEFAULT_TEXT_KEY = "text"
@@ -59,14 +60,14 @@ class Reading:
         return tuple(textwrap.shorten(note, 300, placeholder=" ...") for note in notes)
 
 
-def texts(rows: Iterable[Row], key: str, reading: Reading) -> Iterator[Document]:
-    """The rows' texts; null and empty ones are counted and left out.
+def texts(rows: Iterable[Row], key: str, reading: Reading) -> Iterator[Document | Conversation]:
+    """The rows' texts and chats; null and empty ones are counted and left out.
 
     Raises:
         JaxDeltaError: a value is no text.
     """
     for where, value in rows:
-        if isinstance(value, LongText):
+        if isinstance(value, LongText | Conversation):
             yield value
         elif value is None:
             reading.null += 1
@@ -112,22 +113,24 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def json_rows(path: Path, key: str) -> Iterator[Row]:
-    """The items of a list: strings, or objects with the text under a key."""
+    """The items of a list: strings, chats, or objects with the text or chat under a key."""
     with opened(path) as file:
         text = "".join(characters(file, path))
     items = parsed(text, str(path)) if text.strip() else []
     del text
     if not isinstance(items, list) or not any(
-        all(item is None or isinstance(item, kind) for item in items) for kind in (str, dict)
+        all(item is None or isinstance(item, kind) for item in items) for kind in (str, dict, list)
     ):
         raise JaxDeltaError(
-            f"{path}: must hold a JSON list of strings, or of objects with the text under {key!r}"
+            f"{path}: must hold a JSON list of strings, of chats, or of objects with the text under {key!r}"
         )
-    if key != DEFAULT_TEXT_KEY and any(isinstance(item, str) for item in items):
-        raise UsageError(f"{key!r} cannot be chosen: {path} is a list of strings, which have no fields")
+    if key != DEFAULT_TEXT_KEY and not all(isinstance(item, dict | None) for item in items):
+        raise UsageError(f"{key!r} cannot be chosen: the items of {path} have no fields")
     for number, item in enumerate(items, 1):
         where = f"{path}, item {number}"
-        yield Row(where, value_under(item, key, where) if isinstance(item, dict) else item)
+        if isinstance(item, dict):
+            item = value_under(item, key, where)
+        yield Row(where, conversation(item, where) if is_chat(item) else item)
 
 
 def jsonl_rows(path: Path, key: str) -> Iterator[Row]:
@@ -172,25 +175,28 @@ def parsed(text: str, where: str) -> Any:
 def value_under(fields: Mapping[str, Any], key: str, where: str | Path) -> Any:
     """The value under a key, or else along the key's dots; null if an object on the way is null.
 
+    Where the default key is missing, the value under one of a chat's. Messages become a Conversation.
+
     Raises:
-        JaxDeltaError: there is none.
+        JaxDeltaError: there is none, or messages are no chat.
     """
-    for value in _values(fields, key):
-        return value
+    for value in _values(fields, chat_key(fields, key, DEFAULT_TEXT_KEY)):
+        return conversation(value, str(where), fields) if is_chat(value) else value
     raise JaxDeltaError(f"{where}: has no {key!r}, only {names(fields)}; choose with --text_key")
 
 
-def root(columns: Iterable[str], key: str, where: str | Path) -> str:
-    """The column that a key, or the beginning of a key with dots, names.
+def wanted_columns(columns: Iterable[str], key: str, where: str | Path) -> list[str]:
+    """The column that a key, or the beginning of a key with dots, names; then those read with a chat's.
 
     Raises:
         JaxDeltaError: there is none.
     """
     columns = list(columns)
+    key = chat_key(columns, key, DEFAULT_TEXT_KEY)
     found = next((name for name in (key, *(head for head, _ in _divided(key))) if name in columns), None)
     if found is None:
         check_column(columns, key, where)
-    return str(found)
+    return [str(found), *(name for name in COMPANIONS if name in columns and name != found)]
 
 
 def check_column(columns: list[str], key: str, where: str | Path) -> None:

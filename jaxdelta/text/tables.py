@@ -7,23 +7,24 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError, plain_errors
 from jaxdelta.text.file_kinds import library, readable
-from jaxdelta.text.rows import Row, names, root, value_under
+from jaxdelta.text.rows import Row, names, value_under, wanted_columns
 from jaxdelta.utils.hub import GATED, silent
 
 BATCH_ROWS = 64  # decoded at once; a row may be a book
 
 
 def parquet_rows(path: Path, key: str) -> Iterator[Row]:
-    """The rows of a .parquet; only the column of the key is read."""
+    """The rows of a .parquet; only the columns of the key and of a chat's tools are read."""
     lib, parquet = (library(name, path) for name in ("pyarrow.lib", "pyarrow.parquet"))
     with readable(path, OSError, ValueError, lib.ArrowException), parquet.ParquetFile(path) as file:
-        column = root(file.schema_arrow.names, key, path)
+        columns = wanted_columns(file.schema_arrow.names, key, path)
         number = 0
-        for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
-            for value in batch.column(batch.schema.get_field_index(column)):
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for row in range(len(batch)):
                 number += 1
                 where = f"{path}, row {number}"
-                yield Row(where, value_under({column: value.as_py()}, key, where))
+                fields = {name: batch.column(name)[row].as_py() for name in columns}
+                yield Row(where, value_under(fields, key, where))
 
 
 def is_saved(path: Path) -> bool:
@@ -84,14 +85,14 @@ def hub_rows(repo: str, key: str, split: str, config: str | None) -> Iterator[Ro
 def dataset_rows(dataset: Any, key: str, where: str | Path) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`, or of one that is streamed."""
     if dataset.column_names is not None:  # A stream may not know them before its first row.
-        dataset = dataset.select_columns([root(dataset.column_names, key, where)])
+        dataset = dataset.select_columns(wanted_columns(dataset.column_names, key, where))
     number = 0
     for batch in dataset.iter(BATCH_ROWS):
-        column = root(batch, key, where)
-        for value in batch[column]:
+        columns = wanted_columns(batch, key, where)
+        for values in zip(*(batch[name] for name in columns), strict=True):
             number += 1
             place = f"{where}, row {number}"
-            yield Row(place, value_under({column: value}, key, place))
+            yield Row(place, value_under(dict(zip(columns, values, strict=True)), key, place))
 
 
 def _shortened(error: Exception) -> str:

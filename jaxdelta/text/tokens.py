@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -12,12 +13,22 @@ from jaxdelta.errors import JaxDeltaError
 PADDING = -1  # the document of padding
 
 
+class Roles(NamedTuple):
+    """The roles of a chat's tokens: token i has `names[of_token[i]]`; the first name is of what the template
+    writes around the messages. `template` is the template's SHA-256."""
+
+    of_token: Int32[np.ndarray, "B T"]
+    names: tuple[str, ...]
+    template: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Token ids in B windows of T tokens, with the document and the position of each token.
 
     A segment attends only to itself; it begins where `positions` is 0, by default with each window. Padding
     at the end of a window is a segment of document -1. `texts(window, index)` is a token's text, if known.
+    `roles` are those of chats. `measured` are the tokens that --measure chooses; None for all.
 
     Raises:
         JaxDeltaError: positions that do not count up from 0.
@@ -27,6 +38,8 @@ class Tokens:
     documents: Int32[np.ndarray, "B T"]
     texts: Callable[[int, int], str] | None = None
     positions: Int32[np.ndarray, "B T"] = None  # type: ignore[assignment]  # filled in below
+    roles: Roles | None = None
+    measured: Bool[np.ndarray, "B T"] | None = None
 
     def __post_init__(self) -> None:
         if self.positions is None:
@@ -50,8 +63,18 @@ class Tokens:
 
     @property
     def counted(self) -> Bool[np.ndarray, "B T"]:
-        """The tokens that statistics count: all but padding and the first of a segment, an attention sink."""
-        return (self.positions > 0) & (self.documents != PADDING)
+        """The tokens that statistics count: all measured ones but padding and the first of a segment, an
+        attention sink."""
+        counted = (self.positions > 0) & (self.documents != PADDING)
+        return counted if self.measured is None else counted & self.measured
+
+    @property
+    def by_role(self) -> dict[str, int]:
+        """Numbers of tokens by role; empty for texts that are no chats."""
+        if self.roles is None:
+            return {}
+        numbers = np.bincount(self.roles.of_token[self.documents != PADDING], minlength=len(self.roles.names))
+        return dict(zip(self.roles.names, numbers.tolist(), strict=True))
 
     @property
     def segmented(self) -> bool:
@@ -60,10 +83,12 @@ class Tokens:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, documents and positions, in hexadecimal."""
+        """SHA-256 of ids, documents and positions, and of `measured` if given, in hexadecimal."""
         digest = hashlib.sha256(b"jaxdelta tokens 1")
         for array in (self.ids.shape, self.ids, self.documents, self.positions):
             digest.update(np.asarray(array, "<i4").tobytes())
+        if self.measured is not None:
+            digest.update(np.packbits(self.measured).tobytes())
         return digest.hexdigest()
 
     def text(self, window: int, position: int) -> str:

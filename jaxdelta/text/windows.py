@@ -1,19 +1,21 @@
 """Documents -> windows of tokens, each token with its document."""
 
+import dataclasses
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
 
 from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.text.chat import Chat
 from jaxdelta.text.parts import Part, parts
 from jaxdelta.text.rows import Document, check_unicode
 from jaxdelta.text.tokenizer import Tokenize
-from jaxdelta.text.tokens import PADDING, Tokens
+from jaxdelta.text.tokens import PADDING, Roles, Tokens
 
 SEPARATOR = "\n\n"
 DEFAULT_MAX_TOKENS = DEFAULT_SEQ_LEN = 2048
@@ -38,6 +40,7 @@ def tokenize(
     token belongs to the document in which it begins, a separator to the document before it. The text is cut
     into windows, each one segment. `packed` tokenizes each document by itself and cuts it into pieces, each
     one segment, which are packed into windows. It leaves out pieces of one token: the first is never counted.
+    Chats are tokenized each by itself in both layouts, and `stream` joins their tokens without a separator.
 
     Args:
         documents: the texts; only as many are read as needed.
@@ -52,9 +55,16 @@ def tokenize(
         JaxDeltaError: fewer than two tokens, a token without embedding, or text that is not Unicode.
     """
     check_layout(max_tokens, layout, seq_len)
+    documents = iter(documents)
+    first = next(documents, "")
     cut = _pieces if layout == "packed" else _consecutive
-    segments = list(cut(iter(documents), _checked(encode), max_tokens, seq_len))
+    if isinstance(first, Chat):
+        cut = _chat_pieces if layout == "packed" else _consecutive_chats
+    segments = list(cut(chain([first], documents), _checked(encode), max_tokens, seq_len))
     tokens = in_windows(segments, layout, seq_len)
+    if tokens.roles and isinstance(first, Chat):
+        names, template = tuple(first.source.roles), first.source.digest
+        tokens = dataclasses.replace(tokens, roles=tokens.roles._replace(names=names, template=template))
     if (largest := int(tokens.ids.max())) >= vocab_size:
         raise JaxDeltaError(
             f"the tokenizer gives token {largest}, the model has {vocab_size}: they do not belong together"
@@ -83,11 +93,18 @@ class TokenizedText(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The tokens of one segment, the document of each, and the text that their bounds refer to."""
+    """The tokens of one segment, the document of each, and the text that their bounds refer to; of chats also
+    the number of each token's role."""
 
     documents: Int[np.ndarray, " n"]
     text: str
     tokens: TokenizedText
+    roles: Int[np.ndarray, " n"] | None = None
+
+    def part(self, start: int, stop: int) -> "Segment":
+        """Tokens start, ..., stop - 1."""
+        roles = None if self.roles is None else self.roles[start:stop]
+        return Segment(self.documents[start:stop], self.text, self.tokens.part(start, stop), roles)
 
 
 def _consecutive(
@@ -115,8 +132,7 @@ def _consecutive(
 def consecutive(whole: Segment, seq_len: int) -> Iterator[Segment]:
     """A segment in pieces of seq_len tokens; the last one may be shorter."""
     for start in range(0, len(whole.documents), seq_len):
-        stop = start + seq_len
-        yield Segment(whole.documents[start:stop], whole.text, whole.tokens.part(start, stop))
+        yield whole.part(start, start + seq_len)
 
 
 def in_windows(segments: Sequence[Segment], layout: str, seq_len: int) -> Tokens:
@@ -161,11 +177,13 @@ def _laid_out(
     def text(window: int, index: int) -> str:
         if (number := numbers[window, index]) == PADDING:
             return ""
-        _, whole, (_, bounds) = segments[number]
+        _, whole, (_, bounds), _ = segments[number]
         start = positions[window, index]
         return whole[bounds[start] : bounds[start + 1]]
 
-    return Tokens(ids, documents, text, positions)
+    numbered = [segment.roles for segment in segments if segment.roles is not None]
+    roles = Roles(spread(np.concatenate(numbered), 0), (), "") if numbered else None
+    return Tokens(ids, documents, text, positions, roles)
 
 
 def _pieces(
@@ -186,6 +204,38 @@ def _pieces(
                 yield piece
         if left < 2:
             return
+
+
+def _chat_pieces(
+    documents: Iterator[Any], encode: Tokenize, max_tokens: int, seq_len: int
+) -> Iterator[Segment]:
+    """`_pieces` of chats, with the role of each token that any of its characters has."""
+    taken: list[Any] = []
+
+    def chats() -> Iterator[str]:
+        for document in documents:
+            taken.append(document)
+            yield document
+
+    for segment in _pieces(chats(), encode, max_tokens, seq_len):
+        letters = taken[segment.documents[0]].roles
+        starts = np.minimum(segment.tokens.bounds, len(letters))
+        padded = np.append(letters, np.int8(0))
+        # The last bound ends the last token.
+        roles = np.maximum.reduceat(padded, starts)[:-1]
+        yield segment._replace(roles=roles.astype(np.int32))
+
+
+def _consecutive_chats(
+    documents: Iterator[Any], encode: Tokenize, max_tokens: int, seq_len: int
+) -> Iterator[Segment]:
+    """The chats' tokens, joined, in segments of seq_len tokens."""
+    whole = list(_chat_pieces(documents, encode, max_tokens, max_tokens))
+    if not whole:
+        return
+    text, tokens = _joined(((0, segment.text, segment.tokens) for segment in whole), max_tokens)
+    owners, roles = (np.concatenate([part[i] for part in whole]) for i in (0, 3))
+    yield from consecutive(Segment(owners, text, tokens, roles), seq_len)
 
 
 def _part_letters(max_tokens: int) -> int:

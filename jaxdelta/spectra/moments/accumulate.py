@@ -114,13 +114,15 @@ class MomentAccumulator:
         """Adds the update of all tokens of a block."""
         tokens = self._text.blocks[block]
         counted = np.flatnonzero(tokens.counted)
+        if not len(counted):
+            return
         with jax.enable_x64(True):
             table = self._kernels.products(update)
             self._tables.append({name: np.asarray(column)[counted] for name, column in table.items()})
             aside = self._suspects()
             kept = np.asarray(tokens.counted).copy()
             kept.ravel()[counted[aside]] = False
-            if block == 0:
+            if not hasattr(self, "_frame"):  # the first block with tokens that count
                 self._frame = self._kernels.find_frame(update, kept.ravel(), self._parts)
                 shape = len(self._parts), self._text.groups, update.h.shape[1]
                 self._moments = self._kernels.zeros(*shape)

@@ -89,6 +89,7 @@ def keep_text(directory: Path, sample: ResamplingGroups) -> None:
         "documents": tokens.documents,
         "positions": np.asarray(tokens.positions),
         "owners": np.asarray(sample.group_of_token),
+        **({} if tokens.measured is None else {"measured": tokens.measured}),
         "letters": np.frombuffer(b"".join(letters), np.uint8),
         "ends": np.cumsum([len(part) for part in letters]),
     }
@@ -104,7 +105,8 @@ def load_text(directory: Path) -> tuple[Tokens, np.ndarray]:
         return letters[ends[place - 1] if place else 0 : ends[place]].decode()
 
     ids, documents, positions = (arrays[name].reshape(1, -1) for name in ("ids", "documents", "positions"))
-    return Tokens(ids, documents, text, positions), arrays["owners"]
+    measured = arrays["measured"].reshape(1, -1) if "measured" in arrays else None
+    return Tokens(ids, documents, text, positions, measured=measured), arrays["owners"]
 
 
 def layer_file(directory: Path, index: int) -> Path:
