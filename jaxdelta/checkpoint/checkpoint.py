@@ -28,6 +28,7 @@ from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.decoder import Decoder, abstract_block, abstract_model
 from jaxdelta.model.families.registry import read_config, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
+from jaxdelta.utils.jax_settings import check_devices
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -206,6 +207,7 @@ def load_model(
 
     Arguments and errors are those of `open_checkpoint`, `sharding` that of `Checkpoint.load`.
     """
+    check_devices()
     return open_checkpoint(str(model), revision=revision, loader=loader).load(sharding)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -12,7 +11,8 @@ from jaxdelta.checkpoint.orbax_files import write_orbax
 from jaxdelta.errors import UsageError
 from jaxdelta.model.config import DTYPE_BYTES
 from jaxdelta.model.families.registry import write_config
-from jaxdelta.utils.files import new_directory
+from jaxdelta.utils.files import GivenPath, given_path, new_directory
+from jaxdelta.utils.jax_settings import check_devices
 
 STORED = "stored"
 DTYPES = (STORED, *DTYPE_BYTES)
@@ -20,7 +20,7 @@ DTYPES = (STORED, *DTYPE_BYTES)
 
 def convert(
     model: str,
-    out: str | Path,
+    out: GivenPath,
     *,
     dtype: str = STORED,
     revision: str | None = None,
@@ -43,7 +43,8 @@ def convert(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    with new_directory(Path(out).expanduser()) as directory:
+    check_devices()
+    with new_directory(given_path(out, "out")) as directory:
         checkpoint = open_checkpoint(model, revision=revision, loader=loader)
         config = checkpoint.config
         if dtype != STORED:

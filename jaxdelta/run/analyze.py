@@ -48,6 +48,7 @@ from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import tokenize
+from jaxdelta.utils.jax_settings import own_settings
 from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
@@ -85,10 +86,11 @@ def analyze(
         UsageError: an impossible option.
         JaxDeltaError: an unusable model, checkpoint or text. The messages are the commands' error lines.
     """
-    run = _opened(model, calibration, Options.of(options), Stages(listener))
-    if before:
-        before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
-    with _out_of_memory_in_a_line():
+    chosen = Options.of(options)
+    with own_settings(), _out_of_memory_in_a_line():
+        run = _opened(model, calibration, chosen, Stages(listener))
+        if before:
+            before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
         run = _loaded(run)
         waiting = resume.moments(run.options.checkpoint_dir)
         with keeping(run.options.keep_moments if leads() else None, waiting) as kept:
