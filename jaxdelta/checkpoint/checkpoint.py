@@ -182,6 +182,15 @@ def open_checkpoint(model: str, *, revision: str | None = None, loader: str = "a
     else:
         config = read_config(directory / hub.CONFIG)
         source = open_safetensors(files)
+    return checked(directory, config, source)
+
+
+def checked(directory: Path, config: ModelConfig, source: TensorSource) -> Checkpoint:
+    """A checkpoint whose tensors fit its configuration.
+
+    Raises:
+        JaxDeltaError: they do not; all that differ are named.
+    """
     if config.tie_embeddings and _has_own_head(source):
         config = dataclasses.replace(config, tie_embeddings=False)
     _check_dtypes(config, source.specs, directory)

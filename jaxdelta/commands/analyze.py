@@ -127,6 +127,7 @@ def define_text() -> None:
         "keeps them separate, several in a window",
         seq_len="tokens in a window",
         shuffle="take the documents in random order, see --seed",
+        tokenizer="directory of another tokenizer than the model's",
     )
 
 

@@ -5,10 +5,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Int32
 
-from jaxdelta.errors import UsageError
+from jaxdelta.errors import UsageError, first_line
 
 AnyArray = Array | np.ndarray
 _AXES = ("window", "position")
+
+
+def as_numpy(given: Any, name: str) -> np.ndarray:
+    """A caller's array on the host: NumPy's, JAX's or PyTorch's.
+
+    Raises:
+        UsageError: it cannot be converted, such as rows of several lengths.
+    """
+    try:
+        if hasattr(given, "detach"):  # a tensor with a gradient, or on a GPU
+            given = given.detach().cpu()
+        return np.asarray(given)
+    except Exception as error:  # whatever another library raises
+        raise UsageError(f"{name} is no array that NumPy can read ({first_line(error)[:80]})") from error
 
 
 def whole_numbers(given: Any, name: str) -> Int32[np.ndarray, "B T"]:
@@ -17,10 +31,7 @@ def whole_numbers(given: Any, name: str) -> Int32[np.ndarray, "B T"]:
     Raises:
         UsageError: it is none, is empty, has other axes, or a number beyond int32.
     """
-    try:
-        array = np.asarray(given)
-    except Exception as error:  # rows of several lengths; a tensor on another device; another library's error
-        raise UsageError(f"{name} must be an array (windows, positions) of whole numbers") from error
+    array = as_numpy(given, name)
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise UsageError(
             f"{name} must be whole numbers of shape (windows, positions), not {array.dtype} of shape "

@@ -1,0 +1,68 @@
+"""A transformers model in memory as a checkpoint: the same checks, the weights read where they lie."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdelta.checkpoint.checkpoint import Checkpoint, checked
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec
+from jaxdelta.checkpoint.torch_files import _by_expert, _dtype, _to_numpy
+from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.model.families.registry import config_from_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedCheckpoint(Checkpoint):
+    """A model in memory; `directory` only names it."""
+
+
+def is_torch_model(value: Any) -> bool:
+    """Whether a value is a PyTorch module, without importing PyTorch."""
+    return any(
+        f"{kind.__module__}.{kind.__name__}" == "torch.nn.modules.module.Module" for kind in _kinds(value)
+    )
+
+
+def open_torch_model(model: Any) -> LoadedCheckpoint:
+    """Opens a model of transformers, such as AutoModelForCausalLM returns; a layer is copied as it is read.
+
+    Raises:
+        UsageError: another module, a PEFT adapter that is not merged, or weights without values.
+        JaxDeltaError: the configuration or a tensor is not supported.
+    """
+    name = type(model).__name__
+    if any(kind.__module__.startswith("peft.") for kind in _kinds(model)) or hasattr(model, "peft_config"):
+        raise UsageError(f"model: {name} has a PEFT adapter; give model.merge_and_unload()")
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise UsageError(f"model: {name} is no transformers model; give AutoModelForCausalLM's")
+    if getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False):
+        raise UsageError(f"model: {name} is quantised; give model.dequantize(), or its directory")
+    raw = model.config.to_dict()
+    where = Path(f"{name} in memory")
+    try:
+        return LoadedCheckpoint(**vars(checked(where, config_from_dict(raw), _source(model))))
+    except JaxDeltaError as error:
+        raise JaxDeltaError(f"model: {str(error).removeprefix(f'{where}: ')}") from error
+
+
+def _source(model: Any) -> TensorSource:
+    tensors = model.state_dict()
+    specs = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise UsageError(f"model: {name} is on the meta device and has no values; load the weights first")
+        if (dtype := _dtype(tensor)) is None:
+            raise JaxDeltaError(f"{name} has dtype {tensor.dtype}; jaxdelta reads float32, bfloat16, float16")
+        specs[name] = TensorSpec(tuple(tensor.shape), dtype)
+    parts, specs = _by_expert(tensors, specs)
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return _to_numpy(parts[name][start:stop].cpu())
+
+    return TensorSource(specs, read)
+
+
+def _kinds(value: Any) -> tuple[type, ...]:
+    return type(value).__mro__
