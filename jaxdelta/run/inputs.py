@@ -41,7 +41,8 @@ def open_model(model: Any, options: Options) -> tuple[str, Weights]:
             raise UsageError("memory=stream needs a model by its name; this one is loaded already")
         return model.config.model_type, InMemoryWeights(model)
     if is_torch_model(model):
-        return getattr(model.config, "name_or_path", "") or type(model).__name__, open_torch_model(model)
+        weights = open_torch_model(model)
+        return str(getattr(model.config, "name_or_path", "") or type(model).__name__), weights
     raise UsageError(
         f"model must be a name, a directory, a Decoder or a transformers model, not {type(model).__name__}"
     )
@@ -113,9 +114,11 @@ def _write(tokenizer: Any, directory: Path) -> None:
     name, package = type(tokenizer).__name__, type(tokenizer).__module__.partition(".")[0]
     try:
         if package == "tokenizers" and hasattr(tokenizer, "save"):
-            return tokenizer.save(str(directory / "tokenizer.json"))
+            tokenizer.save(str(directory / "tokenizer.json"))
+            return
         if hasattr(tokenizer, "save_pretrained") and hasattr(tokenizer, "convert_ids_to_tokens"):
-            return tokenizer.save_pretrained(str(directory))
+            tokenizer.save_pretrained(str(directory))
+            return
     except Exception as error:  # tokenizers raises bare Exception
         raise JaxDeltaError(f"tokenizer: the {name} cannot be saved ({first_line(error)[:200]})") from error
     raise UsageError(

@@ -3,12 +3,19 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from jaxdelta.errors import UsageError
 from jaxdelta.utils.arrays import check_between, check_positions, whole_numbers
+
+# What a caller gives for an array: `Tokens` checks and converts it, so that the tests' type checker need not.
+if TYPE_CHECKING:
+    GivenNumbers = Int32[np.ndarray, "B T"]
+else:
+    GivenNumbers = object
 
 PADDING = -1  # the document of padding
 
@@ -27,10 +34,10 @@ class Tokens:
             not count up from 0; text that attends to padding before it.
     """
 
-    ids: Int32[np.ndarray, "B T"]
-    documents: Int32[np.ndarray, "B T"]
+    ids: GivenNumbers
+    documents: GivenNumbers
     texts: Callable[[int, int], str] | None = None
-    positions: Int32[np.ndarray, "B T"] = None  # type: ignore[assignment]  # filled in below
+    positions: GivenNumbers = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         ids, documents = whole_numbers(self.ids, "ids"), whole_numbers(self.documents, "documents")
