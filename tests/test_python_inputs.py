@@ -302,6 +302,15 @@ def test_a_model_of_transformers(
     json.dumps(found.run["flags"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, about itself
+def test_a_compiled_model(tiny_checkpoint: Path, theirs: Any) -> None:
+    for wrapped in (torch.compile(torch_model()), torch.nn.DataParallel(torch_model())):
+        found = run(wrapped, TEXT[:1], tokenizer=theirs)
+        np.testing.assert_allclose(
+            found.singular_values, run(tiny_checkpoint, TEXT[:1]).singular_values, rtol=1e-6, atol=1e-6
+        )
+
+
 def test_models_that_cannot_be_read(theirs: Any) -> None:
     model = torch_model(num_hidden_layers=2)
     with pytest.raises(jaxdelta.UsageError, match="no transformers model"):
@@ -319,7 +328,7 @@ def test_models_that_cannot_be_read(theirs: Any) -> None:
     for option in ({"revision": "main"}, {"loader": "torch"}, {"checkpoint_dir": "a"}):
         with pytest.raises(jaxdelta.UsageError, match="needs a model by its name"):
             run(model, TEXT, tokenizer=theirs, **option)
-    model.peft_config = {}
+    model.peft_config = {"default": None}
     with pytest.raises(jaxdelta.UsageError, match=r"has a PEFT adapter; give model\.merge_and_unload"):
         run(model, TEXT, tokenizer=theirs)
 

@@ -12,6 +12,9 @@ from jaxdelta.checkpoint.torch_files import _by_expert, _dtype, _to_numpy
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.families.registry import config_from_dict
 
+# Modules around a model, and the attribute that holds it.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedCheckpoint(Checkpoint):
@@ -25,24 +28,39 @@ def is_torch_model(value: Any) -> bool:
     )
 
 
+def unwrapped(model: Any) -> Any:
+    """The model within torch.compile's module, or one of several devices."""
+    while type(model).__name__ in _WRAPPERS:
+        model = getattr(model, _WRAPPERS[type(model).__name__])
+    return model
+
+
 def open_torch_model(model: Any) -> LoadedCheckpoint:
     """Opens a model of transformers, such as AutoModelForCausalLM returns; a layer is copied as it is read.
 
     Raises:
-        UsageError: another module, a PEFT adapter that is not merged, or weights without values.
-        JaxDeltaError: the configuration or a tensor is not supported.
+        UsageError: another module, a PEFT adapter that is not merged, weights without values or of a dtype
+            that is not read.
+        JaxDeltaError: the configuration is not supported, or the tensors do not fit it.
     """
     name = type(model).__name__
-    if any(kind.__module__.startswith("peft.") for kind in _kinds(model)) or hasattr(model, "peft_config"):
+    adapted = any(getattr(model, mark, False) for mark in ("peft_config", "_hf_peft_config_loaded"))
+    if adapted or any(kind.__module__.startswith("peft.") for kind in _kinds(model)):
         raise UsageError(f"model: {name} has a PEFT adapter; give model.merge_and_unload()")
     if not hasattr(getattr(model, "config", None), "to_dict"):
         raise UsageError(f"model: {name} is no transformers model; give AutoModelForCausalLM's")
     if getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False):
         raise UsageError(f"model: {name} is quantised; give model.dequantize(), or its directory")
-    raw = model.config.to_dict()
     where = Path(f"{name} in memory")
+    source = _source(model)
     try:
-        return LoadedCheckpoint(**vars(checked(where, config_from_dict(raw), _source(model))))
+        config = config_from_dict(model.config.to_dict())
+        # The weights may have been cast since the configuration was written.
+        dtypes = [
+            str(spec.dtype) for key, spec in source.specs.items() if key.endswith("embed_tokens.weight")
+        ]
+        config = dataclasses.replace(config, dtype=(dtypes or [config.dtype])[0])
+        return LoadedCheckpoint(**vars(checked(where, config, source)))
     except JaxDeltaError as error:
         raise JaxDeltaError(f"model: {str(error).removeprefix(f'{where}: ')}") from error
 
@@ -54,7 +72,7 @@ def _source(model: Any) -> TensorSource:
         if tensor.device.type == "meta":
             raise UsageError(f"model: {name} is on the meta device and has no values; load the weights first")
         if (dtype := _dtype(tensor)) is None:
-            raise JaxDeltaError(f"{name} has dtype {tensor.dtype}; jaxdelta reads float32, bfloat16, float16")
+            raise UsageError(f"model: {name} has dtype {tensor.dtype}; cast it to float32 or bfloat16")
         specs[name] = TensorSpec(tuple(tensor.shape), dtype)
     parts, specs = _by_expert(tensors, specs)
 

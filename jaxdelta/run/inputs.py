@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from jaxdelta.checkpoint.torch_model import LoadedCheckpoint, is_torch_model, open_torch_model
+from jaxdelta.checkpoint.torch_model import LoadedCheckpoint, is_torch_model, open_torch_model, unwrapped
 from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError, first_line
 from jaxdelta.model.decoder import Decoder
@@ -41,7 +41,7 @@ def open_model(model: Any, options: Options) -> tuple[str, Weights]:
             raise UsageError("memory=stream needs a model by its name; this one is loaded already")
         return model.config.model_type, InMemoryWeights(model)
     if is_torch_model(model):
-        weights = open_torch_model(model)
+        weights = open_torch_model(model := unwrapped(model))
         return str(getattr(model.config, "name_or_path", "") or type(model).__name__), weights
     raise UsageError(
         f"model must be a name, a directory, a Decoder or a transformers model, not {type(model).__name__}"

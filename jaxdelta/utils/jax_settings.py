@@ -1,9 +1,8 @@
 """The JAX settings of a run, whatever the caller's program has set for itself."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from textwrap import shorten
 from typing import Any
 
@@ -26,21 +25,6 @@ _SETTINGS: dict[str, Any] = {
     "jax_default_prng_impl": "threefry2x32",
     "jax_random_seed_offset": 0,
 }
-# Where a context of the caller's thread hides the global value.
-_CONTEXTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
-    "jax_numpy_rank_promotion": jax.numpy_rank_promotion,
-    "jax_disable_jit": jax.disable_jit,
-    "jax_debug_nans": jax.debug_nans,
-    "jax_debug_infs": jax.debug_infs,
-    "jax_transfer_guard_host_to_device": jax.transfer_guard_host_to_device,
-    "jax_transfer_guard_device_to_device": jax.transfer_guard_device_to_device,
-    "jax_transfer_guard_device_to_host": jax.transfer_guard_device_to_host,
-    "jax_enable_x64": jax.enable_x64,
-    "jax_default_matmul_precision": jax.default_matmul_precision,
-    "jax_default_device": jax.default_device,
-    "jax_threefry_partitionable": jax.threefry_partitionable,
-    "jax_default_prng_impl": jax.default_prng_impl,
-}
 
 
 @contextlib.contextmanager
@@ -59,8 +43,9 @@ def own_settings() -> Iterator[None]:
         for name, value in everywhere.items():
             stack.callback(jax.config.update, name, value)
             jax.config.update(name, _SETTINGS[name])
-        for name in _differing():
-            stack.enter_context(_CONTEXTS[name](_SETTINGS[name]))
+        for name in _differing():  # a context of the caller's hides the process' value
+            context = getattr(jax, name.removeprefix("jax_"))
+            stack.enter_context(context(_SETTINGS[name]))
         check_devices()
         yield
 
