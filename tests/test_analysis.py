@@ -322,7 +322,7 @@ def test_loaded_model_and_tokens(tiny_checkpoint: Path, result: Analysis) -> Non
         for row, other in zip(result.per_layer, found.per_layer, strict=True):
             for key in PER_LAYER[2:]:
                 np.testing.assert_allclose(row[key], other[key], rtol=1e-5, atol=1e-7, err_msg=key)
-    with pytest.raises(UsageError, match="calibration must be Tokens"):
+    with pytest.raises(UsageError, match="tokenizer is missing"):
         analyze(model, TEXT)
 
 
