@@ -322,7 +322,7 @@ def test_loaded_model_and_tokens(tiny_checkpoint: Path, result: Analysis) -> Non
         for row, other in zip(result.per_layer, found.per_layer, strict=True):
             for key in PER_LAYER[2:]:
                 np.testing.assert_allclose(row[key], other[key], rtol=1e-5, atol=1e-7, err_msg=key)
-    with pytest.raises(UsageError, match="calibration must be Tokens"):
+    with pytest.raises(UsageError, match="tokenizer is missing"):
         analyze(model, TEXT)
 
 
@@ -423,8 +423,12 @@ def test_every_option_has_its_flag() -> None:
         ({"banana": 3}, "no option 'banana'"),
         ({"top_k": "many"}, "top_k must be int, not 'many'"),
         ({"top_k": 2.5}, "top_k must be int, not 2.5"),
-        ({"top_k": np.int64(3)}, "top_k must be int, not "),  # JSON has no place for it
-        ({"scratch": Path("a")}, "scratch must be str | None, not "),
+        ({"top_k": True}, "top_k must be int, not True"),
+        ({"shuffle": 1}, "shuffle must be bool, not 1"),
+        ({"scratch": b"a"}, "scratch must be str | None, not b'a'"),
+        ({"scratch": "a\0"}, "scratch must be str | None, not "),
+        ({"top_k": np.ones(1, int)}, "top_k must be int, not "),
+        ({"sink_factor": math.inf}, "sink_factor must be float, not inf"),
         ({"sink_factor": None}, "sink_factor must be float, not None"),
     ],
 )

@@ -184,7 +184,7 @@ def test_no_unicode_text(encode: Tokenize) -> None:
 
 
 def test_tokens_check_their_arrays() -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(UsageError, match=r"documents have shape \(1, 4\), the ids \(1, 3\)"):
         Tokens(np.zeros((1, 3), np.int32), np.zeros((1, 4), np.int32))
 
 

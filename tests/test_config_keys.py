@@ -19,8 +19,8 @@ from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
 from jaxdelta.checkpoint.convert import convert
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.config import ModelConfig
-from jaxdelta.model.families.float8_keys import _SCHEME
 from jaxdelta.model.families.inert_keys import INERT_KEYS, NEUTRAL, STATED, key_names
+from jaxdelta.model.families.quantisation import _SCHEME
 from jaxdelta.model.families.registry import (
     MODULES,
     config_from_dict,

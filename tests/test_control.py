@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import one_line
-from conftest import EXPERTS
+from conftest import EXPERTS, TEXT
 
 from jaxdelta.checkpoint.checkpoint import Checkpoint, load_model, open_checkpoint
 from jaxdelta.checkpoint.controls import CONTROLS, PermutedWeights, RandomInit, controlled
@@ -20,7 +21,7 @@ from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.report.tables import tables
 from jaxdelta.run.analyze import Analysis, analyze
-from jaxdelta.run.control_comparison import compare_control, load_control
+from jaxdelta.run.control_comparison import check_control, compare_control, load_control
 from jaxdelta.text.tokens import Tokens
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "delta_svd.py"
@@ -324,3 +325,92 @@ def test_script(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert (status, stderr) == (0, "")
     assert "Compared with the control: shuffled_tokens (seed 3)" in stdout
     assert json.loads(out.read_text())["control"]["file"] == "control.json"
+
+
+# What a control's run must share with the run
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_checkpoint: Path) -> Callable[..., str]:
+    """pair(model, text, **options) -> the complaint about a control of `tiny_checkpoint` over TEXT, or ""."""
+    common = {"top_k": 2, "bootstrap": 0, "null_draws": 0, "views": "raw"}
+    controls = {
+        name: analyze(str(tiny_checkpoint), TEXT, control=name, **common)
+        for name in ("random_init", "shuffled_tokens")
+    }
+
+    def compare(model: Path = tiny_checkpoint, text: Any = TEXT, **options: Any) -> str:
+        said = set()
+        for control in controls.values():
+            try:
+                analyze(str(model), text, before=partial(check_control, control), **common | options)
+                said.add("")
+            except JaxDeltaError as error:
+                said.add(str(error))
+        (found,) = said
+        assert len(found) < 800 and "\n" not in found
+        return found
+
+    return compare
+
+
+def test_a_control_of_the_same_run(pair: Callable[..., str]) -> None:
+    assert pair() == ""
+    # Neither method nor memory, nor how the same text was chosen, changes a statistic.
+    assert pair(svd="full", memory="resident", bootstrap=20, seed=7, text_key="content", max_tokens=500) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"compute_dtype": "bfloat16"}, "compute_dtype is float32, not bfloat16"),
+        ({"residual_dtype": "bfloat16"}, "residual_dtype is float32, not bfloat16"),
+        ({"views": "raw,masked"}, "views is raw, not masked,raw"),
+        ({"sink_factor": 3.0}, "sink_factor is 10.0, not 3.0"),
+        ({"last_state": "normed"}, "last_state is residual, not normed"),
+        ({"seq_len": 16}, "seq_len is 2048, not 16"),
+        ({"layout": "packed"}, "layout is stream, not packed"),
+        ({"phases": "A:0,B:1-3"}, "phases is "),
+        ({"top_k": 3, "residual_dtype": "bfloat16"}, "top_k is 2, not 3; residual_dtype is"),
+    ],
+)
+def test_a_control_with_other_options(pair: Callable[..., str], options: dict[str, Any], named: str) -> None:
+    assert named in pair(**options)
+
+
+def test_a_control_of_another_text_or_of_other_weights(
+    pair: Callable[..., str], tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    other = [text[::-1] for text in TEXT]  # as many tokens
+    said = pair(text=other)
+    assert "text_fingerprint is " in said and "n_calib_tokens" not in said
+    said = pair(model=make_checkpoint(tmp_path / "other", seed=3))
+    assert "weights_fingerprint is " in said and "text_fingerprint" not in said
+
+
+def test_a_control_of_another_fine_tune_in_memory(tiny_checkpoint: Path) -> None:
+    """One layer differs; embedding and head are the same."""
+    from flax import nnx
+
+    model, ids = load_model(tiny_checkpoint), np.arange(40, dtype=np.int32)[None] % 256
+    tokens, options = Tokens(ids, np.zeros_like(ids)), {"top_k": 2, "bootstrap": 0, "null_draws": 0}
+    control = analyze(model, tokens, control="permuted_weights", **options)
+    compare_control(analyze(model, tokens, **options), control)
+    graph, state = nnx.split(model)
+    state["layers"]["mlp"]["up_proj"]["weight"].set_value(
+        state["layers"]["mlp"]["up_proj"]["weight"][...].at[2].multiply(1.01)
+    )
+    tuned = analyze(nnx.merge(graph, state), tokens, **options)
+    assert "weights_fingerprint is " in one_line(compare_control, tuned, control)
+
+
+def test_older_files_are_compared_by_what_they_have(real: Analysis, permuted: Analysis) -> None:
+    def older(run: Analysis) -> Analysis:
+        new = ("weights_fingerprint", "original_text_fingerprint")
+        return dataclasses.replace(run, run={key: run.run[key] for key in run.run if key not in new})
+
+    assert compare_control(older(real), permuted).control
+    assert compare_control(real, older(permuted)).control
+    changed = older(permuted)
+    changed.run["text_fingerprint"] = "0" * 64
+    assert "text_fingerprint is 000" in one_line(compare_control, real, changed)

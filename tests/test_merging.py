@@ -86,7 +86,7 @@ def test_what_does_not_belong_together(
         merge_runs([kept[0], tmp_path / "nothing"])
     other = tmp_path / "other"
     analyze(str(tiny_checkpoint), text(TEXTS[1]), keep_moments=str(other), **OPTIONS | {"top_k": 3})
-    with pytest.raises(JaxDeltaError, match=r"other: has top_k 3, .* has 4"):
+    with pytest.raises(JaxDeltaError, match=r"other: is no run like .*: top_k is 3, not 4"):
         merge_runs([kept[0], other])
     with pytest.raises(JaxDeltaError, match="is there already"):
         analyze(str(tiny_checkpoint), text(TEXTS[1]), keep_moments=str(other), **OPTIONS)

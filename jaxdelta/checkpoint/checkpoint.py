@@ -34,6 +34,7 @@ from jaxdelta.model.families.inert_keys import key_names
 from jaxdelta.model.families.quantisation import FLOAT8_METHODS, quantisation
 from jaxdelta.model.families.registry import read_config, read_json, write_config
 from jaxdelta.model.loss import VOCAB_SLICE
+from jaxdelta.utils.jax_settings import check_devices
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 LOADERS = ("auto", "safetensors", "torch")
@@ -180,6 +181,20 @@ def open_checkpoint(
     directory = hub.resolve(model, revision)
     beside = adapter_beside(model, directory)
     config, source = _opened(directory, loader, ignored)
+    checkpoint = checked(directory, config, source)
+    checkpoint = dataclasses.replace(checkpoint, notes=(*beside, *checkpoint.notes))
+    if adapter is None:
+        return checkpoint
+    opened = open_adapter(adapter)
+    return _adapted(checkpoint, opened, tuple(opened.cautions(model, revision, directory)))
+
+
+def checked(directory: Path, config: ModelConfig, source: TensorSource) -> Checkpoint:
+    """A checkpoint of these tensors, by the names they have on disk.
+
+    Raises:
+        JaxDeltaError: they do not fit the configuration; all that differ are named.
+    """
     wanted = _shapes(dataclasses.replace(config, tie_embeddings=False))
     source = causal(directory, source, wanted, config.num_layers)
     config, source = _with_head(config, source)
@@ -188,16 +203,12 @@ def open_checkpoint(
     check_dtypes(directory, config, source.specs, wanted)
     check_names(directory, config, source, _shapes)
     config = dataclasses.replace(config, dtype=str(source.specs[EMBEDDING].dtype))
-    notes = (*beside, *config.notes, *source.notes)
-    checkpoint = Checkpoint(directory, config, source, notes=notes)
-    if config.weight_block is not None:
-        float8 = Float8(source, config.weight_block)
-        config = dataclasses.replace(config, weight_block=None)
-        checkpoint = Checkpoint(directory, config, float8.plain(), float8, notes)
-    if adapter is None:
-        return checkpoint
-    opened = open_adapter(adapter)
-    return _adapted(checkpoint, opened, tuple(opened.cautions(model, revision, directory)))
+    notes = (*config.notes, *source.notes)
+    if config.weight_block is None:
+        return Checkpoint(directory, config, source, notes=notes)
+    float8 = Float8(source, config.weight_block)
+    config = dataclasses.replace(config, weight_block=None)
+    return Checkpoint(directory, config, float8.plain(), float8, notes)
 
 
 def _opened(directory: Path, loader: str, ignored: Collection[str]) -> tuple[ModelConfig, TensorSource]:
@@ -277,6 +288,7 @@ def load_model(
         ignore_config_keys=ignore_config_keys,
         adapter=None if adapter is None else str(adapter),
     )
+    check_devices()
     return checkpoint.load(sharding)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,13 +12,14 @@ from jaxdelta.checkpoint.orbax_files import write_orbax
 from jaxdelta.errors import UsageError
 from jaxdelta.model.config import DTYPE_BYTES
 from jaxdelta.model.families.registry import write_config
-from jaxdelta.utils.files import new_directory
+from jaxdelta.utils.files import GivenPath, given_path, new_directory
+from jaxdelta.utils.jax_settings import check_devices
 
 STORED = "stored"
 DTYPES = (STORED, *DTYPE_BYTES)
 
 
-def convert(model: str, out: str | Path, *, dtype: str = STORED, **opening: Any) -> tuple[str, ...]:
+def convert(model: str, out: GivenPath, *, dtype: str = STORED, **opening: Any) -> tuple[str, ...]:
     """Writes a model's directory: config.json, the tokenizer, and the parameters in Orbax's format.
 
     One portion of the parameters is in memory at a time; `out` appears whole or not at all. Returns the
@@ -37,7 +37,8 @@ def convert(model: str, out: str | Path, *, dtype: str = STORED, **opening: Any)
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    with new_directory(Path(out).expanduser()) as directory:
+    check_devices()
+    with new_directory(given_path(out, "out")) as directory:
         checkpoint = open_checkpoint(model, **opening)
         config = checkpoint.config
         if dtype != STORED:

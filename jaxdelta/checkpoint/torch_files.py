@@ -50,7 +50,7 @@ def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelC
     config = read_config(
         directory / hub.CONFIG, ignored
     )  # Before the weights: it may be another architecture.
-    return config, _source(_load(files))
+    return config, tensor_source(_load(files))
 
 
 def _torch_files(directory: Path) -> list[Path]:
@@ -84,7 +84,7 @@ def _load(files: list[Path]) -> dict[str, Any]:
     return tensors
 
 
-def _source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSource:
+def tensor_source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSource:
     """Tensors by the names of a causal language model, float64 rounded to float32."""
     import torch
 
@@ -119,7 +119,7 @@ def _dtype(name: str, tensor: Any) -> np.dtype:
 def _to_numpy(tensor: Any) -> np.ndarray:
     import torch
 
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().contiguous().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     if tensor.dtype == torch.float8_e4m3fn:
@@ -144,7 +144,7 @@ def _dequantised(directory: Path, ignored: Collection[str]) -> tuple[ModelConfig
         raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
         raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
-    return config, _source(tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
+    return config, tensor_source(tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
 
 
 def _transformers_tensors(directory: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
+from jaxdelta.utils.files import given_path
+
 MODEL = "the checkpoint to measure, e.g. --model=demo"
 RUN = "the JSON of a saved run, e.g. --run=demo.json"
 OUT_JSON = "the JSON file to write, e.g. --out=demo.json"
@@ -48,9 +50,9 @@ def define_figures() -> None:
 def path(name: str) -> Path | None:
     """The path given by a flag, or None."""
     value = flags.FLAGS[name].value
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else given_path(value, name)
 
 
 def required_path(name: str) -> Path:
     """The path given by a required flag."""
-    return Path(str(flags.FLAGS[name].value)).expanduser()
+    return given_path(str(flags.FLAGS[name].value), name)

@@ -56,22 +56,25 @@ def run(leads: bool) -> None:
     say(f"Loading {flags.FLAGS.model} ...")
     result = _analysed(say, quiet)
     # Files come before the tables: a reader such as `head` may close standard output.
-    saved = _save(result, out, figures) if leads else []
+    saved = _save(result, out, figures) if leads else ""
     resume.remove(flags.FLAGS.checkpoint_dir)
     say(f" L={result.num_layers}, hidden={result.hidden}")
     say(f" calibration tokens: {result.n_calib_tokens}")
     if not quiet:
         say(tables(result))
-    say("\nSaved: " + ", ".join(map(str, saved)))
+    say(f"\nSaved: {saved}")
 
 
-def _save(result: Analysis, out: Path, figures: Path | None) -> list[Path]:
-    """Writes all files of the run; returns their paths, and the directory of the figures."""
-    page = out.with_suffix(write.PAGE) if flags.FLAGS.report else None
-    more = write.shown(result, page, figures)
+def _save(result: Analysis, out: Path, figures: Path | None) -> str:
+    """Writes all files of the run; returns their paths, and an earlier page's if that is removed."""
+    page, wanted = out.with_suffix(write.PAGE), flags.FLAGS.report
+    earlier = page.exists()
+    more = write.shown(result, page if wanted else None, figures)
     with write.directory_for(figures):
         result.save(out, more)
-    return [path for path in (out, out.with_suffix(".safetensors"), page, figures) if path]
+    paths = (out, out.with_suffix(".safetensors"), page if wanted else None, figures)
+    removed = f"; removed {page}, of an earlier run" if earlier and not page.exists() else ""
+    return ", ".join(str(path) for path in paths if path) + removed
 
 
 def _analysed(say: Callable[[str], Any], quiet: bool) -> Analysis:
@@ -130,6 +133,7 @@ def define_text() -> None:
         chat="auto writes chats (lists of messages) with the model's chat template; off refuses them",
         measure="tokens that statistics count, while all pass the model: all, a role's (assistant, user, "
         "...), or positions in each document (10:, 5:100, :-1)",
+        tokenizer="directory of another tokenizer than the model's",
     )
 
 

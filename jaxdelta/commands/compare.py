@@ -15,7 +15,7 @@ from jaxdelta.commands import _flags
 from jaxdelta.errors import UsageError
 from jaxdelta.utils import cli
 from jaxdelta.utils.command import Command
-from jaxdelta.utils.files import check_writable, write_together
+from jaxdelta.utils.files import check_writable, given_path, write_together
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
 def act(*names: str) -> None:
     """Reads the runs, writes the page if asked for, and prints the tables."""
-    paths, out = [Path(name).expanduser() for name in names], _flags.path("out")
+    paths, out = [given_path(name, "run") for name in names], _flags.path("out")
     check(paths, out)
     # Imported after the check, since it takes a second.
     from jaxdelta.report.compare import compare, page, tables

@@ -7,8 +7,6 @@
 The numbers are those of one run over both texts; the model is not needed.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from jaxdelta.commands import _flags
@@ -28,7 +26,7 @@ def act() -> None:
     """Adds up the moments of the runs, writes the files of one run, and prints its tables."""
     out = _flags.required_path("out")
     files.check_output(out, write.PAGE)
-    result = merge_runs([Path(run).expanduser() for run in flags.FLAGS.runs])
+    result = merge_runs(flags.FLAGS.runs)
     written = result.save(out, write.shown(result, out.with_suffix(write.PAGE), None))
     print(tables(result))
     print("\nSaved: " + ", ".join(map(str, written)))

@@ -13,6 +13,7 @@ Axes: B batch, T position (S where attended to), D hidden size, K key/value head
 head, H head size, F MLP size, V vocabulary, L layers.
 """
 
+import contextlib
 import dataclasses
 import math
 from functools import cache, partial
@@ -26,13 +27,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.model.attention import Context, attend, pairs_at_once, query_block
 from jaxdelta.model.config import ModelConfig
 from jaxdelta.model.experts import SparseMLP
 from jaxdelta.model.layers import MLP, Embedding, Init, Linear, RMSNorm, contract, rms_norm
 from jaxdelta.model.rotary import rotary_tables, rotate
-from jaxdelta.utils.arrays import AnyArray
+from jaxdelta.utils.arrays import AnyArray, check_between, check_positions, whole_numbers
+from jaxdelta.utils.jax_settings import own_settings
 
 
 class Attention(nnx.Module):
@@ -157,7 +159,7 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value
 class ResidualStream:
     """The residual stream at every layer, before the final norm, and its parts.
 
@@ -175,13 +177,14 @@ class ResidualStream:
         return self.attention + self.mlp
 
 
+@own_settings()
 def residual_stream(
-    model: Decoder,
-    tokens: Int[AnyArray, "B T"],
-    positions: Int[AnyArray, "B T"] | None = None,
+    model: Any,
+    tokens: Any,
+    positions: Any = None,
     *,
-    compute_dtype: DTypeLike = jnp.float32,
-    residual_dtype: DTypeLike = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+    residual_dtype: Any = jnp.float32,
     final_norm: bool = False,
 ) -> ResidualStream:
     """Runs the model once, compiled, and keeps the residual stream at every layer.
@@ -195,18 +198,38 @@ def residual_stream(
     >>> np.testing.assert_allclose(stream.states[0] + written.sum(0), stream.states[-1], atol=1e-3)
 
     Args:
-        model: its weights keep their dtype and are cast layer by layer.
-        tokens: token ids.
-        positions: the tokens' positions in their segments, 0, 1, 2, ... and from 0 again at the start of the
-            next segment; a token sees only its own segment. By default each row is one segment.
+        model: a Decoder; its weights keep their dtype and are cast layer by layer.
+        tokens: token ids, whole numbers of shape (B, T).
+        positions: of the same shape, the tokens' positions in their segments, 0, 1, 2, ... and from 0 again
+            at the start of the next segment; a token sees only its own segment. By default each row is one
+            segment.
         compute_dtype: dtype of the factors of every product.
         residual_dtype: dtype of the stream itself.
         final_norm: also return the final RMSNorm of the last state, as `normed`.
+
+    Raises:
+        UsageError: `model` is no Decoder; the tokens are no array of ids that it has; the positions do not
+            count up from 0; a dtype is none of floating-point numbers.
     """
+    if not isinstance(model, Decoder):
+        raise UsageError(f"model must be a loaded model, see load_model, not {type(model).__name__}")
+    if not isinstance(tokens, jax.core.Tracer):
+        tokens = whole_numbers(tokens, "tokens")
+        check_between(tokens, "tokens", 0, model.config.vocab_size - 1)
+    if positions is not None and not isinstance(positions, jax.core.Tracer):
+        positions = whole_numbers(positions, "positions")
+        check_positions(positions, tokens.shape)
     graph, weights = nnx.split(model)
-    dtypes = (jnp.dtype(compute_dtype), jnp.dtype(residual_dtype))
+    dtypes = _floating(compute_dtype, "compute_dtype"), _floating(residual_dtype, "residual_dtype")
     positions = None if positions is None else jnp.asarray(positions)
-    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, final_norm, positions)
+    return _residual_stream(graph, weights, jnp.asarray(tokens), dtypes, bool(final_norm), positions)
+
+
+def _floating(dtype: Any, name: str) -> Any:
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(found := jnp.dtype(dtype), jnp.floating):
+            return found
+    raise UsageError(f"{name} must be a dtype such as float32 or bfloat16, not {dtype!r:.80}")
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))

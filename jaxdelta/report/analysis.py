@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from jaxdelta.report.notebook import Plot
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Analysis(Result):
     """A `Result`, which lists the fields, with charts (`plot`) and a view for notebooks."""
 

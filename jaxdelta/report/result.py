@@ -1,30 +1,43 @@
 """The result of a run, and its files: JSON, safetensors and control vectors."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from jaxdelta.errors import JaxDeltaError, UsageError, extra
 from jaxdelta.report import steering
 from jaxdelta.spectra.views import ALL, view_of
 from jaxdelta.statistics.per_layer.registry import registered
-from jaxdelta.utils.files import json_path, write_together
+from jaxdelta.utils.files import GivenPath, given_path, json_path, write_together
 
 SCHEMA_VERSION = 2
+DIGEST = "arrays_sha256"  # in `run` of the JSON: SHA-256 of the .safetensors file
+PAGE = ".html"
+_PAGE_TITLE = "– jaxdelta</title>".encode()  # in the first bytes of every page
+
+# A whole number of Python's or NumPy's, which `steering` checks.
+if TYPE_CHECKING:
+    Whole = int
+else:
+    Whole = object
 
 AnyResult = TypeVar("AnyResult", bound="Result")
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Result:
     """The statistics of one run: the entries of its JSON file, and the arrays of its safetensors file.
+
+    Two results are equal if all their numbers are, whatever `run` says of times, versions and device; of
+    `run` only the loss is compared.
 
     Axes: N layers, hidden size d, k = `top_k` directions per layer. docs/definitions.md defines every key. A
     field that a file of an older version lacks is None.
@@ -96,8 +109,24 @@ class Result:
         size = f"{self.num_layers} layers, hidden size {self.hidden}"
         return f"<{type(self).__name__} of {self.model!r}: {size}, {self.n_calib_tokens} tokens>"
 
-    def save(self, path: str | Path, more: Mapping[Path, bytes] | None = None) -> list[Path]:
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Result):
+            return NotImplemented
+        loss = "calibration_loss"
+        return self.run.get(loss) == other.run.get(loss) and all(
+            _equal(getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(Result)
+            if field.name != "run"
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.num_layers, self.hidden, self.n_calib_tokens))
+
+    def save(self, path: GivenPath, more: Mapping[Path, bytes] | None = None) -> list[Path]:
         """Writes `path` (.json), the arrays (.safetensors) and `more` files: all of them or none.
+
+        The JSON holds a digest of the arrays. A page that an earlier run left next to it is removed unless
+        `more` has a new one.
 
         >>> run.save("demo.json")
         [PosixPath('demo.json'), PosixPath('demo.safetensors')]
@@ -111,10 +140,14 @@ class Result:
         """
         path = json_path(path)
         names = [field.name for field in dataclasses.fields(self) if field.name not in self.ARRAYS]
-        text = json.dumps({name: getattr(self, name) for name in names}, indent=1, allow_nan=False) + "\n"
-        arrays_path, more = path.with_suffix(".safetensors"), more or {}
+        arrays_path, more, arrays = path.with_suffix(".safetensors"), more or {}, self.arrays_file()
+        fields = {name: getattr(self, name) for name in names}
+        fields["run"] = self.run | {DIGEST: hashlib.sha256(arrays).hexdigest()}
+        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
         # The JSON is renamed last: if it exists, so do the others.
-        write_together({**more, arrays_path: self.arrays_file(), path: text.encode()})
+        write_together({**more, arrays_path: arrays, path: text.encode()})
+        if (page := path.with_suffix(PAGE)) not in more and _is_page(page):
+            page.unlink(missing_ok=True)
         return [path, arrays_path, *more]
 
     def arrays_file(self) -> bytes:
@@ -124,16 +157,17 @@ class Result:
         return save(arrays, {"schema_version": str(self.schema_version)})
 
     @classmethod
-    def load(cls: type[AnyResult], path: str | Path) -> AnyResult:
+    def load(cls: type[AnyResult], path: GivenPath) -> AnyResult:
         """Reads the files of `save`.
 
         >>> jaxdelta.Analysis.load("demo.json").top1_cos.shape
         (28, 28)
 
         Raises:
-            JaxDeltaError: a file is missing or damaged, or comes from a newer version.
+            JaxDeltaError: a file is missing or damaged, or comes from a newer version; or the arrays are
+                another run's.
         """
-        path = Path(path)
+        path = given_path(path)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields.get("schema_version", 0)
@@ -141,11 +175,19 @@ class Result:
                 raise JaxDeltaError(
                     f"{path}: has schema_version {version}, this jaxdelta reads up to {SCHEMA_VERSION}"
                 )
-            arrays: dict[str, Any] = load_file(path.with_suffix(".safetensors"))
-            return cls(**fields, **arrays)
+            stored = path.with_suffix(".safetensors").read_bytes()
+            digest = fields["run"].pop(DIGEST, None)  # older files have none
+            arrays: dict[str, Any] = load(stored)
+            result = cls(**fields, **arrays)
+            if digest not in (None, hashlib.sha256(stored).hexdigest()):
+                raise JaxDeltaError(
+                    f"{path}: the arrays in {path.stem}.safetensors are not this run's (their SHA-256 "
+                    "differs); put the file that was written with this one next to it"
+                )
+            return result
         except OSError as error:
             raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
-        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
             raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
 
     def to_frame(self, view: str = "raw") -> Any:
@@ -184,10 +226,10 @@ class Result:
 
     def save_directions(
         self,
-        path: str | Path,
+        path: GivenPath,
         *,
-        rank: int = 1,
-        layers: Iterable[int] | None = None,
+        rank: Whole = 1,
+        layers: Whole | Iterable[Whole] | None = None,
         scale: str = "unit",
     ) -> Path:
         """Writes directions as a control vector, which steering tools add to the residual stream.
@@ -203,7 +245,7 @@ class Result:
         Args:
             path: a .gguf or .safetensors file.
             rank: number of the direction, 1 (v_L) to `top_k`.
-            layers: numbers of layers; by default all but layer 0, which llama.cpp refuses.
+            layers: the number of a layer, or several; by default all but layer 0, which llama.cpp refuses.
             scale: length of the vectors: `unit` 1; `rms` σ_rank/√n, the root mean square over tokens of the
                 update along the direction; `norm` the mean ‖δ_i‖.
 
@@ -211,15 +253,31 @@ class Result:
             UsageError: an argument that this run or the format cannot serve.
             JaxDeltaError: gguf is not installed, or the file cannot be written.
         """
-        path = Path(path)
+        path = given_path(path)
         # After the final norm the last layer's direction is not in the residual stream.
         steered = range(self.num_layers - (self.run.get("last_state") == "normed"))
+        rank = steering.check_rank(rank, self.directions.shape[1])
         lengths = steering.lengths(scale, rank, self.per_layer, self.singular_values)
         tensors = steering.vectors(self.directions, lengths, rank=rank, layers=layers, steered=steered)
         said = f"direction {rank} of each layer's update, scale {scale}, by jaxdelta"
         hint = self.run.get("model_type", "qwen3")  # older files have no model_type
         write_together({path: steering.steering_file(path, tensors, hint, self.model, said)})
         return path
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other, equal_nan=True)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page of this package."""
+    try:
+        with path.open("rb") as file:
+            return _PAGE_TITLE in file.read(4096)
+    except OSError:
+        return False
 
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ Formats: `ControlVector.import_gguf` in repeng; `common_control_vector_load_one`
 `llama_adapter_cvec::apply` (llama-adapter.cpp) and `build_cvec` in llama.cpp.
 """
 
+import contextlib
+import operator
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def vectors(
     lengths: Float[np.ndarray, " N"],
     *,
     rank: int,
-    layers: Iterable[int] | None,
+    layers: Any,
     steered: range,
 ) -> dict[str, Float32[np.ndarray, " d"]]:
     """The scaled directions number `rank` (from 1) of layers, by their names in a file.
@@ -36,12 +38,9 @@ def vectors(
     `layers` defaults to all but layer 0; only `steered` layers have a direction in the residual stream.
 
     Raises:
-        UsageError: an unknown rank or layer, or no layer at all.
+        UsageError: an unknown layer, or no layer at all.
     """
-    top_k = directions.shape[1]
-    if not 1 <= rank <= top_k:
-        raise UsageError(f"rank must be 1 to {top_k}, which is the run's top_k, not {rank}")
-    chosen = list(dict.fromkeys(steered[1:] if layers is None else layers))
+    chosen = list(dict.fromkeys(steered[1:] if layers is None else _whole_numbers(layers)))
     if unknown := [layer for layer in chosen if layer not in steered]:
         raise UsageError(
             f"layers: {unknown[0]} is none of the {len(steered)}, counted from 0, whose direction lies in "
@@ -53,8 +52,29 @@ def vectors(
     return {f"direction.{layer}": scaled[layer] for layer in chosen}
 
 
+def check_rank(rank: Any, top_k: int) -> int:
+    """The number of a direction as an int.
+
+    Raises:
+        UsageError: it is none of 1 to `top_k`.
+    """
+    numbers = _whole_numbers(rank, "rank")
+    if len(numbers) != 1 or not 1 <= numbers[0] <= top_k:
+        raise UsageError(f"rank must be 1 to {top_k}, which is the run's top_k, not {rank}")
+    return numbers[0]
+
+
+def _whole_numbers(given: Any, name: str = "layers") -> list[int]:
+    """One whole number, or several, of Python's or NumPy's types."""
+    with contextlib.suppress(TypeError):
+        values = [given] if hasattr(given, "__index__") and not np.ndim(given) else list(given)
+        if not any(isinstance(value, bool | np.bool_) for value in values):
+            return [operator.index(value) for value in values]
+    raise UsageError(f"{name} must be a whole number, or several, not {given!r:.80}")
+
+
 def lengths(
-    scale: str, rank: int, rows: Sequence[Mapping[str, Any]], singular_values: Float32[np.ndarray, "N r"]
+    scale: Any, rank: int, rows: Sequence[Mapping[str, Any]], singular_values: Float32[np.ndarray, "N r"]
 ) -> Float[np.ndarray, " N"]:
     """The length of each layer's vector: 1 (`unit`), σ_rank/√n (`rms`) or the mean ‖δ_i‖ (`norm`).
 

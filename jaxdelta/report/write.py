@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxdelta.errors import JaxDeltaError, extra
+from jaxdelta.report.result import PAGE as PAGE
 from jaxdelta.report.result import Result
-
-PAGE = ".html"
 
 
 def check_figures(directory: Path) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdelta.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.controls import controlled
 from jaxdelta.checkpoint.weights import InMemoryWeights, Weights
-from jaxdelta.errors import JaxDeltaError, UsageError, first_line
-from jaxdelta.model.decoder import Decoder, count_parameters
+from jaxdelta.errors import JaxDeltaError, first_line
+from jaxdelta.model.decoder import count_parameters
 from jaxdelta.report.analysis import Analysis
 from jaxdelta.report.tables import in_nats
 from jaxdelta.run import resume
 from jaxdelta.run.collect import collect
-from jaxdelta.run.context import RunContext
+from jaxdelta.run.context import Identity, RunContext
+from jaxdelta.run.fingerprint import weights_fingerprint
+from jaxdelta.run.inputs import open_model, read_text, read_tokens, tokenizer_name
 from jaxdelta.run.memory_plan import Measurement, MemoryDemand, Plan, device_limit
 from jaxdelta.run.options import Options, check_rank
 from jaxdelta.run.provenance import pass_times, run_record
@@ -44,30 +46,23 @@ from jaxdelta.sweep.mesh import DeviceMesh, Devices, leads, make_devices
 from jaxdelta.sweep.progress import shown, tokens_per_second
 from jaxdelta.sweep.states import States, scratch_directory
 from jaxdelta.sweep.sweep import PassPlan, Resume, Sweep
-from jaxdelta.text.chat import ChatTemplate, rendered
-from jaxdelta.text.documents import DEFAULT_TEXT_KEY, ahead, read_documents, read_ids, shuffled
-from jaxdelta.text.from_ids import load_texts, windows_of_ids
 from jaxdelta.text.groups import ResamplingGroups
-from jaxdelta.text.measure import measured, measured_role
-from jaxdelta.text.messages import Conversation
-from jaxdelta.text.rows import Document, Reading, TokenIds
-from jaxdelta.text.tokenizer import load_encoder
-from jaxdelta.text.tokens import Tokens
-from jaxdelta.text.windows import tokenize
+from jaxdelta.text.measure import measured
+from jaxdelta.text.rows import Reading
+from jaxdelta.utils.jax_settings import own_settings
 from jaxdelta.utils.timing import Clock, Stages
 
 Listener = Callable[[str], None]
-Calibration = str | Path | Iterable[str] | Tokens | None
-Documents = Iterable[Document | Conversation] | Iterable[TokenIds]
 
 
 def analyze(
-    model: str | Path | Decoder,
-    calibration: Calibration = None,
+    model: Any,
+    calibration: Any = None,
     *,
+    tokenizer: Any = None,
     listener: Listener | None = None,
     progress: bool = False,
-    before: Callable[..., None] | None = None,
+    before: Callable[[RunContext], None] | None = None,
     keep_checkpoint: bool = False,
     **options: Any,
 ) -> Analysis:
@@ -79,13 +74,16 @@ def analyze(
     100 tokens, loss 4.77 nats per token
 
     Args:
-        model: `demo`, a directory, a hub id, or a loaded model, which needs `calibration` as Tokens.
-        calibration: a file, directory or data set as for --calibration, an iterable of documents or of chats,
-            each a list of messages, or Tokens;
-            default: the prompts in the package.
+        model: `demo`, a directory, a hub id, a loaded Decoder, or a transformers model in memory.
+        calibration: a file, directory or data set as for --calibration; an iterable of texts, or of chats, each
+            a list of messages; a `datasets` Dataset or a DataFrame with its column `text_key`; token ids as
+            lists, an array or a tokenizer's output (a sequence is a document, padding is left out), or Tokens.
+            Default: the prompts in the package.
+        tokenizer: a directory, a transformers tokenizer or a tokenizers.Tokenizer, instead of the model's
+            own; a text for a loaded model needs it. The record names it.
         listener: called with a line of text after each stage.
         progress: show a progress bar with tokens per second, if standard error is a terminal.
-        before: called with (config, tokens, phases, Options) before any weight is read; it may raise.
+        before: called with the RunContext before any layer is read; it may raise.
         keep_checkpoint: leave `checkpoint_dir` in place; the caller removes it with `resume.remove` once the
             result is saved.
         **options: the fields of Options.
@@ -94,10 +92,11 @@ def analyze(
         UsageError: an impossible option.
         JaxDeltaError: an unusable model, checkpoint or text. The messages are the commands' error lines.
     """
-    with _out_of_memory_in_a_line():
-        run = _opened(model, calibration, Options.of(options), Stages(listener))
+    chosen = Options.of(options | {"tokenizer": tokenizer_name(tokenizer)})
+    with own_settings(), _out_of_memory_in_a_line():
+        run = _opened(model, calibration, tokenizer, chosen, Stages(listener))
         if before:
-            before(run.weights.config, run.sample.tokens, run.phases.of_layer, run.options)
+            before(run)
         run = _loaded(run)
         waiting = resume.moments(run.options.checkpoint_dir)
         with keeping(run.options.keep_moments if leads() else None, waiting) as kept:
@@ -109,40 +108,17 @@ def analyze(
         return result
 
 
-def _opened(
-    model: str | Path | Decoder,
-    calibration: Calibration,
-    options: Options,
-    stages: Stages,
-) -> RunContext:
+def _opened(model: Any, calibration: Any, tokenizer: Any, options: Options, stages: Stages) -> RunContext:
     """Looks at the text, opens the model, tokenizes and plans the memory; reads no layer's weights."""
     reading = Reading()
-    # Before a model is fetched: the text's name may be misspelt.
-    documents = _documents(calibration, options, reading)
+    text = read_text(calibration, options, reading)  # Before a model is fetched: its name may be misspelt.
     with stages("open") as note:
-        weights: Weights
-        if isinstance(model, Decoder):
-            name, weights = model.config.model_type, InMemoryWeights(model)
-        else:
-            name = str(model)
-            weights = open_checkpoint(
-                name,
-                revision=options.revision,
-                loader=options.loader,
-                ignore_config_keys=options.ignore_config_keys,
-                adapter=options.adapter,
-            )
+        name, weights = open_model(model, options)
         note(f"{count_parameters(weights.config) / 1e6:,.1f} M parameters")
-    if isinstance(weights, InMemoryWeights) and options.memory == "stream":
-        raise UsageError("memory=stream needs a model by its name; this one is loaded already")
-    if isinstance(weights, InMemoryWeights) and options.checkpoint_dir is not None:
-        raise UsageError("checkpoint_dir needs a model by its name; a loaded one cannot be recognised again")
-    if isinstance(weights, InMemoryWeights) and options.adapter is not None:
-        raise UsageError("adapter needs a model by its name; load_model(name, adapter=...) applies it")
     layers, given = weights.config.num_layers, options.phases
     phases = Phases(default_phases(layers) if given is None else parse_phases(given, layers))
     with stages("tokenize") as note:
-        tokens, said = _tokens(documents, weights, options)
+        tokens, said = read_tokens(text, tokenizer, weights, options)
         tokens = measured(tokens, options.measure)
         note(f"{tokens.count} tokens")
     devices = make_devices(options.mesh, weights.config)
@@ -156,7 +132,8 @@ def _opened(
     notes = (*(weights.notes if isinstance(weights, Checkpoint) else ()), *reading.notes, *said)
     for sentence in notes:
         stages.listener(f" note: {sentence}")
-    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, notes)
+    identity = Identity(weights_fingerprint(weights), tokens.fingerprint)
+    return RunContext(name, weights, weights, sample, phases, options, stages, devices, plan, identity, notes)
 
 
 def _plan(weights: Weights, sample: ResamplingGroups, options: Options, devices: Devices) -> Plan:
@@ -200,44 +177,6 @@ def _out_of_memory_in_a_line() -> Iterator[None]:
                 f"out of memory ({first_line(error)}); lower --device_memory_gb, or --max_tokens"
             ) from error
         raise
-
-
-def _documents(calibration: Calibration, options: Options, reading: Reading) -> Documents | Tokens:
-    """The documents of a text, the first of them read, or Tokens."""
-    if calibration is not None and not isinstance(calibration, str | Path):
-        if options.ids_key is not None:
-            raise UsageError("ids_key: needs a file, a directory or a data set by its name")
-        return calibration
-    split, config = options.split, options.dataset_config
-    if options.ids_key is None:
-        key = options.text_key
-        return ahead(read_documents(calibration, text_key=key, split=split, config=config, reading=reading))
-    if options.text_key != DEFAULT_TEXT_KEY:
-        raise UsageError("text_key: ids_key is given too, and a document has one or the other")
-    return ahead(read_ids(calibration, options.ids_key, split=split, config=config, reading=reading))
-
-
-def _tokens(
-    documents: Documents | Tokens, weights: Weights, options: Options
-) -> tuple[Tokens, tuple[str, ...]]:
-    """The text's tokens, and notes on how they were read."""
-    if isinstance(documents, Tokens):
-        return documents, ()
-    if not isinstance(weights, Checkpoint):
-        raise UsageError("calibration must be Tokens where the model is given as an object")
-    ordered: Any = shuffled(documents, options.seed) if options.shuffle else documents
-    sizes: dict[str, Any] = {
-        "max_tokens": options.max_tokens,
-        "vocab_size": weights.config.vocab_size,
-        "layout": options.layout,
-        "seq_len": options.seq_len,
-    }
-    if options.ids_key is not None:
-        return windows_of_ids(ordered, text_of=load_texts(weights.directory), **sizes), ()
-    encode = load_encoder(weights.directory)
-    template = ChatTemplate(weights.directory, measured_role(options.measure))
-    tokens = tokenize(rendered(ordered, template if options.chat == "auto" else None), encode, **sizes)
-    return tokens, encode.notes + template.notes
 
 
 def _measure(run: RunContext, progress: bool, kept: Path | None) -> Analysis:

@@ -1,20 +1,19 @@
 """Comparison of a run with a control's run."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
-from jaxdelta.model.config import ModelConfig
 from jaxdelta.report.analysis import Analysis
-from jaxdelta.run.options import Options
+from jaxdelta.run.alike import differences, traits
+from jaxdelta.run.context import RunContext
 from jaxdelta.statistics.per_layer.registry import shown
-from jaxdelta.text.tokens import Tokens
+from jaxdelta.utils.files import GivenPath
 
 TABLE = ("eff_rank", "top1_frac", "rel_step_mean")  # shown on the terminal
 
 
-def load_control(path: str | Path) -> Analysis:
+def load_control(path: GivenPath) -> Analysis:
     """Reads a control's run.
 
     Raises:
@@ -23,7 +22,7 @@ def load_control(path: str | Path) -> Analysis:
     control = Analysis.load(path)
     try:
         _record(control, None)
-        _subject(control)
+        traits(control)
     except (LookupError, TypeError, AttributeError) as error:
         raise JaxDeltaError(f"{path}: is not an analysis ({error!r})") from error
     except JaxDeltaError as error:
@@ -31,17 +30,14 @@ def load_control(path: str | Path) -> Analysis:
     return control
 
 
-def check_control(
-    control: Analysis, config: ModelConfig, tokens: Tokens, phases: tuple[str, ...], options: Options
-) -> None:
+def check_control(control: Analysis, run: Analysis | RunContext) -> None:
     """Fails before any work if the control does not match the run; for `analyze(before=)`.
 
     Raises:
-        JaxDeltaError: sizes, phases or options differ; the message names all differences.
+        JaxDeltaError: text, weights, sizes, phases or options differ; the message names all differences.
     """
-    sizes = {"num_layers": config.num_layers, "hidden": config.hidden_size, "n_calib_tokens": tokens.count}
-    chosen = {"top_k": options.top_k, "last_state": options.last_state, "phases": list(phases)}
-    _check_subject(control, sizes | chosen)
+    if different := differences(traits(control), traits(run)):
+        raise JaxDeltaError(f"compare_control: the control is of another run: {different}")
 
 
 def compare_control(analysis: Analysis, control: Analysis, file: str | None = None) -> Analysis:
@@ -50,7 +46,7 @@ def compare_control(analysis: Analysis, control: Analysis, file: str | None = No
     Raises:
         JaxDeltaError: `control` is no control's run, or does not match the analysis.
     """
-    _check_subject(control, _subject(analysis))
+    check_control(control, analysis)
     return dataclasses.replace(analysis, control=_record(control, file))
 
 
@@ -73,19 +69,3 @@ def _statistics(row: dict[str, Any]) -> dict[str, Any]:
     """The statistics of a control that tables and charts show; older files lack some."""
     names = (statistic.name for statistic in shown("norms", "ranks") if statistic.name in row)
     return {key: row[key] for key in ("L", *TABLE)} | {name: row[name] for name in names}
-
-
-def _subject(analysis: Analysis) -> dict[str, Any]:
-    """What a control's run must share with the run."""
-    sizes = {key: getattr(analysis, key) for key in ("num_layers", "hidden", "n_calib_tokens")}
-    chosen = {key: analysis.run["flags"][key] for key in ("top_k", "last_state")}
-    return sizes | chosen | {"phases": [row["phase"] for row in analysis.per_layer]}
-
-
-def _check_subject(control: Analysis, wanted: dict[str, Any]) -> None:
-    given = _subject(control)
-    different = [
-        f"{key} is {given[key]}, not {value}" for key, value in wanted.items() if given[key] != value
-    ]
-    if different:
-        raise JaxDeltaError(f"compare_control: the control is of another run: {'; '.join(different)}")

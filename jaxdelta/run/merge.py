@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
 from jaxdelta.report.analysis import Analysis
+from jaxdelta.run.alike import differences, traits
 from jaxdelta.run.collect import collect
 from jaxdelta.run.options import Options
 from jaxdelta.run.provenance import document_facts
@@ -20,15 +21,13 @@ from jaxdelta.statistics.across_layers.phases import Phases
 from jaxdelta.statistics.layer_row import layer_record
 from jaxdelta.text.groups import ResamplingGroups
 from jaxdelta.text.tokens import PADDING, Tokens
+from jaxdelta.utils.files import GivenPath, given_path
 
-# Flags that must be equal in all runs.
-SAME_FLAGS = (
-    *("top_k", "last_state", "compute_dtype", "residual_dtype", "phases", "views", "sink_factor"),
-    *("revision", "adapter", "control", "measure"),
-)
+# What may differ between texts.
+_OF_A_TEXT = ("layout", "seq_len", "n_calib_tokens", "text_fingerprint")
 
 
-def merge_runs(directories: Sequence[Path]) -> Analysis:
+def merge_runs(given: Sequence[GivenPath]) -> Analysis:
     """The analysis of all texts together, from the moments in directories that --keep_moments wrote.
 
     The numbers are those of one run over all texts, except what resampling draws: groups are those of the
@@ -38,10 +37,12 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
         UsageError: fewer than two directories.
         JaxDeltaError: one is missing or damaged, or the runs do not match; the message says why.
     """
+    directories = [given_path(directory, "runs") for directory in given]
     if len(directories) < 2:
         raise UsageError("runs: at least two are needed")
     runs = [Analysis.load(directory / RUN) for directory in directories]
-    _check_alike(runs, directories)
+    with plain_errors(directories[0], {(LookupError, TypeError, AttributeError): "{}: is damaged ({})"}):
+        _check_alike(runs, directories)
     first = runs[0]
     options = Options(**first.run["flags"])
     sample = _sample([load_text(directory) for directory in directories], options)
@@ -61,15 +62,13 @@ def merge_runs(directories: Sequence[Path]) -> Analysis:
 
 
 def _check_alike(runs: Sequence[Analysis], directories: Sequence[Path]) -> None:
-    def traits(run: Analysis) -> dict[str, Any]:
-        sizes = {"model": run.model, "layers": run.num_layers, "hidden": run.hidden}
-        flags = vars(Options()) | run.run["flags"]  # an older run lacks newer flags
-        return sizes | {name: flags[name] for name in SAME_FLAGS}
+    def of_model(run: Analysis) -> dict[str, Any]:
+        all_of_them = traits(run) | {"model": run.model, "control": run.run["flags"].get("control")}
+        return {name: value for name, value in all_of_them.items() if name not in _OF_A_TEXT}
 
     for run, directory in zip(runs[1:], directories[1:], strict=True):
-        for name, value in traits(run).items():
-            if value != (wanted := traits(runs[0])[name]):
-                raise JaxDeltaError(f"{directory}: has {name} {value}, {directories[0]} has {wanted}")
+        if different := differences(of_model(run), of_model(runs[0])):
+            raise JaxDeltaError(f"{directory}: is no run like {directories[0]}: {different}")
     for (i, run), (j, other) in combinations(enumerate(runs), 2):
         if run.run["text_fingerprint"] == other.run["text_fingerprint"]:
             raise JaxDeltaError(f"{directories[j]}: is of the same text as {directories[i]}")
@@ -126,7 +125,7 @@ def _run_facts(runs: Sequence[Analysis], sample: ResamplingGroups) -> dict[str, 
         "merged": [
             {key: run[key] for key in ("text_fingerprint", "text", "calibration_loss")} for run in facts
         ],
-        "text_fingerprint": sample.tokens.fingerprint,
+        **dict.fromkeys(("text_fingerprint", "original_text_fingerprint"), sample.tokens.fingerprint),
         "closure_error": max(run["closure_error"] for run in facts),
         "certificate": max(run["certificate"] for run in facts),
         "calibration_loss": _mean_loss([run["calibration_loss"] for run in facts], tokens),

@@ -2,8 +2,14 @@
 
 import dataclasses
 import difflib
+import math
+import numbers
+import operator
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 from jaxdelta.checkpoint.checkpoint import LOADERS
 from jaxdelta.checkpoint.controls import CONTROLS
@@ -52,6 +58,7 @@ class Options:
     shuffle: bool = False
     chat: str = "auto"
     measure: str = ALL
+    tokenizer: str | None = None
     last_state: str = "residual"
     svd: str = "gram"
     compute_dtype: str = "float32"
@@ -82,14 +89,13 @@ class Options:
             UsageError: an unknown name, a value of the wrong type, or an impossible value.
         """
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        values = {}
         for name, value in given.items():
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, 1)
                 raise UsageError(f"no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-            kind: Any = fields[name]
-            if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
-                raise UsageError(f"{name} must be {getattr(kind, '__name__', kind)}, not {value!r}")
-        return cls(**given)
+            values[name] = _plain(name, value, fields[name])
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -117,6 +123,30 @@ class Options:
     def resampled(self) -> bool:
         """Whether intervals or nulls are computed."""
         return self.bootstrap > 0 or self.null_draws > 0
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """An option's value in JSON's types: NumPy's numbers and paths are converted.
+
+    Raises:
+        UsageError: it has another type.
+    """
+    kinds = get_args(kind) or (kind,)
+    is_bool = isinstance(value, bool | np.bool_)
+    if value is None and type(None) in kinds:
+        return None
+    if is_bool and bool in kinds:
+        return bool(value)
+    if isinstance(value, str | os.PathLike) and str in kinds:
+        text = os.fspath(value)
+        if isinstance(text, str) and "\0" not in text:
+            return str(text)
+    elif not is_bool and not getattr(value, "ndim", 0):
+        if int in kinds and hasattr(value, "__index__"):
+            return operator.index(value)
+        if float in kinds and isinstance(value, numbers.Real) and math.isfinite(value):
+            return float(value)
+    raise UsageError(f"{name} must be {getattr(kind, '__name__', kind)}, not {value!r:.80}")
 
 
 def check_rank(options: Options, tokens: int, hidden: int) -> None:

@@ -37,7 +37,9 @@ def run_record(run: RunContext, outcome: PassResult, layers: Sequence[LayerRecor
         "last_state": options.last_state,
         "flags": dataclasses.asdict(options),
         "notes": list(run.notes),
+        "weights_fingerprint": run.identity.weights,
         "text_fingerprint": tokens.fingerprint,
+        "original_text_fingerprint": run.identity.text,
         "text": {
             "layout": options.layout,
             "windows": len(tokens.ids),

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
@@ -32,10 +32,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import Checkpoint
 from jaxdelta.checkpoint.orbax_files import open_arrays, quiet, save_arrays, write_arrays
-from jaxdelta.checkpoint.safetensors_files import safetensors_files
 from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.run.context import RunContext
 from jaxdelta.run.provenance import device, versions
@@ -51,7 +49,6 @@ PENDING = 2  # layers summarised concurrently: a step is complete only when its 
 
 # Options that change no number except through the blocks, which are compared themselves.
 _FREE = ("checkpoint_dir", "scratch", "device_memory_gb")
-_SAMPLES, _SAMPLE_BYTES = 256, 4096  # places per weight file, and bytes at each, that identify a model
 _WAITING = 2  # writes in the queue; the pass waits for the disk when there are more
 _NUMBERED = re.compile(r"(?:step|record)-(\d{6})(?:\.json)?")
 Arrays = Mapping[str, np.ndarray]
@@ -248,32 +245,11 @@ def manifest(run: RunContext, checkpoint: Checkpoint) -> dict[str, Any]:
         "devices": jax.device_count(),
         "cores": os.cpu_count() if cpu else None,  # XLA divides matrix products among them
         **{f"config.json: {name}": x for name, x in dataclasses.asdict(checkpoint.config).items()},
-        "weights": _weights_digest(checkpoint.directory),
-        "adapter": checkpoint.adapter
-        and _files_digest(checkpoint.adapter.files, checkpoint.adapter.directory),
+        "weights": run.identity.weights,
         **{f"--{name}": value for name, value in options.items() if name not in _FREE},
         "text": run.sample.tokens.fingerprint,
         **{f"blocks: {name}": value for name, value in run.plan.blocks._asdict().items()},
     }
-
-
-def _weights_digest(directory: Path) -> str:
-    others = [*(directory / hub.ORBAX).rglob("*"), *directory.glob("*.bin"), *directory.glob("*.gguf")]
-    files = safetensors_files(directory) or sorted(path for path in others if path.is_file())
-    return _files_digest(files, directory)
-
-
-def _files_digest(files: Sequence[Path], directory: Path) -> str:
-    """A digest of files' sizes and samples of their content; files up to 1 MiB are read whole."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)} {size} ".encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def remove(directory: str | None) -> None:

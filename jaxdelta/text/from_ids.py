@@ -12,8 +12,20 @@ from jaxdelta.text.tokens import PADDING, Tokens
 from jaxdelta.text.windows import Segment, TokenizedText, check_layout, consecutive, in_windows
 
 
+@dataclasses.dataclass(frozen=True)
+class IdDocuments:
+    """Documents of token ids, read as they are taken.
+
+    `joined`: documents of one text, which the layout `stream` joins; else sequences that attend to themselves
+    only, in any layout.
+    """
+
+    documents: Iterable[TokenIds]
+    joined: bool = False
+
+
 def windows_of_ids(
-    documents: Iterable[TokenIds],
+    documents: IdDocuments,
     *,
     max_tokens: int,
     vocab_size: int,
@@ -23,7 +35,7 @@ def windows_of_ids(
 ) -> Tokens:
     """Documents of token ids -> windows of tokens, as `tokenize` gives them for texts.
 
-    `stream` joins the documents without anything between them.
+    `stream` joins documents of one text without anything between them.
 
     Args:
         documents: the ids; only as many are read as needed.
@@ -38,8 +50,9 @@ def windows_of_ids(
         JaxDeltaError: fewer than two tokens, or an id without embedding.
     """
     check_layout(max_tokens, layout, seq_len)
-    cut = _packed if layout == "packed" else _stream
-    tokens = in_windows(list(cut(_checked(documents, vocab_size), max_tokens, seq_len)), layout, seq_len)
+    cut = _stream if layout == "stream" and documents.joined else _packed
+    segments = cut(_checked(documents.documents, vocab_size), max_tokens, seq_len)
+    tokens = in_windows(list(segments), layout, seq_len)
     if text_of is None:
         return dataclasses.replace(tokens, texts=None)
 

@@ -3,12 +3,19 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jaxdelta.errors import JaxDeltaError
+from jaxdelta.errors import UsageError
+from jaxdelta.utils.arrays import check_between, check_positions, whole_numbers
+
+# What a caller gives for an array: `Tokens` checks and converts it, so that the tests' type checker need not.
+if TYPE_CHECKING:
+    GivenNumbers = Int32[np.ndarray, "B T"]
+else:
+    GivenNumbers = object
 
 PADDING = -1  # the document of padding
 
@@ -22,7 +29,7 @@ class Roles(NamedTuple):
     template: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
     """Token ids in B windows of T tokens, with the document and the position of each token.
 
@@ -30,26 +37,50 @@ class Tokens:
     at the end of a window is a segment of document -1. `texts(window, index)` is a token's text, if known.
     `roles` are those of chats. `measured` are the tokens that --measure chooses; None for all.
 
+    Equal if ids, documents and positions are.
+
     Raises:
-        JaxDeltaError: positions that do not count up from 0.
+        UsageError: ids or documents that are not whole numbers of one shape; an id below 0; positions that do
+            not count up from 0; text that attends to padding before it.
     """
 
-    ids: Int32[np.ndarray, "B T"]
-    documents: Int32[np.ndarray, "B T"]
+    ids: GivenNumbers
+    documents: GivenNumbers
     texts: Callable[[int, int], str] | None = None
-    positions: Int32[np.ndarray, "B T"] = None  # type: ignore[assignment]  # filled in below
+    positions: GivenNumbers = None  # type: ignore[assignment]  # filled in below
     roles: Roles | None = None
     measured: Bool[np.ndarray, "B T"] | None = None
 
     def __post_init__(self) -> None:
+        ids, documents = whole_numbers(self.ids, "ids"), whole_numbers(self.documents, "documents")
+        if documents.shape != ids.shape:
+            raise UsageError(f"documents have shape {documents.shape}, the ids {ids.shape}")
+        check_between(ids, "ids", 0, np.iinfo(np.int32).max)
+        check_between(documents, "documents", PADDING, np.iinfo(np.int32).max)
         if self.positions is None:
-            length = self.ids.shape[1]
-            row = np.broadcast_to(np.arange(length, dtype=np.int32), self.ids.shape)
-            object.__setattr__(self, "positions", row)
-            return
-        valid = (self.positions[:, 1:] == 0) | (np.diff(self.positions) == 1)
-        if self.positions[:, 0].any() or not valid.all():
-            raise JaxDeltaError("positions must begin with 0 in every window and go on by 1, or from 0 again")
+            positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+        else:
+            positions = whole_numbers(self.positions, "positions")
+            check_positions(positions, ids.shape)
+        padding = documents == PADDING
+        if (padding[:, :-1] & ~padding[:, 1:] & (positions[:, 1:] != 0)).any():
+            raise UsageError("documents: text after padding must begin a segment, with position 0")
+        for name, array in (("ids", ids), ("documents", documents), ("positions", positions)):
+            object.__setattr__(self, name, array)
+
+    def __eq__(self, other: object) -> bool:
+        return self.fingerprint == other.fingerprint if isinstance(other, Tokens) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuses ids that a model with `size` tokens has no embedding for, padding's too.
+
+        Raises:
+            UsageError: the first of them and its place.
+        """
+        check_between(self.ids, "ids", 0, size - 1)
 
     @property
     def count(self) -> int:

@@ -33,6 +33,7 @@ def install() -> None:
     before threads start. Idle OpenBLAS threads sleep instead of spinning. The garbage collector, which takes
     a seventh of the imports' time, is off until `guarded`.
     """
+    _open_standard_streams()
     gc.disable()
     os.environ.setdefault(BLAS_WAIT, "4")
     keep_memory()
@@ -41,6 +42,18 @@ def install() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)  # At INFO it names every accelerator that is missing.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # A terminal without δ is no error.
+
+
+def _open_standard_streams() -> None:
+    """Sends streams that are closed to the null device: else the next file opened would take their number,
+    and what libraries print to them would end up in it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def run_command(command: Command) -> None:
@@ -130,6 +143,8 @@ def _report(error: BaseException) -> None:
     """Exits with one line unless the error is a bug."""
     if isinstance(error, JaxDeltaError):
         fail(str(error), error.status)
+    if isinstance(error, RuntimeError | AssertionError) and (mistake := _without_device()):
+        fail(str(mistake), mistake.status)
     if isinstance(error, OSError):
         if isinstance(error, BrokenPipeError) or error.filename is None:
             # Standard output is closed or full; Python must not flush it again at exit.
@@ -137,6 +152,18 @@ def _report(error: BaseException) -> None:
         if isinstance(error, BrokenPipeError):
             sys.exit(1)
         fail(str(error), 1)
+
+
+def _without_device() -> JaxDeltaError | None:
+    """The mistake where JAX cannot start on the platform that the user wants."""
+    if "jax" in sys.modules:
+        from jaxdelta.utils.jax_settings import check_devices
+
+        try:
+            check_devices()
+        except JaxDeltaError as error:
+            return error
+    return None
 
 
 def fail(message: str, status: int) -> NoReturn:

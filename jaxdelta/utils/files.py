@@ -8,8 +8,15 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxdelta.errors import JaxDeltaError, UsageError, plain_errors
+
+# What a caller gives for a path: `given_path` checks it, so that the tests' type checker need not.
+if TYPE_CHECKING:
+    GivenPath = str | os.PathLike[str]
+else:
+    GivenPath = object
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _UNWRITABLE = {OSError: "{}: cannot be written ({})"}
@@ -35,9 +42,24 @@ def check_whole(path: Path) -> None:
             )
 
 
-def json_path(path: str | Path) -> Path:
-    """A path that ends in .json, else a UsageError."""
-    path = Path(path)
+def given_path(path: GivenPath, name: str = "path") -> Path:
+    """A path as a user gives it, `~` expanded.
+
+    Raises:
+        UsageError: it is no path, naming the argument `name`.
+    """
+    try:
+        text = os.fspath(path)
+        if isinstance(text, str) and text and "\0" not in text:
+            return Path(os.path.expanduser(text))  # unlike pathlib's, it raises no RuntimeError
+    except TypeError:
+        pass
+    raise UsageError(f"{name} must be a path, not {path!r:.80}")
+
+
+def json_path(path: GivenPath) -> Path:
+    """A path that ends in .json, `~` expanded, else a UsageError."""
+    path = given_path(path, "out")
     if path.suffix != ".json":
         raise UsageError(f"out: {path} must end in .json")
     return path
@@ -59,29 +81,39 @@ def check_output(path: Path, *endings: str) -> None:
 
 
 def check_writable(*paths: Path) -> None:
-    """Fails now, before any work, if files of one directory cannot be written later.
+    """Fails now, before any work, if files cannot be written later.
 
     Raises:
-        JaxDeltaError: the directory is missing or not writable, or a name is a directory's.
+        JaxDeltaError: a directory is missing or not writable, or a name is a directory's.
     """
-    probe = _temporary(max(paths, key=lambda path: len(path.name)))
-    with plain_errors(paths[0], _UNWRITABLE):
-        _check_parent(probe)
-        _refuse_directories(paths)
-        try:
-            probe.touch()
-        finally:
-            _remove([probe])
+    longest: dict[Path, Path] = {}
+    for path in map(_target, paths):
+        longest[path.parent] = max(longest.get(path.parent, path), path, key=lambda path: len(path.name))
+    for path in longest.values():
+        probe = _temporary(path)
+        with plain_errors(path, _UNWRITABLE):
+            _check_parent(probe)
+            _refuse_directories(paths)
+            try:
+                probe.touch()
+            finally:
+                _remove([probe])
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Writes all files under temporary names next to them, then renames them, the last one last.
 
+    A link stays, and the file that it names is replaced.
+
     Raises:
         JaxDeltaError: a file cannot be written; none has changed then.
     """
-    temporary = {path: _temporary(path) for path in contents}
     _refuse_directories(contents)
+    targets = {path: _target(path) for path in contents}
+    if len(set(targets.values())) < len(contents):
+        raise JaxDeltaError(f"{', '.join(map(str, contents))}: two of these are links to one file")
+    contents = {targets[path]: data for path, data in contents.items()}
+    temporary = {path: _temporary(path) for path in contents}
     with contextlib.ExitStack() as locks:
         try:
             for path, data in contents.items():
@@ -168,6 +200,16 @@ def _remove_while_written(directory: Path) -> None:
             return
         shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.05)
+
+
+def _target(path: Path) -> Path:
+    """The file that a link names, which may be missing; or the path itself."""
+    if not os.path.islink(path):  # unlike pathlib's, it raises nothing
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise JaxDeltaError(f"{path}: is a link that leads back to itself; remove it")
+    return target
 
 
 def _check_parent(path: Path) -> None:
