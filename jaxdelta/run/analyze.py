@@ -75,10 +75,10 @@ def analyze(
 
     Args:
         model: `demo`, a directory, a hub id, a loaded Decoder, or a transformers model in memory.
-        calibration: a file, directory or data set as for --calibration; an iterable of texts, or of chats, each
-            a list of messages; a `datasets` Dataset or a DataFrame with its column `text_key`; token ids as
-            lists, an array or a tokenizer's output (a sequence is a document, padding is left out), or Tokens.
-            Default: the prompts in the package.
+        calibration: a file, directory or data set as for --calibration; an iterable of texts, or of chats,
+            each a list of messages; a `datasets` Dataset or a DataFrame with its column `text_key`; token ids
+            as lists, an array or a tokenizer's output (a sequence is a document, padding is left out), or
+            Tokens. Default: the prompts in the package.
         tokenizer: a directory, a transformers tokenizer or a tokenizers.Tokenizer, instead of the model's
             own; a text for a loaded model needs it. The record names it.
         listener: called with a line of text after each stage.
