@@ -12,7 +12,7 @@ from checkpoints import WEIGHTS, assert_same, on_disk, one_line, parameters, to_
 
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.checkpoint import load_model, open_checkpoint
-from jaxdelta.run.resume import _weights_digest
+from jaxdelta.run.fingerprint import weights_fingerprint
 from jaxdelta.text.tokenizer import load_encoder
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -177,11 +177,11 @@ def test_links_of_a_cache(small: Path, tmp_path: Path) -> None:
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     assert_same(parameters(load_model(str(snapshot))), tensors)
     assert f"give its snapshot: {snapshot}" in said(cache)
-    digest = _weights_digest(snapshot)
+    digest = weights_fingerprint(open_checkpoint(str(snapshot)))
     shard = snapshot / "model-00001-of-00001.safetensors"
     (snapshot / os.readlink(shard)).unlink()
     assert f"{shard}: is a link to a file that is gone (../../blobs/" in said(snapshot)
-    assert digest == _weights_digest(small)
+    assert digest == weights_fingerprint(open_checkpoint(str(small)))
 
 
 def test_a_dangling_link_to_a_single_file(small: Path) -> None:

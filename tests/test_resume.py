@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 from stopped_runs import TEXT, bits, in_blocks, run, stopped, text
 
 from jaxdelta import analyze, load_model
+from jaxdelta.checkpoint.checkpoint import open_checkpoint
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.run import analyze as analysis
 from jaxdelta.run import record_files, resume
+from jaxdelta.run.fingerprint import weights_fingerprint
 from jaxdelta.run.resume import RUN, Run
 from jaxdelta.statistics.layer_row import LayerRecord
 from jaxdelta.sweep.states import LOCATIONS, State, States, scratch_directory
@@ -365,6 +367,6 @@ def test_weights_are_told_apart_by_every_tensor_of_a_small_file(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    before = resume._weights_digest(model)
+    before = weights_fingerprint(open_checkpoint(str(model)))
     flip(model / "model.safetensors", 0.7)
-    assert resume._weights_digest(model) != before
+    assert weights_fingerprint(open_checkpoint(str(model))) != before

@@ -119,7 +119,7 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
     items = parsed(text, str(path)) if text.strip() else []
     del text
     if not isinstance(items, list) or not any(
-        all(item is None or isinstance(item, kind) for item in items) for kind in (str, dict, list)
+        all(item is None or fits(item) for item in items) for fits in (_is_string, _is_object, is_chat)
     ):
         raise JaxDeltaError(
             f"{path}: must hold a JSON list of strings, of chats, or of objects with the text under {key!r}"
@@ -224,6 +224,14 @@ def _values(fields: Mapping[str, Any], key: str) -> Iterator[Any]:
 def _divided(key: str) -> Iterator[tuple[str, str]]:
     """A key divided at each of its dots."""
     return ((key[:i], key[i + 1 :]) for i, letter in enumerate(key) if letter == ".")
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _short(value: Any) -> str:
