@@ -34,6 +34,16 @@ def reference(directory: Path, tokens: np.ndarray) -> Reference:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    stream, scores = stream_of(model, tokens)
+    targets = torch.from_numpy(tokens[:, 1:]).long()
+    loss = torch.nn.functional.cross_entropy(scores[:, :-1].mT, targets, reduction="none")
+    return Reference(stream, scores.numpy(), loss.numpy())
+
+
+def stream_of(model: Any, tokens: np.ndarray) -> tuple[ResidualStream, Any]:
+    """The residual stream and the logits of transformers' model."""
+    import torch
+
     kept: dict[str, list[Any]] = {"states": [], "attention": [], "mlp": [], "normed": []}
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, inputs: kept["states"].append(inputs[0]))
@@ -41,13 +51,11 @@ def reference(directory: Path, tokens: np.ndarray) -> Reference:
         layer.mlp.register_forward_hook(lambda _, inputs, out: kept["mlp"].append(out))
     model.model.norm.register_forward_pre_hook(lambda _, inputs: kept["states"].append(inputs[0]))
     model.model.norm.register_forward_hook(lambda _, inputs, out: kept["normed"].append(out))
-    ids = torch.from_numpy(tokens).long()
     with torch.no_grad():
-        scores = model(ids).logits
-    loss = torch.nn.functional.cross_entropy(scores[:, :-1].mT, ids[:, 1:], reduction="none")
+        scores = model(torch.from_numpy(tokens).long()).logits
     parts = {name: jnp.stack([jnp.asarray(x.numpy()) for x in values]) for name, values in kept.items()}
     normed = parts.pop("normed")[0]
-    return Reference(ResidualStream(**parts, normed=normed), scores.numpy(), loss.numpy())
+    return ResidualStream(**parts, normed=normed), scores
 
 
 def relative(found: Any, wanted: Any) -> float:
