@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+LONGEST_REASON = 240  # characters of another library's words
+
 
 class JaxDeltaError(Exception):
     """Unusable input: a file, a checkpoint, a text. The message names the input and how to fix it."""
@@ -20,7 +22,7 @@ class UsageError(JaxDeltaError, ValueError):
 def first_line(error: Exception) -> str:
     """The reason for an error in one line: the system's words, or the message's first line, or the type."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    return short(text.splitlines()[0], LONGEST_REASON)
 
 
 def short(name: str, most: int = 56) -> str:

@@ -115,6 +115,11 @@ def in_bytes(content: bytes, rng: Random) -> bytes:
     return content
 
 
+def in_start(content: bytes, rng: Random) -> bytes:
+    """Bytes of a file's beginning changed."""
+    return in_bytes(content[:2000], rng) + content[2000:]
+
+
 def in_zip(content: bytes, rng: Random) -> bytes:
     """What a .gz holds changed."""
     return gzip.compress(in_bytes(gzip.decompress(content), rng), mtime=0)
@@ -164,6 +169,13 @@ def _config(directory: Path) -> Any:
     return read_config(directory / "config.json")
 
 
+def _adapted(directory: Path) -> Any:
+    from jaxdelta.checkpoint.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(directory.parent / "base"), adapter=str(directory))
+    return checkpoint.source.read("model.layers.1.self_attn.q_proj.weight")
+
+
 def _encode(directory: Path) -> Any:
     from jaxdelta.text.tokenizer import load_encoder
 
@@ -179,11 +191,30 @@ def _documents(name: str) -> Callable[[Path], Any]:
     return read
 
 
+def _chats(directory: Path) -> Any:
+    from jaxdelta.text.chat import ChatTemplate, rendered
+    from jaxdelta.text.documents import read_documents
+
+    template = ChatTemplate(directory.parent / "model", "assistant")
+    return list(rendered(read_documents(directory / "chats.jsonl"), template))
+
+
+def _ids(directory: Path) -> Any:
+    from jaxdelta.text.documents import read_ids
+
+    return list(read_ids(directory / "ids.jsonl", "ids"))
+
+
 def _saved(directory: Path) -> Any:
     from jaxdelta.report.analysis import Analysis
+    from jaxdelta.report.result import whole
     from jaxdelta.report.tables import tables
+    from jaxdelta.report.write import shown
 
-    return tables(Analysis.load(directory / "run.json"))
+    run = directory / "run.json"
+    with whole(run):
+        analysis = Analysis.load(run)
+        return tables(analysis), shown(analysis, run.with_suffix(".html"), None)
 
 
 TOKENIZER_CONFIG = {
@@ -193,6 +224,11 @@ TOKENIZER_CONFIG = {
     "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
     "model_max_length": 512,
 }
+CHAT = [
+    {"role": "system", "content": "You are kind."},
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": "Hello!", "reasoning_content": "well", "tool_calls": None},
+]
 DOCUMENT = {"text": "The cat sat on the mat.", "meta": {"text": "Über"}, "n": 3}
 ROWS = [DOCUMENT, DOCUMENT | {"text": "7 + 3"}, DOCUMENT | {"text": "x\ny"}]
 
@@ -210,7 +246,10 @@ def text_files() -> dict[str, bytes]:
         "rows.json": json.dumps(ROWS).encode(),
         "text.jsonl": lines,
         "text.csv": table.getvalue().encode(),
+        "text.tsv": table.getvalue().replace(",", "\t").encode(),
         "text.jsonl.gz": gzip.compress(lines, mtime=0),
+        "chats.jsonl": b"".join(json.dumps({"messages": CHAT}).encode() + b"\n" for _ in range(3)),
+        "ids.jsonl": b"".join(json.dumps({"ids": [1, 2, 30]}).encode() + b"\n" for _ in range(3)),
     }
 
 
@@ -221,10 +260,15 @@ def targets() -> dict[str, Target]:
         name: Target(name, (*more.get(Path(name).suffix, ()), in_bytes), _documents(name))
         for name in text_files()
     }
+    texts["chats.jsonl"] = Target("chats.jsonl", (in_lines, in_lines, in_bytes), _chats)
+    texts["ids.jsonl"] = Target("ids.jsonl", (in_lines, in_bytes), _ids)
     return texts | {
         "config": Target("config.json", (in_json, in_json, in_bytes), _config),
         "header": Target("model.safetensors", (in_header, in_header, in_bytes), _open),
         "index": Target("model.safetensors.index.json", (in_json, in_bytes), _open),
+        "adapter": Target("adapter_model.safetensors", (in_header, in_bytes), _adapted),
+        "adapter_config": Target("adapter_config.json", (in_json, in_json, in_bytes), _adapted),
+        "gguf": Target("model.gguf", (in_start, in_start, in_bytes), _open),
         "tokenizer": Target("tokenizer.json", (in_json, in_bytes), _encode),
         "tokenizer_config": Target("tokenizer_config.json", (in_json, in_bytes), _encode),
         "result": Target("run.json", (in_json, in_bytes), _saved),
@@ -235,6 +279,8 @@ def targets() -> dict[str, Target]:
 def prepare(root: Path) -> dict[str, Path]:
     """A directory for every kind."""
     from conftest import PHASES, TEXT, torch_model, write_tokenizer
+    from gguf_models import to_gguf
+    from test_adapter import train
 
     from jaxdelta.run.analyze import analyze
 
@@ -253,7 +299,16 @@ def prepare(root: Path) -> dict[str, Path]:
     texts.mkdir()
     for name, content in text_files().items():
         (texts / name).write_bytes(content)
-    places = {"index": split, "result": saved, "arrays": saved} | dict.fromkeys(text_files(), texts)
+    to_gguf(model, root / "gguf" / "model.gguf")
+    _, adapter = train(root, r=2, target_modules=["q_proj", "down_proj"])
+    places = {
+        "adapter": adapter,
+        "adapter_config": adapter,
+        "gguf": root / "gguf",
+        "index": split,
+        "result": saved,
+        "arrays": saved,
+    } | dict.fromkeys(text_files(), texts)
     return {kind: places.get(kind, model) for kind in targets()}
 
 

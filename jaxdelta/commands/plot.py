@@ -11,6 +11,7 @@ from absl import flags
 from jaxdelta.commands import _flags
 from jaxdelta.errors import JaxDeltaError, UsageError, extra
 from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.result import whole
 from jaxdelta.utils import cli
 from jaxdelta.utils.command import Command
 
@@ -29,7 +30,8 @@ def act() -> None:
         raise UsageError(f"out: {out} must end in one of {', '.join(FORMATS)}")
     with extra("figures", "a picture"):
         from jaxdelta.report.charts.with_matplotlib import overview
-    figure = overview(Analysis.load(flags.FLAGS.run))
+    with whole(flags.FLAGS.run):
+        figure = overview(Analysis.load(flags.FLAGS.run))
     try:
         figure.savefig(out, dpi=110)
     except OSError as error:

@@ -8,6 +8,7 @@ Takes two seconds without figures. Writes demo.html next to the run.
 from jaxdelta.commands import _flags
 from jaxdelta.report import write
 from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.result import whole
 from jaxdelta.utils import cli
 from jaxdelta.utils.command import Command
 from jaxdelta.utils.files import write_together
@@ -24,7 +25,8 @@ def act() -> None:
     if figures:
         write.check_figures(figures)
     page = run.with_suffix(write.PAGE)
-    files = write.shown(Analysis.load(run), page, figures)
+    with whole(run):
+        files = write.shown(Analysis.load(run), page, figures)
     with write.directory_for(figures):
         write_together(files)
     print("Saved: " + ", ".join(map(str, filter(None, (page, figures)))))

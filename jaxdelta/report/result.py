@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +13,7 @@ from jaxtyping import Float32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from jaxdelta.errors import JaxDeltaError, UsageError, extra
+from jaxdelta.errors import JaxDeltaError, UsageError, extra, plain_errors, short
 from jaxdelta.report import steering
 from jaxdelta.spectra.views import ALL, view_of
 from jaxdelta.statistics.per_layer.registry import registered
@@ -29,7 +30,24 @@ if TYPE_CHECKING:
 else:
     Whole = object
 
+# What reading values of the wrong kind raises.
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    SafetensorError,
+)
+
 AnyResult = TypeVar("AnyResult", bound="Result")
+
+
+def whole(path: object) -> AbstractContextManager[None]:
+    """Reads or shows a saved run; a JaxDeltaError says that its file is missing or damaged."""
+    messages: dict[Any, str] = {OSError: "{}: cannot be read ({})", _DAMAGED: "{}: is not an analysis ({})"}
+    return plain_errors(path, messages, reason=lambda error: short(f"{type(error).__name__}: {error}", 200))
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -168,7 +186,7 @@ class Result:
                 another run's.
         """
         path = given_path(path)
-        try:
+        with whole(path):
             fields = json.loads(path.read_text(encoding="utf-8"))
             version = fields.get("schema_version", 0)
             if version > SCHEMA_VERSION:
@@ -185,10 +203,6 @@ class Result:
                     "differs); put the file that was written with this one next to it"
                 )
             return result
-        except OSError as error:
-            raise JaxDeltaError(f"{path}: cannot be read ({error})") from error
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
-            raise JaxDeltaError(f"{path}: is not an analysis ({error})") from error
 
     def to_frame(self, view: str = "raw") -> Any:
         """The statistics of one view as a pandas DataFrame: one row per layer, one column per statistic.

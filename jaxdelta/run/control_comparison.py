@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.report.analysis import Analysis
+from jaxdelta.report.result import whole
 from jaxdelta.run.alike import differences, traits
 from jaxdelta.run.context import RunContext
 from jaxdelta.statistics.per_layer.registry import shown
@@ -20,13 +21,12 @@ def load_control(path: GivenPath) -> Analysis:
         JaxDeltaError: a file is missing or damaged, or it holds a run without --control.
     """
     control = Analysis.load(path)
-    try:
-        _record(control, None)
-        traits(control)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise JaxDeltaError(f"{path}: is not an analysis ({error!r})") from error
-    except JaxDeltaError as error:
-        raise JaxDeltaError(f"{path}: {error}") from error
+    with whole(path):
+        try:
+            _record(control, None)
+            traits(control)
+        except JaxDeltaError as error:
+            raise JaxDeltaError(f"{path}: {error}") from error
     return control
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from jaxdelta.errors import JaxDeltaError, UsageError
+from jaxdelta.errors import UsageError
 from jaxdelta.report.charts.across_layers import phase_rows
 from jaxdelta.report.charts.chart import ORDER, Number, phase_bands
 from jaxdelta.report.charts.layers import has_sinks
 from jaxdelta.report.compare.metrics import MEASURES, Bounds, Curve, Measure
 from jaxdelta.report.compare.settings import Setting, cautions, settings
-from jaxdelta.report.result import Result
+from jaxdelta.report.result import Result, whole
 from jaxdelta.statistics.across_layers.nulls import isotropic_cos_mean, isotropic_p_value
 from jaxdelta.statistics.across_layers.overlap import principal_angles
 from jaxdelta.statistics.across_layers.verdict import relative_rank
@@ -147,12 +147,10 @@ def load(path: Path) -> Result:
     Raises:
         JaxDeltaError: a file is missing or damaged, or is not an analysis.
     """
-    run = Result.load(path)
-    try:
+    with whole(path):
+        run = Result.load(path)
         _check(run)
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise JaxDeltaError(f"{path}: is not an analysis ({error!r})") from error
-    return run
+        return run
 
 
 def _check(run: Result) -> None:
