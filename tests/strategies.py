@@ -161,7 +161,7 @@ class Example:
         }
         tensors = {self._stored(name): tensor for name, tensor in tensors.items()}
         if self.doubled:
-            name = self._stored("model.layers.1.mlp.up_proj.weight")
+            name = self._stored("model.layers.1.input_layernorm.weight")
             other = name.removeprefix("model.") if name.startswith("model.") else f"model.{name}"
             tensors[other] = tensors[name] + 1
         names = sorted(tensors)

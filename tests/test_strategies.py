@@ -15,7 +15,7 @@ from jaxdelta.checkpoint.checkpoint import load_model
 from jaxdelta.errors import JaxDeltaError
 from jaxdelta.model.decoder import residual_stream
 
-EXAMPLES = int(os.environ.get("JAXDELTA_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("JAXDELTA_EXAMPLES", "100"))
 TOKENS = np.random.default_rng(0).integers(0, 128, (1, 90), dtype=np.int32)  # beyond the original range
 
 
