@@ -288,7 +288,7 @@ def test_defaults_of_llama_cpp(qwen3: Path, tmp_path: Path) -> None:
     tensors = stored_tensors(on_disk(qwen3), config)
     write_gguf(tmp_path / "model.gguf", "qwen3", kept, tensors)
     # The tensors show that the head size was another.
-    assert "self_attn.q_proj.weight is (128, 64), not (64, 64)" in one_line(load_model, str(tmp_path))
+    assert "self_attn.q_norm.weight is (32,), not (16,)" in one_line(load_model, str(tmp_path))
     for key in ("block_count", "attention.layer_norm_rms_epsilon"):
         write_gguf(tmp_path / "model.gguf", "qwen3", {k: v for k, v in kept.items() if k != key}, tensors)
         assert f"its metadata has no qwen3.{key}" in one_line(load_model, str(tmp_path))

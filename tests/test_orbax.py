@@ -69,7 +69,12 @@ def test_round_trip(
         prefix = f"model.layers.{i}."
         layer = {prefix + ".".join(path): v[...] for path, v in nnx.to_flat_state(found.layer(i))}
         assert_same(layer, {name: t for name, t in wanted.items() if name.startswith(prefix)})
-    assert {p.name for p in copy.iterdir()} == {"config.json", "tokenizer.json", "orbax"}
+    assert {p.name for p in copy.iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "orbax",
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"original", "copy"}
 
 

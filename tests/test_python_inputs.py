@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a label": ([[1, 2], [3, -100]], "item 1: -100 at 1 is no id; drop padding"),
     "a negative id": (np.array([[1, 2], [3, -5]]), "item 1: -5 at 1 is no id"),
     "an id beyond int32": ([2**40, 1], "1099511627776 at 0 is no id"),
-    "an id beyond the model": ([[1, 2], [3, 4, 256]], "item 1: 256 at 2 is no id of the model's 0 to 255"),
+    "an id beyond the model": ([[1, 2], [3, 4, 256]], "item 1: has token 256 at 2, the model has 256"),
     "a hole in a mask": (
         {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]},
         "leaves out ids between others",
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"input_ids": [1, 2, 3], "attention_mask": [[1, 1, 1]] * 2},
         "attention_mask has 2 rows, input_ids has 1",
     ),
-    "sequences of one id": ([[1], [2]], "no document of two ids or more"),
+    "sequences of one id": ([[1], [2]], "has 0 tokens; at least 2 are needed"),
 }
 
 

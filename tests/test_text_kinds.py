@@ -18,7 +18,7 @@ from test_corpus import READ, fault, read, save_dataset, write, write_jsonl
 from jaxdelta.errors import JaxDeltaError, UsageError
 from jaxdelta.run.analyze import analyze
 from jaxdelta.text.documents import read_documents, read_ids
-from jaxdelta.text.from_ids import load_texts, windows_of_ids
+from jaxdelta.text.from_ids import IdDocuments, load_texts, windows_of_ids
 from jaxdelta.text.rows import Reading, TokenIds
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.windows import tokenize
@@ -306,7 +306,7 @@ def test_the_text_is_looked_at_before_the_model(tmp_path: Path, monkeypatch: pyt
     def opened(*args: Any, **options: Any) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("jaxdelta.run.analyze.open_checkpoint", opened)
+    monkeypatch.setattr("jaxdelta.run.inputs.open_checkpoint", opened)
     for source, options in (
         (tmp_path / "misspelt.txt", {}),
         ("", {}),
@@ -373,8 +373,9 @@ def test_sources_without_token_ids(tmp_path: Path) -> None:
         analyze("demo", ["a text"], ids_key="input_ids")
 
 
-def given(documents: Sequence[Sequence[int]]) -> list[TokenIds]:
-    return [TokenIds(f"row {i}", np.array(ids, np.int32)) for i, ids in enumerate(documents)]
+def given(documents: Sequence[Sequence[int]]) -> IdDocuments:
+    rows = [TokenIds(f"row {i}", np.array(ids, np.int32)) for i, ids in enumerate(documents)]
+    return IdDocuments(rows, joined=True)
 
 
 @pytest.mark.parametrize("layout", ["stream", "packed"])
@@ -410,7 +411,7 @@ def test_ids_beyond_the_vocabulary() -> None:
     message = one_line(windows_of_ids, given([[1, 2], [3, 9, 1]]), **sizes)
     assert message == "row 1: has token 9 at 1, the model has 9: they do not belong together"
     assert "has 1 token; at least 2" in one_line(windows_of_ids, given([[1]]), **sizes)
-    assert "has 0 tokens; at least 2" in one_line(windows_of_ids, [], **sizes)
+    assert "has 0 tokens; at least 2" in one_line(windows_of_ids, IdDocuments([], joined=True), **sizes)
 
 
 def test_a_run_of_ids_is_the_run_of_their_text(tmp_path: Path, tiny_checkpoint: Path) -> None:

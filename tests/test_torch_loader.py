@@ -85,11 +85,9 @@ def test_one_tensor_in_two_torch_files(small: Path) -> None:
         {"model.norm.weight": tensors["model.norm.weight"]} | torch.load(small / "pytorch_model-1.bin"),
         small / "pytorch_model-1.bin",
     )
-    assert "model.norm.weight is in another shard, too" in one_line(load_model, str(small))
+    assert "model.norm.weight in two files" in one_line(load_model, str(small))
     (small / "pytorch_model-1.bin").unlink()
-    assert "pytorch_model-1.bin: cannot be read (No such file or directory)" in one_line(
-        load_model, str(small)
-    )
+    assert "names pytorch_model-1.bin, which is missing" in one_line(load_model, str(small))
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64", "mixed"])
@@ -124,7 +122,7 @@ def test_settings_that_transformers_rewrites(loader: str, small: Path) -> None:
     """The strict check reads the file, and not what transformers made of it."""
     to_torch_file(small)
     change_config(small, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "odd": 1})
-    assert "unknown key in rope parameters: odd" in one_line(load_model, str(small), loader=loader)
+    assert "unknown key in rope_parameters: odd" in one_line(load_model, str(small), loader=loader)
 
 
 @pytest.mark.parametrize("loader", ["auto", "torch"])

@@ -18,7 +18,13 @@ from jaxdelta.model.config import ModelConfig, Rope
 from jaxdelta.model.families.registry import config_from_dict, config_to_dict, read_config
 from jaxdelta.model.rotary import rotary_frequencies
 
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe"}
+# Architecture -> model types of a config.json; of Llama and Mistral GGUF makes one.
+_MODEL_TYPES = {
+    "llama": ("llama", "mistral"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "qwen3moe": ("qwen3_moe",),
+}
 # Keys, without the architecture in front, and their names in a config.json.
 _REQUIRED = {
     "attention.head_count": "num_attention_heads",
@@ -139,18 +145,18 @@ class _Metadata:
                 f"general.architecture is {architecture!r:.60}; "
                 f"jaxdelta computes {', '.join(_MODEL_TYPES)} only"
             )
-        self.model_type = _MODEL_TYPES[architecture]
+        self.architecture = str(architecture)
         prefix = f"{architecture}."
         self.values = {
             key.removeprefix(prefix): _same_everywhere(key, value)
             for key, value in metadata.items()
             if key.startswith(prefix)
         }
-        self.names = _REQUIRED | _OPTIONAL | (_EXPERTS if self.model_type == "qwen3_moe" else {})
+        self.names = _REQUIRED | _OPTIONAL | (_EXPERTS if self.architecture == "qwen3moe" else {})
         self._check(prefix)
 
     def _check(self, prefix: str) -> None:
-        required = [*_REQUIRED, *_EXPERTS] if self.model_type == "qwen3_moe" else [*_REQUIRED]
+        required = [*_REQUIRED, *_EXPERTS] if self.architecture == "qwen3moe" else [*_REQUIRED]
         if missing := [f"{prefix}{key}" for key in required if key not in self.values]:
             raise JaxDeltaError(f"its metadata has no {', '.join(missing)}")
         heads, hidden = self.values["attention.head_count"], self.values["embedding_length"]
@@ -176,24 +182,24 @@ class _Metadata:
         """The contents of a config.json; what only tensors tell is taken from their names and shapes."""
         layers = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
         counts = {"block_count": len(layers)}
-        if self.model_type == "qwen3_moe":
+        if self.architecture == "qwen3moe":
             counts["expert_count"] = shapes.get("blk.0.ffn_up_exps.weight", (0,))[0]
         for key, count in counts.items():  # Before anything is made for each of them.
             if self.values[key] != count:
                 raise JaxDeltaError(f"{key} is {self.values[key]!r:.40}, and there are tensors of {count}")
         raw = {ours: self.values[key] for key, ours in self.names.items() if key in self.values}
         raw |= {
-            "model_type": self.model_type,
+            "model_type": _MODEL_TYPES[self.architecture][0],
             "num_key_value_heads": raw.get("num_key_value_heads", raw["num_attention_heads"]),
             "rope_parameters": self._rope(raw.pop("rope_theta", Rope.theta)),
             "tie_word_embeddings": "output.weight" not in shapes,
             "vocab_size": raw.get("vocab_size", shapes.get("token_embd.weight", (0,))[0]),
         }
-        if self.model_type != "qwen2":
+        if self.architecture != "qwen2":
             raw["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        if self.model_type == "llama":
+        if self.architecture == "llama":
             raw["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-        if self.model_type == "qwen3_moe":  # llama.cpp renormalises without a key
+        if self.architecture == "qwen3moe":  # llama.cpp renormalises without a key
             raw["norm_topk_prob"] = self.values.get("expert_weights_norm", True)
         return raw
 
@@ -264,12 +270,11 @@ def _fitted_rope(llama3: Rope, factors: np.ndarray, frequencies: np.ndarray) -> 
 def _differences(ours: ModelConfig, theirs: ModelConfig, stated: _Metadata) -> Iterator[str]:
     """What the metadata and a config.json say differently."""
     mine, other = config_to_dict(ours), config_to_dict(theirs)
-    types = {ours.model_type} | ({"mistral"} if ours.model_type == "llama" else set())
     skipped = set(_UNSTATED)
     if "expert_weights_norm" in stated.values:
         skipped.remove("norm_topk_prob")
-    if theirs.model_type not in types:
-        yield f"model_type {ours.model_type}, {hub.CONFIG} {theirs.model_type}"
+    if theirs.model_type not in (types := _MODEL_TYPES[stated.architecture]):
+        yield f"model_type {' or '.join(types)}, {hub.CONFIG} {theirs.model_type}"
         return
     for key in sorted((mine.keys() & other.keys()) - skipped):
         if not _equal(mine[key], other[key]):

@@ -21,6 +21,7 @@ from jaxdelta.checkpoint.gguf_config import gguf_config
 from jaxdelta.checkpoint.source import Shape, TensorSource, TensorSpec
 from jaxdelta.errors import JaxDeltaError, extra, plain_errors
 from jaxdelta.model.config import ModelConfig
+from jaxdelta.utils.files import check_whole
 from jaxdelta.utils.read_ahead import read_into
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -178,6 +179,8 @@ def _parts(name: str, tensor: _Tensor, heads: Mapping[str, int]) -> Iterator[tup
 def _files(directory: Path) -> list[Path]:
     """The one GGUF file, or all shards of the one model."""
     files = sorted(directory.glob("*.gguf"))
+    for file in files:
+        check_whole(file)
     if len(files) == 1 and not _SHARD.fullmatch(files[0].name):
         return files
     names = [path.name for path in files]

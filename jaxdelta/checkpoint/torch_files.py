@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdelta.checkpoint import hub
 from jaxdelta.checkpoint.safetensors_files import open_safetensors, safetensors_files, shard_files
-from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts
+from jaxdelta.checkpoint.source import TensorSource, TensorSpec, expert_parts, held_twice
 from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
 from jaxdelta.model.config import DTYPE_BYTES, ModelConfig
 from jaxdelta.model.families.quantisation import BITSANDBYTES, quantisation
@@ -50,7 +50,7 @@ def torch_source(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelC
     config = read_config(
         directory / hub.CONFIG, ignored
     )  # Before the weights: it may be another architecture.
-    return config, tensor_source(_load(files))
+    return config, tensor_source(directory, _load(files))
 
 
 def _torch_files(directory: Path) -> list[Path]:
@@ -79,13 +79,13 @@ def _load(files: list[Path]) -> dict[str, Any]:
         if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
             raise JaxDeltaError(f"{file}: holds no tensors by name")
         if twice := tensors.keys() & held.keys():
-            raise JaxDeltaError(f"{file}: {min(twice)} is in another shard, too")
+            raise held_twice(file, min(twice), min(twice))
         tensors |= held
     return tensors
 
 
-def tensor_source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSource:
-    """Tensors by the names of a causal language model, float64 rounded to float32."""
+def tensor_source(where: object, tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> TensorSource:
+    """PyTorch's tensors, experts one by one, float64 rounded to float32; `where` is for messages."""
     import torch
 
     if wide := sum(tensor.dtype == torch.float64 for tensor in tensors.values()):
@@ -94,7 +94,7 @@ def tensor_source(tensors: dict[str, Any], notes: tuple[str, ...] = ()) -> Tenso
     for name, tensor in tensors.items():
         for part, first, shape in expert_parts(name, tuple(tensor.shape)):
             if part in views:
-                raise JaxDeltaError(f"{name}: {part} is stored twice")
+                raise held_twice(where, name, part)
             views[part] = tensor if part == name else tensor.flatten(0, 1)[first : first + shape[0]]
             specs[part] = TensorSpec(shape, _dtype(name, tensor))
 
@@ -144,7 +144,7 @@ def _dequantised(directory: Path, ignored: Collection[str]) -> tuple[ModelConfig
         raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # transformers and the formats behind it raise errors of any type.
         raise JaxDeltaError(f"{directory}: transformers cannot open it ({first_line(error)})") from error
-    return config, tensor_source(tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
+    return config, tensor_source(directory, tensors, (f"dequantised to float32 from {BITSANDBYTES}",))
 
 
 def _transformers_tensors(directory: Path) -> dict[str, Any]:

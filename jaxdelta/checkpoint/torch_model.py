@@ -65,7 +65,7 @@ def _source(model: Any) -> TensorSource:
             raise UsageError(f"model: {name} is on the meta device and has no values; load the weights first")
         if str(tensor.dtype).removeprefix("torch.") not in DTYPE_BYTES:
             raise UsageError(f"model: {name} has dtype {tensor.dtype}; cast it to float32 or bfloat16")
-    return tensor_source(tensors)
+    return tensor_source("model", tensors)
 
 
 def _kinds(value: Any) -> tuple[type, ...]:

@@ -99,7 +99,10 @@ def read_tokens(
         if options.shuffle:
             text = dataclasses.replace(text, documents=shuffled(text.documents, options.seed))
         texts = load_texts(weights.directory) if _has_directory(weights) else None
-        return windows_of_ids(text, text_of=texts, **windows), ()
+        try:
+            return windows_of_ids(text, text_of=texts, **windows), ()
+        except JaxDeltaError as error:  # of a caller's values, not of a file
+            raise error if text.joined else UsageError(str(error)) from error
     with _tokenizer_directory(tokenizer, weights) as directory:
         encode, template = load_encoder(directory), ChatTemplate(directory, measured_role(options.measure))
         ordered = shuffled(text, options.seed) if options.shuffle else text
