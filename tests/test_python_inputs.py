@@ -216,7 +216,7 @@ def test_what_is_no_text(tiny_checkpoint: Path, name: str) -> None:
     with pytest.raises(jaxdelta.UsageError) as raised:
         run(tiny_checkpoint, given)
     message = str(raised.value)
-    assert said in message and message.startswith("calibration")
+    assert said in message and "calibration" in message[:16]
     assert len(message) < 400 and "\n" not in message
 
 

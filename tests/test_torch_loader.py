@@ -70,7 +70,7 @@ def test_experts_fused_and_one_by_one(tmp_path: Path, make_checkpoint: Callable[
     tensors = to_torch_file(tmp_path)
     fused = {name: t for name, t in fuse_experts(tensors).items() if name.endswith("experts.down_proj")}
     torch.save(tensors | fused, tmp_path / "pytorch_model.bin")
-    assert "experts.0.down_proj.weight is stored twice" in one_line(load_model, str(tmp_path))
+    assert "experts.0.down_proj.weight; remove one" in one_line(load_model, str(tmp_path))
 
 
 def test_one_tensor_in_two_torch_files(small: Path) -> None:
