@@ -12,6 +12,10 @@ class JaxDeltaError(Exception):
 
     status = 1
 
+    def __str__(self) -> str:
+        """The message; half a surrogate pair, which no terminal prints, is escaped."""
+        return super().__str__().encode(errors="backslashreplace").decode()
+
 
 class UsageError(JaxDeltaError, ValueError):
     """An option with an impossible value; the message names the option."""

@@ -72,7 +72,10 @@ def test_stopped_in_the_middle(
     assert done - 1 <= newest < layer
     found, said = run(model, tmp_path)
     assert said == ([f"resumed after layer {newest}"] if newest >= 0 else [])
-    assert bits(found) == bits(whole)
+    if (newest + 1) % AT_ONCE == 0:
+        assert bits(found) == bits(whole)
+    else:  # the last layer normed shares a batch, see below
+        assert max(differing(found, whole).values()) < 1e-12
     assert not [*tmp_path.iterdir()]
 
 

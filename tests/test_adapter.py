@@ -362,9 +362,9 @@ def test_a_run_resumes_with_the_same_adapter_only(own: tuple[Path, Path], tmp_pa
     options |= {"checkpoint_dir": str(tmp_path), "keep_checkpoint": True}
     analyze(str(own[0]), TEXT, **options)
     store(own[1], {name: x + 1 for name, x in stored(own[1]).items()})
-    assert "is of another run: adapter was" in one_line(analyze, str(own[0]), TEXT, **options)
+    assert "is of another run: weights was" in one_line(analyze, str(own[0]), TEXT, **options)
     del options["adapter"]
-    assert "is of another run: adapter was" in one_line(analyze, str(own[0]), TEXT, **options)
+    assert "is of another run: weights was" in one_line(analyze, str(own[0]), TEXT, **options)
 
 
 def test_a_loaded_model_has_its_adapter_already(plain: tuple[Path, Path]) -> None:

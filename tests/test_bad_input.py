@@ -406,7 +406,7 @@ def test_out_that_cannot_be(fails: Callable[..., str], tmp_path: Path, text: Pat
     assert "cannot be written" in fails(1, out="/proc/a.json")
     assert "cannot be written" in fails(1, out=tmp_path / f"{'a' * 300}.json")
     assert "must end in .json" in fails(2, out=tmp_path / "a.txt")
-    assert "must end in .json" in fails(2, out="")
+    assert "out must be a path" in fails(2, out="")
     (tmp_path / "directory.json").mkdir()
     assert "directory.json: is a directory" in fails(1, out=tmp_path / "directory.json")
     assert not list((tmp_path / "directory.json").iterdir())

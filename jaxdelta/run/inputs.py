@@ -43,7 +43,8 @@ def open_model(model: Any, options: Options) -> tuple[str, Weights]:
         return name, open_checkpoint(name, **opening)
     for option in (*_OPENING, "checkpoint_dir"):
         if getattr(options, option) != getattr(Options, option):
-            raise UsageError(f"{option} needs a model by its name; a loaded one cannot be recognised again")
+            hint = "load_model takes it" if option in _OPENING else "a loaded one cannot be recognised again"
+            raise UsageError(f"{option} needs a model by its name; {hint}")
     if isinstance(model, Decoder):
         if options.memory == "stream":
             raise UsageError("memory=stream needs a model by its name; this one is loaded already")
