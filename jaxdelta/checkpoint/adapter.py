@@ -164,9 +164,10 @@ class _Change:
         for start in range(rows.start, rows.stop, _ROWS):
             stop = min(start + _ROWS, rows.stop)
             part = out[start - rows.start : stop - rows.start]
-            total = self.update(start, stop)
-            total += part.astype(np.float32)
-            part[...] = total.astype(out.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # a run names a tensor that is not finite
+                total = self.update(start, stop)
+                total += part.astype(np.float32)
+                part[...] = total.astype(out.dtype)
 
 
 def _changed(
