@@ -219,6 +219,8 @@ def truth(example: Example) -> Any:
     raw = {
         key: value for key, value in example.config.items() if key not in ("auto_map", "quantization_config")
     }
+    if "lm_head.weight" in example.tensors():  # from_pretrained ties only equal ones
+        raw["tie_word_embeddings"] = False
     try:
         config = AutoConfig.for_model(raw.pop("model_type"), **json.loads(json.dumps(raw)))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
