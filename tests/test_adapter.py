@@ -139,6 +139,7 @@ QWEN2 = {"model_type": "qwen2"}
             "ensure_weight_tying": True,
             "model": TIED,
         },
+        {"target_modules": "all-linear", "model": TIED},
         {"target_modules": ["q_proj"], "bias": "all", "model": QWEN2},
         {"target_modules": ["q_proj"], "bias": "lora_only", "model": QWEN2},
         {"target_modules": ["q_proj", "k_proj"], "lora_bias": True, "model": QWEN2},

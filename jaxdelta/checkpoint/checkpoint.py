@@ -237,7 +237,7 @@ def _opened(directory: Path, loader: str, ignored: Collection[str]) -> tuple[Mod
 def _with_head(config: ModelConfig, source: TensorSource) -> tuple[ModelConfig, TensorSource]:
     """Which head the model has: as in transformers, one that is there and differs is not tied."""
     has = {name: name in source.specs for name in (EMBEDDING, HEAD)}
-    if config.tie_embeddings and all(has.values()) and _has_own_head(source):
+    if config.tie_embeddings and _has_own_head(source):
         note = f"{hub.CONFIG} ties the head to the embedding, but {HEAD} differs from it: used as it is"
         source = dataclasses.replace(source, notes=(*source.notes, note))
         return dataclasses.replace(config, tie_embeddings=False), source
@@ -341,6 +341,8 @@ def _layer_parts(index: int, path: tuple[Any, ...], config: ModelConfig) -> Iter
 
 def _has_own_head(source: TensorSource) -> bool:
     """Whether the head on disk differs from the embedding; transformers 5 ties only equal ones."""
+    if HEAD not in source.specs or EMBEDDING not in source.specs:
+        return False
     if source.specs[HEAD] != source.specs[EMBEDDING]:
         return True
     for start in range(0, source.specs[HEAD].shape[0], VOCAB_SLICE):
