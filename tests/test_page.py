@@ -169,6 +169,14 @@ def test_masked_stands_beside_raw_where_there_are_sinks(run: Analysis) -> None:
     assert list(masked) == ["raw", "masked", "centred"] and masked["masked"][1] == 9
 
 
+def test_how_model_and_text_were_read_is_said(run: Analysis) -> None:
+    facts = run.run | {"notes": ["module. stripped from <b>names</b>"], "text": {"counted": 7}}
+    facts |= {"flags": run.run["flags"] | {"measure": "assistant"}}
+    parsed = checked(dataclasses.replace(run, run=facts))
+    assert "Module. stripped from <b>names</b>." in parsed.text
+    assert "7 count (--measure=assistant)" in parsed.text
+
+
 def with_sinks_left(run: Analysis, path: Path) -> Analysis:
     """The run read back from a file whose masked views of layer 1 still contain two sinks."""
     run.save(path)

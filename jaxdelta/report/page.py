@@ -80,13 +80,15 @@ def _title(analysis: Result) -> str:
 
 def _facts(analysis: Result) -> dict[str, str]:
     run = analysis.run
-    documents, adapter = run.get("documents"), run.get("flags", {}).get("adapter")
+    documents, flags = run.get("documents"), run.get("flags", {})
+    adapter, measure = flags.get("adapter"), flags.get("measure", "all")
     return {
         "model": f"{analysis.model}, {counted(analysis.num_layers, 'layer')}, hidden size {analysis.hidden}",
         **({"adapter": str(adapter)} if adapter else {}),
         "text": f"“{visible(analysis.text['begins'])}…”" if analysis.text else "not kept in this file",
         "tokens": str(analysis.n_calib_tokens)
-        + (f" in {counted(documents, 'document')}" if documents else ""),
+        + (f" in {counted(documents, 'document')}" if documents else "")
+        + (f"; {run['text']['counted']} count (--measure={measure})" if measure != "all" else ""),
         "dtypes": f"weights {run.get('weights_dtype')}, products {run.get('compute_dtype')}, "
         f"stream {run.get('residual_dtype')}",
         "closure ‖h₀ + Σδ − h_N‖ / ‖h_N‖": f"{run['closure_error']:.1e}",
@@ -118,6 +120,7 @@ def warnings(analysis: Result) -> Iterator[str]:
             f"Few tokens: {first['n_over_d']:.2g} for each of the {analysis.hidden} dimensions, so ranks are "
             "lower than on a longer text."
         )
+    yield from (f"{note[:1].upper()}{note[1:]}." for note in run.get("notes", []))
     if again := run.get("rows_on_host"):
         yield f"Spectra recomputed on the host because the device's failed their check: rows {again}."
     if missing := list(_not_measured(analysis)):
