@@ -62,7 +62,7 @@ class LoraConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def is_target(self, name: str) -> bool:
-        """Whether PEFT would load a module's adapter: it leaves out those that the configuration lacks."""
+        """Whether PEFT would load a module's adapter: it leaves out modules that the configuration lacks."""
         targets = self.target_modules
         if targets is None or targets == ALL_LINEAR or self._named(name) != name:
             return True

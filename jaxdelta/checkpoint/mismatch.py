@@ -69,7 +69,7 @@ def check_names(
     Args:
         directory: the model's, for the message.
         config: the model's configuration.
-        source: its tensors; those that are there go by their names on disk.
+        source: its tensors; messages name them as on disk.
         shapes: a configuration -> the shapes of its tensors by name.
 
     Raises:

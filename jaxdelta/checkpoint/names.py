@@ -69,7 +69,7 @@ def refuse_quantised(where: object, names: Collection[str]) -> None:
 
 
 def causal(where: object, source: TensorSource, wanted: Collection[str], layers: int) -> TensorSource:
-    """The same tensors by the names of a causal language model, without those that no layer needs.
+    """The same tensors by the names of a causal language model, without the tensors that no layer needs.
 
     Args:
         where: the files, for messages.

@@ -157,7 +157,7 @@ def _transformers_tensors(directory: Path) -> dict[str, Any]:
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        adapter_kwargs={"subfolder": "none"},  # or it applies an adapter that lies beside the weights
+        adapter_kwargs={"subfolder": "none"},  # or it applies an adapter in the same directory
         trust_remote_code=False,
     )
     for parameter in model.parameters():

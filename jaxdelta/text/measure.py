@@ -33,7 +33,7 @@ def check_measure(measure: str) -> None:
 
 
 def measured(tokens: Tokens, measure: str) -> Tokens:
-    """The tokens, of which statistics count those that `measure` chooses; all pass the model.
+    """The tokens with a mask of those chosen by `measure`: statistics count these, all pass the model.
 
     A role chooses its messages' tokens. A range START:STOP chooses positions in each document, counted from 0
     as in Python: a negative number counts from the end of what is read of the document.

@@ -23,7 +23,7 @@ CUT_UP = (
     "vocab.json and merges.txt name no special tokens, so markers such as <|im_start|> in the text are cut "
     "up; copy the model's tokenizer.json and tokenizer_config.json"
 )
-# Keys of tokenizer_config.json that change no id, besides those that name tokens.
+# Keys of tokenizer_config.json that change no id, besides the keys that name tokens.
 _NEUTRAL = (
     *("add_bos_token", "add_eos_token", "backend", "chat_template", "clean_up_tokenization_spaces", "errors"),
     *(

@@ -32,7 +32,7 @@ def own_settings() -> Iterator[None]:
     """Gives the block, and all threads that start in it, the settings that numbers are defined for.
 
     Only settings with other values change: those of the process, for the threads, until the block ends; and
-    those that a context of this thread has set.
+    settings that a context of this thread has made.
 
     Raises:
         JaxDeltaError: JAX has no device, see `check_devices`.
