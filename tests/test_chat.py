@@ -18,6 +18,7 @@ from jaxdelta.run.merge import merge_runs
 from jaxdelta.text.chat import ChatTemplate, rendered
 from jaxdelta.text.documents import read_documents
 from jaxdelta.text.measure import measured
+from jaxdelta.text.rows import Reading
 from jaxdelta.text.tokenizer import load_encoder
 from jaxdelta.text.tokens import Tokens
 from jaxdelta.text.windows import LAYOUTS, tokenize
@@ -491,3 +492,44 @@ def test_a_changed_measure_is_noticed(chatting: Path, tmp_path: Path) -> None:
     with pytest.raises(JaxDeltaError, match='is of another run: --measure was "user"'):
         analyze(str(chatting), ALL, measure="assistant", **options)
     analyze(str(chatting), ALL, measure="user", **options)
+
+
+def test_a_row_has_a_system_prompt_of_its_own(tmp_path: Path) -> None:
+    """As ShareGPT's rows have; without it the model would read another chat."""
+
+    def read(**row: Any) -> Any:
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"conversations": turns} | row) + "\n")
+        (found,) = read_documents(path)
+        return found
+
+    assert [message["role"] for message in read().messages] == ["user", "assistant"]
+    assert [message["role"] for message in read(system=None).messages] == ["user", "assistant"]
+    first = {"role": "system", "content": "Be kind."}
+    assert read(system="Be kind.").messages[0] == first
+    turns = [first, {"role": "user", "content": "Hi"}]
+    assert list(read(system="Be kind.", conversations=turns).messages) == turns
+    for row, said in (
+        ({"system": "Be rude.", "conversations": turns}, "disagree"),
+        ({"system": 3}, "'content' must be text, not int"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs, which are not applied"),
+    ):
+        with pytest.raises(JaxDeltaError, match=said):
+            read(**row)
+
+
+def test_chats_without_messages_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"messages": []}, {"messages": [{"role": "user", "content": "Hi"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = Reading()
+    assert len(list(read_documents(path, reading=reading))) == 1
+    assert reading.notes == ("1 empty row of the text skipped",)
+
+
+def test_json_lines_under_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(JaxDeltaError, match=r"name it \.jsonl if each line is an object"):
+        list(read_documents(path))

@@ -9,7 +9,8 @@ from jaxdelta.errors import JaxDeltaError, plain_errors
 
 CHATS = ("auto", "off")
 KEYS = ("messages", "conversations")  # fields or columns that hold chats
-COMPANIONS = ("tools",)  # fields or columns that a template is given with the messages
+# Fields or columns that belong to the messages: tools, system prompt (ShareGPT), settings of the template.
+COMPANIONS = ("tools", "system", "chat_template_kwargs")
 ASSISTANT = "assistant"
 # The roles of ShareGPT's names.
 _SHARED = {
@@ -48,16 +49,32 @@ def conversation(value: Sequence[Any], where: str, row: Mapping[str, Any] | None
     """The chat in a list of messages, as OpenAI (role, content) or ShareGPT (from, value) write them.
 
     Raises:
-        JaxDeltaError: a message without role or content, or content that is no text.
+        JaxDeltaError: a message without role or content, or content that is no text; a row's system prompt
+            that is not the messages' own; settings of the template.
     """
+    row = row or {}
     messages = tuple(_message(item, f"{where}: message {n}") for n, item in enumerate(value, 1))
-    tools = (row or {}).get("tools") or None
+    if system := row.get("system"):
+        messages = _with_system(messages, system, where)
+    if row.get("chat_template_kwargs"):
+        raise JaxDeltaError(f"{where}: has chat_template_kwargs, which are not applied; remove them")
+    tools = row.get("tools") or None
     if isinstance(tools, str):
         with plain_errors(where, {ValueError: "{}: 'tools' is not JSON ({})"}):
             tools = json.loads(tools) or None
     if tools is not None and not is_chat(tools):
         raise JaxDeltaError(f"{where}: 'tools' must be a list of JSON schemas")
     return Conversation(messages, where, tools)
+
+
+def _with_system(messages: tuple[Message, ...], system: Any, where: str) -> tuple[Message, ...]:
+    """The messages with a row's own system prompt in front."""
+    first = _message({"role": "system", "content": system}, f"{where}: 'system'")
+    if messages[0]["role"] != "system":
+        return first, *messages
+    if messages[0] != first:
+        raise JaxDeltaError(f"{where}: 'system' and the messages' own system prompt disagree; remove one")
+    return messages
 
 
 def _message(item: Any, where: str) -> Message:

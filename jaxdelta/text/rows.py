@@ -71,6 +71,8 @@ def texts(rows: Iterable[Row], key: str, reading: Reading) -> Iterator[Document 
             yield value
         elif value is None:
             reading.null += 1
+        elif value == []:  # a chat without messages
+            reading.empty += 1
         elif not isinstance(value, str):
             raise JaxDeltaError(f"{where}: {key!r} must be a string, not {type(value).__name__}")
         elif not value or value.isspace():
@@ -116,7 +118,7 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
     """The items of a list: strings, chats, or objects with the text or chat under a key."""
     with opened(path) as file:
         text = "".join(characters(file, path))
-    items = parsed(text, str(path)) if text.strip() else []
+    items = _parsed_list(text, path) if text.strip() else []
     del text
     if not isinstance(items, list) or not any(
         all(item is None or fits(item) for item in items) for fits in (_is_string, _is_object, is_chat)
@@ -224,6 +226,15 @@ def _values(fields: Mapping[str, Any], key: str) -> Iterator[Any]:
 def _divided(key: str) -> Iterator[tuple[str, str]]:
     """A key divided at each of its dots."""
     return ((key[:i], key[i + 1 :]) for i, letter in enumerate(key) if letter == ".")
+
+
+def _parsed_list(text: str, path: Path) -> Any:
+    try:
+        return parsed(text, str(path))
+    except JaxDeltaError as error:
+        if "Extra data" in str(error):
+            raise JaxDeltaError(f"{error}; name it .jsonl if each line is an object") from error
+        raise
 
 
 def _is_string(value: Any) -> bool:
