@@ -23,10 +23,10 @@ class UsageError(JaxDeltaError, ValueError):
     status = 2
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception, most: int = LONGEST_REASON) -> str:
     """The reason for an error in one line: the system's words, or the message's first line, or the type."""
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return short(text.splitlines()[0], LONGEST_REASON)
+    return short(text.splitlines()[0], most)
 
 
 def short(name: str, most: int = 56) -> str:

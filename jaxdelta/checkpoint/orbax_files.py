@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from jaxdelta.checkpoint.source import DTYPES, TensorSource, TensorSpec, aligned
-from jaxdelta.errors import JaxDeltaError, first_line, plain_errors
+from jaxdelta.errors import LONGEST_REASON, JaxDeltaError, first_line, plain_errors, short
 from jaxdelta.model.loss import VOCAB_SLICE
 
 PORTION = 128 << 20  # bytes per call of Orbax, which costs a third of a second
@@ -235,4 +235,5 @@ def _is_unfinished(report: Any) -> bool:
 
 def _reason(error: Exception) -> str:
     """The last clause of TensorStore's long messages, without the specification at the end."""
-    return re.sub(r" \[\w+=.*", "", first_line(error)).rpartition(": ")[2]
+    whole = first_line(error, most=sys.maxsize)
+    return short(re.sub(r" \[\w+=.*", "", whole).rpartition(": ")[2], LONGEST_REASON)
