@@ -19,6 +19,7 @@ from jaxdelta.checkpoint.adapter_tensors import AdapterTensors, Update, end_of, 
 from jaxdelta.checkpoint.safetensors_files import open_file
 from jaxdelta.checkpoint.source import EMBEDDING, HEAD, TensorSource, TensorSpec, aligned
 from jaxdelta.errors import JaxDeltaError, extra, plain_errors
+from jaxdelta.utils.files import check_whole
 
 _ROWS = 1024  # rows of an update in memory at a time
 _MODEL_FILES = (hub.WEIGHTS, hub.INDEX, hub.ORBAX, *hub.TORCH_WEIGHTS, "*.gguf")
@@ -108,7 +109,7 @@ def open_adapter(adapter: str) -> Adapter:
 
 
 def adapter_beside(model: str, directory: Path) -> tuple[str, ...]:
-    """A note where an adapter lies beside a model's weights, which does not apply it.
+    """A note where a model's directory holds an adapter too, which is not applied.
 
     Raises:
         JaxDeltaError: there is an adapter and no model.
@@ -116,9 +117,8 @@ def adapter_beside(model: str, directory: Path) -> tuple[str, ...]:
     if not (file := directory / hub.ADAPTER_CONFIG).is_file():
         return ()
     if any(any(directory.glob(name)) for name in _MODEL_FILES):
-        return (
-            f"an adapter lies beside the weights and is not applied; --adapter={end_of(model)} applies it",
-        )
+        flag = f"--adapter={end_of(model)}"
+        return (f"the model's directory holds an adapter, which is not applied; {flag} applies it",)
     raise JaxDeltaError(
         f"{directory}: is an adapter and no whole model; "
         f"give --model={end_of(base_of(file) or 'BASE_MODEL')} --adapter={model}"
@@ -126,11 +126,7 @@ def adapter_beside(model: str, directory: Path) -> tuple[str, ...]:
 
 
 def _tensors(file: Path) -> TensorSource:
-    with plain_errors(file, {OSError: "{}: cannot be read ({})"}), open(file, "rb") as start:
-        if start.read(24).startswith(b"version https://git-lfs"):
-            raise JaxDeltaError(
-                f"{file}: is a git-lfs pointer, not the adapter; fetch it with `git lfs pull`"
-            )
+    check_whole(file)
     return open_file(file) if file.suffix == ".safetensors" else _torch_tensors(file)
 
 

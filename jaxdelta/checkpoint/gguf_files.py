@@ -86,8 +86,7 @@ def open_gguf(directory: Path, ignored: Collection[str] = ()) -> tuple[ModelConf
                 raise JaxDeltaError(f"{tensor.file}: {name} and {parts[part].name} are one tensor")
             parts[part] = view
     specs = {name: TensorSpec(part.shape, part.dtype) for name, part in parts.items()}
-    if embedding := specs.get("model.embed_tokens.weight"):
-        config = dataclasses.replace(config, dtype=str(embedding.dtype), weight_block=None)
+    config = dataclasses.replace(config, weight_block=None)  # what config.json says of other files
     quantised = sorted({tensor.type for tensor in tensors.values()} - _PLAIN.keys())
     note = f"{files[0].name}: {', '.join(quantised)} dequantised to float32"
 
